@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test lint clean
+
+# Packages, synthetic stories, a vocabulary, some minutes of training, and three stories.
+quickstart: $(VENV)/installed
+	$(RUN) tinystories.py synthesize
+	$(RUN) tinystories.py pretokenize config/quickstart_data.py
+	$(RUN) train.py config/quickstart.py
+	$(RUN) sample.py --num_samples=3 --temperature=0.8 --top_p=0.95 --start="Once upon a time"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest -n 2
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cria needs Python 3.11 or newer: make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache

@@ -1,0 +1,104 @@
+"""
+Training state on disk: saved atomically, loaded strictly and without running code.
+
+A checkpoint is a dict with llama2.c's keys, so that its scripts read ours and we read theirs:
+model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand our own: scaler,
+random, position (sequences read so far), tokenizer_hash, versions.
+"""
+
+import dataclasses
+import os
+import pickle
+import zipfile
+
+import torch
+
+from atomic import AtomicFile
+from model import ModelArgs, Transformer
+
+# What torch.load raises for files that it did not write.
+UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError, TypeError)
+FORMAT = 1  # of our own keys
+LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
+
+
+def save_checkpoint(path: str, checkpoint: dict):
+    """Write a checkpoint so that path holds the old one or all of the new one. Raises
+    ValueError, and leaves the old, if a weight is not finite; OSError if it cannot be kept."""
+    bad = [name for name, weight in checkpoint["model"].items() if not torch.isfinite(weight).all()]
+    if bad:
+        raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
+    try:
+        with AtomicFile(path) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # PyTorch's writer hides the cause of a short write
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: could not be written whole; is the disk full? ({reason})") from error
+
+
+def load_checkpoint(path: str) -> dict:
+    """The checkpoint on the CPU, its model a state dict with our names, its model_args a ModelArgs.
+
+    Raises ValueError, naming the file, where it is damaged, unsafe or not a checkpoint."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = (str(error) or "it is empty").splitlines()[0][:100]
+        raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    missing = {"model", "model_args", "iter_num"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}")
+    checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
+    checkpoint["model"] = {plain_name(name): weight for name, weight in checkpoint["model"].items()}
+    return checkpoint
+
+
+def plain_name(name: str) -> str:
+    """Without the prefixes that torch.compile and DDP put before a parameter's name."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def read_model_args(path: str, saved: dict) -> ModelArgs:
+    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    if not isinstance(saved, dict) or not set(LLAMA2C_MODEL_ARGS[:1]) <= set(saved) <= known:
+        raise ValueError(f"{path}: model_args are not those of a Llama: {saved}")
+    try:
+        return ModelArgs(**saved)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: model_args are not those of a Llama: {error}") from error
+
+
+def write_model_args(args: ModelArgs) -> dict:
+    """llama2.c's keys, and further ones only where the architecture needs them: llama2.c's
+    readers do not know more."""
+    saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS} | {"n_kv_heads": args.kv_heads}
+    plain = dataclasses.replace(ModelArgs(), **saved)
+    extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
+    return saved | {name: value for name, value in extra.items() if value != getattr(plain, name)}
+
+
+def load_weights(model: Transformer, state: dict, path: str):
+    """Copy a state dict into the model: every tensor, of the right shape, once. Raises ValueError
+    naming what is missing, unexpected or of another shape."""
+    expected = model.state_dict()
+    problems = [f"no {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    for name in expected.keys() & state.keys():
+        if state[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+    tied = ("tok_embeddings.weight", "output.weight")
+    if model.args.tie_embeddings and not problems and not torch.equal(*(state[name] for name in tied)):
+        problems.append("its classifier differs from its embedding, which this model ties")
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
+    model.load_state_dict(state, strict=True)
+
+
+def load_model(path: str) -> tuple[Transformer, dict]:
+    """The model of a checkpoint, for evaluation, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model = Transformer(checkpoint["model_args"])
+    load_weights(model, checkpoint["model"], path)
+    return model.eval(), checkpoint

@@ -1,0 +1,14 @@
+# 15 million parameters with Llama 2's vocabulary, 7 million with our own of 4096:
+# the model behind llama2.c's stories15M.
+dim = 288
+n_layers = 6
+n_heads = 6
+n_kv_heads = 6
+max_seq_len = 256
+
+# 131,072 tokens a step
+batch_size = 32
+gradient_accumulation_steps = 16
+learning_rate = 5e-4
+max_iters = 100_000
+warmup_iters = 1000

@@ -1,0 +1,55 @@
+"""
+Cross-entropy straight from the last hidden states, chunk by chunk.
+
+The logits of a batch, (tokens, V), are by far the largest activation of a small model with a
+large vocabulary, and the plain loss holds them several times over. Here only a chunk of them
+exists at a time: its loss and its gradients are computed at once in the forward pass, and the
+backward pass only scales them. No logits are computed twice.
+"""
+
+import torch
+
+CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index: int, dtype: torch.dtype):
+        ctx.dtypes = hidden.dtype, weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        count = (targets != ignore_index).sum().clamp(min=1)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        need_grad = any(ctx.needs_input_grad)
+        hidden_grad, weight_grad = [], torch.zeros_like(weight, dtype=wide) if need_grad else None
+        tokens = torch.arange(weight.shape[0], device=hidden.device)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            kept = (target != ignore_index)[:, None]  # (rows, 1)
+            is_target = (tokens == target[:, None]) & kept  # (rows, V)
+            log_probs = (chunk @ weight.T).to(wide).log_softmax(-1)
+            loss -= torch.where(is_target, log_probs, 0).sum()
+            if need_grad:  # d loss / d logits = (softmax - one hot) / count
+                logits_grad = ((log_probs.exp() - is_target.to(wide)) * (kept.to(wide) / count)).to(dtype)
+                hidden_grad.append(logits_grad @ weight)
+                weight_grad += (logits_grad.T @ chunk).to(wide)
+        ctx.save_for_backward(torch.cat(hidden_grad) if need_grad else None, weight_grad)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1):
+    """Mean cross-entropy in nats of softmax(hidden @ weight.T) against targets, as a scalar.
+
+    hidden (N, C), weight (V, C), targets (N,) of token ids; a target equal to ignore_index counts
+    neither in the loss nor in the mean. Under autocast the products run in its dtype, the softmax
+    and the sums in float32."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, dtype)

@@ -1,0 +1,61 @@
+"""
+What a run measured: a line of JSON for each report, and the loss curve as a picture.
+"""
+
+import json
+import os
+
+from atomic import write_atomically
+
+
+class Metrics:
+    """OUT_DIR/metrics.jsonl. Records from first_step on, of an earlier try that is being run
+    again, are dropped, and so is a last line that was cut off."""
+
+    def __init__(self, out_dir: str, first_step: int):
+        self.path = os.path.join(out_dir, "metrics.jsonl")
+        self.picture = os.path.join(out_dir, "loss.png")
+        self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
+        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **record):
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def draw(self):
+        """Training and validation loss over the steps so far."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        for key, label, style in (
+            ("loss", "training batch", dict(linewidth=0.8, alpha=0.5)),
+            ("train_loss", "training, fixed windows", dict(marker=".")),
+            ("val_loss", "validation", dict(marker="o")),
+        ):
+            points = [(record["iter"], record[key]) for record in self.records if key in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(f"{self.picture}.partial", format="png", dpi=120)
+        pyplot.close(figure)
+        os.replace(f"{self.picture}.partial", self.picture)
+
+
+def read_records(path: str) -> list[dict]:
+    """The whole lines of a metrics.jsonl; none if there is no file."""
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+    return [record for record in records if isinstance(record, dict) and "iter" in record]

@@ -1,0 +1,261 @@
+"""
+The Llama 2 and 3 architecture, leaf to root: RMSNorm, rotary positions, Attention,
+FeedForward, TransformerBlock, Transformer. No files, no printing.
+
+Llama 2: https://arxiv.org/abs/2307.09288, Llama 3: https://arxiv.org/abs/2407.21783.
+Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S cached positions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from loss import linear_cross_entropy
+
+# Below this length plain matrix products beat the fused attention kernel on a CPU.
+PLAIN_ATTENTION_MAX_LEN = 512
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model. Raises ValueError for a shape that no Llama has."""
+
+    dim: int = 288
+    n_layers: int = 6
+    n_heads: int = 6
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention (arXiv 2305.13245)
+    vocab_size: int = 4096
+    hidden_dim: int | None = None  # width of the feed-forward layer; None: from the two below
+    multiple_of: int = 32
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0  # Llama 3: 500000
+    max_seq_len: int = 256
+    dropout: float = 0.0
+    tie_embeddings: bool = True  # the classifier is the embedding matrix
+
+    def __post_init__(self):
+        for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("n_kv_heads", "hidden_dim", "ffn_dim_multiplier"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive, or None")
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads}: must divide n_heads={self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if not (self.norm_eps > 0 and self.rope_theta > 0):
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta}: must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer: two thirds of 4·dim, so that SwiGLU's three
+        matrices weigh as much as two of 4·dim (arXiv 2002.05202), rounded up to multiple_of."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * math.ceil(width / self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):  # (B, T, C)
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def rope_tables(head_dim: int, length: int, theta: float):
+    """Cosine and sine of every position's angles (arXiv 2104.09864), each (length, head_dim/2)."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Turn each neighbouring pair of x (B, T, heads, head_dim) by its position's angle,
+    in float32; cos and sin are (T, head_dim/2). Meta's interleaved layout."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, head_dim/2)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, head_dim/2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the positions read so far, for a batch decoded in step.
+
+    keys and values: (n_layers, batch_size, n_kv_heads, length, head_dim)."""
+
+    def __init__(self, args: ModelArgs, batch_size: int, length: int | None = None, device=None, dtype=None):
+        shape = (args.n_layers, batch_size, args.kv_heads, length or args.max_seq_len, args.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer: int, start_pos: int, k, v):
+        """Store k and v (B, n_kv_heads, T, head_dim) at start_pos; returns all up to there."""
+        end = start_pos + k.shape[2]
+        self.keys[layer, :, :, start_pos:end] = k
+        self.values[layer, :, :, start_pos:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def plain_attention(q, k, v, causal: bool, dropout: float):
+    """Attention as two matrix products; q (B, n_heads, T, head_dim), k and v (B, n_heads, S, head_dim)."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, n_heads, T, S)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(v)
+    return F.dropout(weights, dropout) @ v  # (B, n_heads, T, head_dim)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = args.head_dim
+        self.queries_per_kv = args.n_heads // args.kv_heads
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.dropout = args.dropout
+
+    def forward(self, x, cos, sin, cache: KVCache | None, start_pos: int):
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_heads, head_dim)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.update(self.layer, start_pos, k, v)  # (B, n_kv_heads, S, head_dim)
+        if self.queries_per_kv > 1:
+            k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
+            v = v.repeat_interleave(self.queries_per_kv, dim=1)
+        y = self.attend(q, k, v)  # (B, n_heads, T, head_dim)
+        y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+    def attend(self, q, k, v):
+        dropout = self.dropout if self.training else 0.0
+        length, seen = q.shape[2], k.shape[2]
+        if length < seen and length > 1:  # several new positions after cached ones: causal from the end
+            mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if q.device.type == "cpu" and seen <= PLAIN_ATTENTION_MAX_LEN:
+            return plain_attention(q, k, v, length > 1, dropout)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, dropout_p=dropout)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w1 is the gate, w3 the value, w2 the way back."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.dropout = args.dropout
+
+    def forward(self, x):
+        y = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, ffn_dim) -> (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x, cos, sin, cache, start_pos):
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, start_pos)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The whole model. Its parameters' names and order are those of llama2.c's checkpoints."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal with deviation 0.02; what is added to the residual stream is scaled down by
+        the square root of the number of additions, so that the stream's variance does not
+        grow with depth (GPT-2's report, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                into_residual = name.endswith(("wo.weight", "w2.weight"))
+                std = 0.02 / math.sqrt(2 * self.args.n_layers) if into_residual else 0.02
+                nn.init.normal_(parameter, mean=0.0, std=std)
+
+    def forward(self, tokens, targets=None, cache: KVCache | None = None, start_pos: int = 0):
+        """tokens (B, T) -> (logits, loss).
+
+        With targets (B, T): logits is None and loss the mean cross-entropy in nats over the
+        targets that are not -1; the logits are never held whole. Without: logits (B, T, V)
+        and loss None. With a cache, tokens are the positions from start_pos on, and the
+        positions before it are read from the cache. Raises ValueError past max_seq_len."""
+        end = start_pos + tokens.shape[1]
+        if end > self.args.max_seq_len:
+            raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")
+        cos, sin = self.rope_cos[start_pos:end], self.rope_sin[start_pos:end]
+        x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, start_pos)
+        x = self.norm(x)
+        if targets is None:
+            return self.output(x), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten())
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied classifier counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def flops_per_token(args: ModelArgs, seq_len: int) -> int:
+    """Floating-point operations to train on one token: 6 for every weight in a matrix product
+    (2 forward, 4 backward; the embedding is a look-up and costs none), and 12·n_layers·dim·seq_len
+    for attention's two products, without counting the causal half as saved (PaLM, arXiv 2204.02311,
+    appendix B)."""
+    per_layer = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.kv_heads) + 3 * args.dim * args.ffn_dim
+    weights = args.n_layers * per_layer + args.dim * args.vocab_size
+    return 6 * weights + 12 * args.n_layers * args.dim * seq_len

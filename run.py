@@ -1,0 +1,233 @@
+"""
+The parts of a training run: built, saved, and restored. How it goes on from there is train.py's.
+"""
+
+import dataclasses
+import glob
+import itertools
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from atomic import write_atomically
+from checkpoint import FORMAT, load_checkpoint, load_weights, save_checkpoint, write_model_args
+from dataset import TokenWindows, read_meta, tokens_folder
+from device import pick_dtype
+from distributed import World
+from export import v0_refusal, write_v0
+from metrics import Metrics
+from model import ModelArgs, Transformer
+from optim import load_optimizer, make_optimizer
+from tokenizer import Tokenizer, load_tokenizer
+
+# Options that a resumed run cannot change: they are the checkpoint's.
+ARCHITECTURE = (
+    *("max_seq_len", "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"),
+    *("hidden_dim", "ffn_dim_multiplier", "rope_theta"),
+)
+
+
+@dataclass
+class Run:
+    """The parts of a run, and how far it is."""
+
+    config: object  # train.py's TrainConfig
+    world: World
+    device: str
+    dtype: str
+    tokenizer: Tokenizer
+    train_windows: TokenWindows
+    val_windows: TokenWindows
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    metrics: Metrics | None = None  # of the main process
+    forward: torch.nn.Module | None = None  # the model, compiled where that works
+    iter_num: int = 0  # steps done
+    position: int = 0  # sequences read
+    best_val_loss: float = math.inf
+    saved_at: int | None = None  # the step of the newest checkpoint
+
+    started_at: int = 0  # the step this process began with
+
+    def say(self, text: str):
+        if self.world.is_main:
+            tqdm.write(text)
+
+    def report(self, **figures):
+        """Into metrics.jsonl, and to wandb when asked."""
+        if self.world.is_main:
+            self.metrics.write(iter=self.iter_num, **figures)
+            if self.config.wandb_log:
+                import wandb
+
+                wandb.log(figures, step=self.iter_num)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.config.out_dir, name)
+
+
+def set_up(config, given: dict, world: World, device: str) -> Run:
+    """Everything a run needs, new or from OUT_DIR/ckpt.pt."""
+    path, checkpoint = os.path.join(config.out_dir, "ckpt.pt"), None
+    if config.init_from == "resume":
+        checkpoint = load_checkpoint(path)
+        config = resumed_config(config, given, checkpoint, path)
+    if config.gradient_accumulation_steps % world.size:
+        raise ValueError(
+            f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
+            f"{world.size} processes; give a multiple of {world.size}"
+        )
+    data = open_data(config, checkpoint)
+    dtype = pick_dtype(config.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
+    torch.manual_seed(config.seed)
+    args = config.model_args()
+    if checkpoint:
+        args = dataclasses.replace(checkpoint["model_args"], dropout=config.dropout)
+    model = Transformer(args)
+    if checkpoint:
+        load_weights(model, checkpoint["model"], path)
+    model.to(device)
+    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
+    run = Run(config, world, device, dtype, *data, model, optimizer, scaler)
+    if checkpoint:
+        restore(run, checkpoint, path)
+    return run
+
+
+def open_data(config, checkpoint: dict | None) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
+    """The tokenizer and both splits, checked against each other and against the checkpoint."""
+    folder = tokens_folder(config.data_dir, config.vocab_source, config.vocab_size)
+    meta = read_meta(folder)
+    path = config.tokenizer or os.path.join(folder, "tokenizer.model")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise ValueError(
+            f"{path} (hash {tokenizer.hash[:12]}, {tokenizer.vocab_size} tokens) is not the tokenizer of {folder} "
+            f"(hash {meta['tokenizer_hash'][:12]}, {meta['vocab_size']} tokens); pretokenize again or name that one"
+        )
+    if config.vocab_size != meta["vocab_size"]:
+        raise ValueError(f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}")
+    expected = checkpoint.get("tokenizer_hash") if checkpoint else None
+    if expected not in (None, tokenizer.hash):
+        raise ValueError(
+            f"{folder} was tokenized with {path} (hash {tokenizer.hash[:12]}), but the checkpoint was trained with "
+            f"another tokenizer (hash {expected[:12]}); give the --data_dir it was trained on"
+        )
+    train_windows = TokenWindows(folder, "train", config.max_seq_len)
+    return tokenizer, train_windows, TokenWindows(folder, "val", config.max_seq_len, tails=True)
+
+
+def keeps_architecture(args: ModelArgs, name: str, value) -> bool:
+    """Whether an option asks for what the model has, if only in other words."""
+    try:
+        asked = dataclasses.replace(args, **{name: value})
+    except ValueError:
+        return False
+    effective = {"n_kv_heads": "kv_heads", "hidden_dim": "ffn_dim", "ffn_dim_multiplier": "ffn_dim"}.get(name, name)
+    return getattr(asked, effective) == getattr(args, effective) and asked.ffn_dim == args.ffn_dim
+
+
+def resumed_config(config, given: dict, checkpoint: dict, path: str):
+    """The checkpoint's options, except those given now. Raises ValueError where one that was
+    given would make it another model."""
+    saved_args = checkpoint["model_args"]
+    problems = []
+    for name in filter(given.__contains__, ARCHITECTURE):
+        if not keeps_architecture(saved_args, name, getattr(config, name)):
+            problems.append(f"--{name}={getattr(config, name)}: {path} has {name}={getattr(saved_args, name)}")
+    if problems:
+        raise ValueError("; ".join(problems) + "; leave the option out, or start anew in another --out_dir")
+    of_this_call = {"out_dir", "init_from", "eval_only", *given}
+    if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
+        of_this_call |= {"device", "compile"}
+    options = {field.name for field in dataclasses.fields(config)} - of_this_call
+    saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in options}
+    saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in given}
+    resumed = dataclasses.replace(config, **saved)
+    if problems := list(resumed.problems()):
+        raise ValueError("; ".join(problems))
+    return resumed
+
+
+def restore(run: Run, checkpoint: dict, path: str):
+    """Where the run was: moments, scale, step, position and best loss."""
+    if "optimizer" in checkpoint:
+        load_optimizer(run.optimizer, checkpoint["optimizer"], path)
+    if run.scaler.is_enabled() and checkpoint.get("scaler"):
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
+    run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
+    run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+
+
+def state_of(run: Run) -> dict:
+    """All that the run needs to go on: llama2.c's keys, then ours."""
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "model_args": write_model_args(run.model.args),
+        "iter_num": run.iter_num,
+        "best_val_loss": torch.tensor(run.best_val_loss),
+        "config": dataclasses.asdict(run.config),
+        "scaler": run.scaler.state_dict(),
+        "position": run.position,
+        "tokenizer_hash": run.tokenizer.hash,
+        "versions": {"format": FORMAT, "torch": str(torch.__version__), "python": sys.version.split()[0]},
+    }
+
+
+def save(run: Run):
+    """Write ckpt.pt and, where they are asked for, numbered copies (main process only)."""
+    if not run.world.is_main:
+        return
+    save_checkpoint(run.path("ckpt.pt"), state_of(run))
+    run.saved_at = run.iter_num
+    if run.config.keep_checkpoints:
+        save_checkpoint(run.path(f"ckpt_{run.iter_num:06d}.pt"), state_of(run))
+        for old in sorted(glob.glob(glob.escape(run.path("ckpt_")) + "*.pt"))[: -run.config.keep_checkpoints]:
+            os.remove(old)
+
+
+def save_best(run: Run):
+    """Write best.pt and, where the format can say the model, model.bin (main process only)."""
+    if run.world.is_main:
+        save_checkpoint(run.path("best.pt"), state_of(run))
+        if not v0_refusal(run.model.args):
+            write_v0(run.model, run.path("model.bin"))
+
+
+def set_aside(out_dir: str):
+    """Keep what an earlier run left here: a new one may not write over it."""
+    names = ["best.pt", "model.bin", "metrics.jsonl", "loss.png", "tokenizer.model", "tokenizer.bin"]
+    found = [path for name in [*names, "ckpt*.pt"] for path in glob.glob(os.path.join(glob.escape(out_dir), name))]
+    if not any(path.endswith(".pt") for path in found):
+        return
+    number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f"previous{n}")))
+    folder = os.path.join(out_dir, f"previous{number}")
+    os.makedirs(folder)
+    for path in found:
+        os.rename(path, os.path.join(folder, os.path.basename(path)))
+    print(f"moved the earlier run in {out_dir} to {folder}")
+
+
+def open_out_dir(run: Run):
+    """Make the folder ready for this run's files (main process only)."""
+    config = run.config
+    if config.init_from == "scratch":
+        set_aside(config.out_dir)
+    run.metrics = Metrics(config.out_dir, run.iter_num)
+    write_atomically(run.path("tokenizer.model"), run.tokenizer.proto)
+    write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
+    if refusal := v0_refusal(run.model.args):
+        print(f"no model.bin will be written: {refusal}")
+    if config.wandb_log:
+        import wandb
+
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=dataclasses.asdict(config))

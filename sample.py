@@ -1,0 +1,123 @@
+"""
+Let a model tell stories.
+
+    python sample.py --init_from=resume --start="Once upon a time" --num_samples=3
+    python sample.py --init_from=out/model.bin --tokenizer=data/tok4096.model --temperature=0
+"""
+
+import functools
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from configurator import configure, print_overrides, run_script
+from device import autocast, pick_device, pick_dtype
+from export import read_model
+from generation import choose, generate
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Print text that goes on from --start, as it is generated."""
+
+    init_from: str = "resume"  # resume: OUT_DIR/ckpt.pt; or the path of a ckpt.pt or model.bin
+    out_dir: str = "out"  # where resume looks
+    tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one beside the model
+    start: str = ""  # the text to go on from, or FILE:path of it
+    num_samples: int = 1  # how many samples to draw
+    max_new_tokens: int = 256  # the longest continuation, in tokens
+    temperature: float = 1.0  # 0 always takes the likeliest token, above 1 is wilder
+    top_k: int = 300  # draw among the k likeliest tokens; 0: among all
+    top_p: float = 1.0  # draw among the likeliest tokens that together reach this probability
+    seed: int = 1337  # the same seed tells the same stories
+    # system
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
+    compile: bool = False  # compile the model first; for long texts only
+
+    def problems(self):
+        if self.num_samples < 1 or self.max_new_tokens < 1:
+            yield "--num_samples and --max_new_tokens must be at least 1"
+        if self.temperature < 0:
+            yield f"--temperature={self.temperature:g}: must be 0 or more"
+        if self.top_k < 0:
+            yield f"--top_k={self.top_k}: must be 0 or more"
+        if not 0 < self.top_p <= 1:
+            yield f"--top_p={self.top_p:g}: must be above 0 and at most 1"
+
+
+def read_start(start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    path = start.removeprefix("FILE:")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--start={start}: not UTF-8 text ({error.reason})") from error
+
+
+def find_tokenizer(path: str, model_path: str, vocab_size: int, expected_hash: str | None) -> Tokenizer:
+    """The named tokenizer, or the one beside the model; it must be the model's own."""
+    beside = [os.path.join(os.path.dirname(model_path), name) for name in ("tokenizer.model", "tokenizer.bin")]
+    path = path or next(filter(os.path.exists, beside), "")
+    if not path:
+        raise ValueError(f"there is no tokenizer.model beside {model_path}: name one with --tokenizer=PATH")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} tokens, but the model in {model_path} has {vocab_size}: "
+            "name the tokenizer it was trained with, --tokenizer=PATH"
+        )
+    if expected_hash not in (None, tokenizer.hash):
+        raise ValueError(
+            f"{path} (hash {tokenizer.hash[:12]}) is not the tokenizer that {model_path} was trained with "
+            f"(hash {expected_hash[:12]}): name that one with --tokenizer=PATH"
+        )
+    return tokenizer
+
+
+def main():
+    config, given = configure(SampleConfig)
+    print_overrides(config, given)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    path = os.path.join(config.out_dir, "ckpt.pt") if config.init_from == "resume" else config.init_from
+    model, expected_hash = read_model(path)
+    tokenizer = find_tokenizer(config.tokenizer, path, model.args.vocab_size, expected_hash)
+    prompt = tokenizer.encode(read_start(config.start), bos=True)
+    model.to(device)
+    if config.compile:
+        model.compile(dynamic=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    pick = functools.partial(
+        choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator
+    )
+    stop = {tokenizer.bos_id, tokenizer.eos_id}
+    new_tokens, began = 0, time.perf_counter()
+    for number in range(config.num_samples):
+        if number:
+            print("---------------")
+
+        def story():
+            nonlocal new_tokens
+            yield from prompt
+            with autocast(device, dtype):
+                for token in generate(model, prompt, config.max_new_tokens, pick, stop):
+                    new_tokens += 1
+                    yield token
+
+        for text in tokenizer.decode_stream(story()):
+            print(text, end="", flush=True)
+        print()
+    seconds = time.perf_counter() - began
+    print(f"\n{new_tokens} tokens, {new_tokens / seconds:.0f} tokens/s on {device}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,325 @@
+"""
+Train a Llama from scratch.
+
+    python train.py --batch_size=8 --compile=False
+    python train.py config/stories15M.py --max_iters=2000 --learning_rate=1e-3
+    python train.py --init_from=resume
+    torchrun --nproc_per_node=4 train.py
+
+Everything a run leaves is in out_dir: ckpt.pt (the newest), best.pt (the lowest validation loss),
+model.bin and tokenizer.bin (the best for C), metrics.jsonl and loss.png. All randomness is a
+function of (seed, position in the data), so that a run goes on exactly where it stopped, on any
+number of processes.
+"""
+
+import contextlib
+import functools
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import generation
+from atomic import only_writer
+from configurator import configure, print_overrides, run_script
+from dataset import mix, prefetch, training_batches
+from device import autocast, peak_flops, pick_device
+from distributed import join_world, leave_world
+from evaluation import evaluate
+from model import ModelArgs, flops_per_token
+from optim import learning_rate_at
+from run import ARCHITECTURE, Run, open_out_dir, save, save_best, set_up
+
+SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a Llama from scratch, or go on with a run."""
+
+    # I/O
+    out_dir: str = "out"  # where the run writes
+    eval_interval: int = 2000  # steps between evaluations
+    log_interval: int = 1  # steps between reports of the training loss
+    eval_iters: int = 100  # batches to evaluate on, the same every time; 0: all of the validation split
+    eval_only: bool = False  # evaluate once and stop
+    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation, not only when it is the best
+    checkpoint_interval: int = 200  # steps between further writes of ckpt.pt; 0: at evaluations only
+    keep_checkpoints: int = 0  # how many numbered copies (ckpt_000200.pt) to keep beside the newest
+    sample_interval: int = 0  # steps between sample stories, told at evaluations; 0: never
+    init_from: Literal["scratch", "resume"] = "scratch"  # a new run, or go on from OUT_DIR/ckpt.pt
+    # wandb logging
+    wandb_log: bool = False  # report to Weights & Biases
+    wandb_project: str = "cria"  # its project
+    wandb_run_name: str = ""  # the run's name there; empty: wandb chooses
+    # data
+    data_dir: str = "data"  # where tinystories.py wrote the tokens
+    batch_size: int = 128  # sequences in a micro-batch
+    max_seq_len: int = 256  # tokens in a sequence
+    vocab_source: Literal["custom", "llama2"] = "custom"  # our own vocabulary or Llama 2's
+    vocab_size: int = 4096  # Llama 2's has 32000
+    tokenizer: str = ""  # checked against the data's; empty: take the data's
+    # model
+    dim: int = 288  # width of the residual stream
+    n_layers: int = 6  # blocks
+    n_heads: int = 6  # attention heads
+    n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
+    multiple_of: int = 32  # round the feed-forward width up to a multiple of this
+    hidden_dim: int | None = None  # feed-forward width; None: two thirds of 4 dim
+    ffn_dim_multiplier: float | None = None  # scales the feed-forward width (Llama 3)
+    rope_theta: float = 10000.0  # base of the rotary positions; model.bin knows only 10000
+    dropout: float = 0.0  # share of activations zeroed in training
+    # adamw optimizer
+    gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
+    learning_rate: float = 5e-4  # the highest
+    max_iters: int = 100000  # steps in the run
+    weight_decay: float = 1e-1  # of matrices
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.95  # decay of the gradient's square
+    grad_clip: float = 1.0  # the largest norm of the gradient; 0: any
+    # learning rate decay settings
+    decay_lr: bool = True  # go down a cosine after the warm-up
+    warmup_iters: int = 1000  # steps of linear rise
+    min_lr: float = 0.0  # where the cosine ends
+    # system
+    seed: int = 1337  # of weights, data order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: bool = True  # compile the model with torch.compile
+
+    def problems(self):
+        at_least = {1: ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")}
+        at_least[0] = ("eval_iters", "checkpoint_interval", "keep_checkpoints", "sample_interval", "warmup_iters")
+        at_least[0] += ("learning_rate", "weight_decay", "grad_clip", "min_lr")
+        for least, names in at_least.items():
+            for name in names:
+                if getattr(self, name) < least:
+                    yield f"--{name}={getattr(self, name):g}: must be {least} or more"
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
+        if self.min_lr > self.learning_rate:
+            yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
+        try:
+            if self.init_from == "scratch":  # else the rest of the architecture is in the checkpoint
+                self.model_args()
+        except ValueError as error:
+            yield f"--{error}"
+
+    def model_args(self) -> ModelArgs:
+        return ModelArgs(**{name: getattr(self, name) for name in (*ARCHITECTURE, "dropout")})
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size
+
+
+def compiled(run: Run) -> torch.nn.Module:
+    """The model compiled, tried on one batch; as it is, with a warning, where that fails."""
+    if not run.config.compile:
+        return run.model
+    run.say("compiling the model (--compile=False starts at once, and is slower later) ...")
+    began = time.perf_counter()
+    tokens = torch.zeros(2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device)
+    try:
+        model = torch.compile(run.model)
+        with autocast(run.device, run.dtype):
+            model(*tokens.unbind())[1].backward()
+    except Exception as error:  # a missing compiler, an old GPU, an unsupported system
+        run.say(f"cannot compile here, going on without: {str(error).strip().splitlines()[0][:200]}")
+        model = run.model
+    run.optimizer.zero_grad(set_to_none=True)
+    run.say(f"... took {time.perf_counter() - began:.0f} s")
+    return model
+
+
+def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update of the weights; returns this process's loss and the norm of the gradient."""
+    config, micro_steps = run.config, run.config.gradient_accumulation_steps // run.world.size
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run)
+    step_loss = torch.zeros((), device=run.device)
+    for micro_step in range(micro_steps):
+        inputs, targets = next(batches)
+        # Dropout is a function of the position, like the data: the same on any number of processes.
+        torch.manual_seed(mix(mix(config.seed) + micro_batch_position(run, run.position, micro_step)))
+        is_last = micro_step == micro_steps - 1
+        with model.no_sync() if run.world.size > 1 and not is_last else contextlib.nullcontext():
+            with autocast(run.device, run.dtype):
+                _, loss = model(inputs, targets)
+            run.scaler.scale(loss / micro_steps).backward()
+        step_loss += loss.detach() / micro_steps
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return step_loss, norm
+
+
+def learning_rate(run: Run) -> float:
+    config = run.config
+    schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.max_iters, config.decay_lr)
+    return learning_rate_at(run.iter_num, *schedule)
+
+
+def micro_batch_position(run: Run, step_position: int, micro_step: int) -> int:
+    """Where this process's micro-batch begins in the run's order of sequences."""
+    return step_position + (micro_step * run.world.size + run.world.rank) * run.config.batch_size
+
+
+def positions(run: Run):
+    """The positions of all micro-batches that this process has still to read, from now on."""
+    config, first = run.config, run.position  # fixed here: a thread reads ahead while the run goes on
+    micro_steps = range(config.gradient_accumulation_steps // run.world.size)
+    return (
+        micro_batch_position(run, first + step * config.sequences_per_step, micro_step)
+        for step in range(config.max_iters - run.iter_num)
+        for micro_step in micro_steps
+    )
+
+
+def evaluate_and_save(run: Run):
+    """Report both losses, keep the best model, write the checkpoint, draw the curve, tell a story."""
+    config = run.config
+    amount = run.tokenizer.byte_counts, config.batch_size, config.eval_iters, run.device, run.dtype, run.world
+    train_quality = evaluate(run.forward, run.train_windows, *amount)
+    quality = evaluate(run.forward, run.val_windows, *amount)
+    run.say(
+        f"step {run.iter_num}: train loss {train_quality.loss:.4f}, val loss {quality.loss:.4f}, "
+        f"perplexity {quality.perplexity:.2f}, {quality.bits_per_byte:.4f} bits per byte"
+    )
+    if config.eval_only:
+        return
+    figures = dict(train_loss=train_quality.loss, val_loss=quality.loss)
+    figures |= dict(perplexity=quality.perplexity, bits_per_byte=quality.bits_per_byte)
+    run.report(**figures)
+    is_best = quality.loss < run.best_val_loss
+    if is_best:
+        run.best_val_loss = quality.loss
+        save_best(run)
+    if config.always_save_checkpoint or is_best or run.iter_num >= config.max_iters:
+        save(run)
+    if run.world.is_main:
+        run.metrics.draw()
+        if config.sample_interval and run.iter_num % config.sample_interval == 0:
+            tell_story(run)
+
+
+def tell_story(run: Run):
+    run.model.eval()
+    pick = functools.partial(generation.choose, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    stop = (run.tokenizer.bos_id, run.tokenizer.eos_id)
+    tokens = generation.generate(run.model, [run.tokenizer.bos_id], run.model.args.max_seq_len - 1, pick, stop)
+    run.say(f"--- a story after {run.iter_num} steps\n{run.tokenizer.decode(tokens)}\n---")
+    run.model.train()
+
+
+def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
+    """The line of a training step, on the terminal as a progress bar."""
+    config = run.config
+    loss, norm = run.world.sum([loss.item()])[0] / run.world.size, norm.item()
+    check_finite(run, loss, norm)
+    tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
+    shown = f"loss {loss:.4f} | lr {learning_rate(run):.3e} | {seconds * 1000:.0f} ms | {tokens_per_second:,.0f} tok/s"
+    figures = dict(loss=loss, lr=learning_rate(run), grad_norm=norm, ms=seconds * 1000, tok_per_s=tokens_per_second)
+    if peak := peak_flops(run.device):
+        flops = tokens_per_second * flops_per_token(run.model.args, config.max_seq_len)
+        figures["mfu"] = flops / (peak * run.world.size)
+        shown += f" | mfu {figures['mfu']:.1%}"
+    run.report(**figures)
+    bar.set_postfix_str(shown, refresh=False)
+    if run.world.is_main and bar.disable:
+        print(f"{run.iter_num} | {shown}", flush=True)
+
+
+def check_finite(run: Run, loss: float, norm: float):
+    """Raise ValueError where the run cannot go on. In float16 an overflow only costs its step:
+    the scaler has skipped it and lowered the scale, until the scale itself gives out."""
+    if run.scaler.is_enabled():
+        if run.scaler.get_scale() > SMALLEST_SCALE:
+            return
+    elif math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = "nothing is saved yet" if run.saved_at is None else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
+    raise ValueError(
+        f"step {run.iter_num}: the loss is {loss} and the norm of the gradient {norm}; {kept}. "
+        "Lower --learning_rate or raise --warmup_iters"
+    )
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = True
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving ...", file=sys.stderr, flush=True)
+
+
+def train(run: Run):
+    """Evaluate, step, report and save, until max_iters or an interruption."""
+    config, interrupt = run.config, Interrupt()
+    run.forward = model = compiled(run)
+    if run.world.size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    micro_batches = training_batches(run.train_windows, config.seed, config.batch_size, positions(run))
+    batches = prefetch(micro_batches, run.device)
+    bar = tqdm(total=config.max_iters, initial=run.iter_num, disable=None if run.world.is_main else True, unit="step")
+    with bar:
+        while True:
+            at_end = run.iter_num >= config.max_iters
+            if evaluates := run.iter_num % config.eval_interval == 0 or at_end or config.eval_only:
+                evaluate_and_save(run)
+            if at_end or config.eval_only:
+                return
+            if evaluates or run.iter_num == run.started_at:
+                began, since = time.perf_counter(), run.iter_num
+            loss, norm = training_step(run, model, batches)
+            if run.iter_num % config.log_interval == 0:
+                now = time.perf_counter()
+                report_step(run, bar, loss, norm, (now - began) / (run.iter_num + 1 - since))
+                began, since = now, run.iter_num + 1
+            run.iter_num += 1
+            run.position += config.sequences_per_step
+            bar.update()
+            stops = run.world.any(interrupt.asked)
+            if stops or (config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0):
+                check_finite(run, loss.item(), norm.item())
+                save(run)
+            if stops:
+                go_on = f"python train.py --init_from=resume --out_dir={config.out_dir}"
+                return run.say(f"stopped after step {run.iter_num}; go on with: {go_on}")
+
+
+def main():
+    config, given = configure(TrainConfig)
+    world, device = join_world(pick_device(config.device))
+    if world.is_main:
+        print_overrides(config, given)
+    writes = world.is_main and not config.eval_only
+    with only_writer(config.out_dir) if writes else contextlib.nullcontext():
+        run = set_up(config, given, world, device)
+        if writes:
+            open_out_dir(run)
+        run.say(
+            f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
+            f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"
+        )
+        train(run)
+    leave_world()
+
+
+if __name__ == "__main__":
+    run_script(main)
