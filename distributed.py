@@ -2,6 +2,7 @@
 Several processes that train together, as torchrun starts them; alone, everything is a no-op.
 """
 
+import gc
 import os
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def join_world(device: str) -> tuple[World, str]:
 
 
 def leave_world():
-    """Part in order: a process that leaves while others still talk to it makes them abort."""
+    """Part in order: a process that leaves while others still talk to it makes them abort, and so
+    does a model in DDP that lives on, in a cycle of references, after its process group."""
     if dist.is_initialized():
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()

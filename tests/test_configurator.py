@@ -1,0 +1,392 @@
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from configurator import configure, print_overrides, refuse, run_script
+from sample import SampleConfig
+from tinystories import STAGES
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration with an option of every type."""
+
+    out_dir: str = "out"  # where it writes
+    batch_size: int = 128  # sequences in a batch
+    learning_rate: float = 5e-4  # the highest
+    compile: bool = True  # whether to compile
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products
+    n_kv_heads: int | None = None  # None: as many as heads
+    multiplier: float | None = 1.5  # scales the width
+
+
+@dataclass(frozen=True)
+class Limited:
+    least: int = 0  # at most most
+    most: int = 10  # at least least
+
+    def problems(self):
+        if self.least > self.most:
+            yield f"--least={self.least}: must not be above --most={self.most}"
+
+
+def read(*argv: str, config_class=Config, **options):
+    return configure(config_class, list(argv), program="program.py", **options)
+
+
+def value_of(key: str, *argv: str):
+    return getattr(read(*argv)[0], key)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """config_file(text) writes a config file; returns its path."""
+
+    def write(text: str, name: str = "config.py") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*argv) is the lines on standard error with which argv is refused with status 2."""
+
+    def read_in_vain(*argv: str, **options) -> list[str]:
+        with pytest.raises(SystemExit) as exit:
+            read(*argv, **options)
+        assert exit.value.code == 2
+        out, err = capsys.readouterr()
+        assert not out
+        lines = err.splitlines()
+        assert all(line.startswith("program.py: ") for line in lines)
+        return [line.removeprefix("program.py: ") for line in lines]
+
+    return read_in_vain
+
+
+def test_nothing_given_is_the_defaults():
+    assert read() == (Config(), {})
+
+
+@pytest.mark.parametrize(
+    "argument, key, value",
+    [
+        ("--batch_size=8", "batch_size", 8),
+        ("--batch_size=-8", "batch_size", -8),
+        ("--learning_rate=1e-3", "learning_rate", 1e-3),
+        ("--learning_rate=-1e-3", "learning_rate", -1e-3),
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--compile=False", "compile", False),
+        ("--compile=false", "compile", False),
+        ("--compile=true", "compile", True),
+        ("--dtype=bfloat16", "dtype", "bfloat16"),
+        ("--n_kv_heads=4", "n_kv_heads", 4),
+        ("--n_kv_heads=None", "n_kv_heads", None),
+        ("--multiplier=2", "multiplier", 2.0),
+        ("--multiplier=None", "multiplier", None),
+        ("--out_dir=", "out_dir", ""),
+        ("--out_dir=a=b=c", "out_dir", "a=b=c"),
+        ("--out_dir=--batch_size=8", "out_dir", "--batch_size=8"),
+        ("--out_dir=-1", "out_dir", "-1"),
+        ("--out_dir=two words\nand a line", "out_dir", "two words\nand a line"),
+        ("--out_dir=naïve–Bär", "out_dir", "naïve–Bär"),
+        ("--out_dir=5", "out_dir", "5"),
+        ("--out_dir=None", "out_dir", "None"),
+    ],
+)
+def test_a_flag_is_read_as_its_field_s_type(argument, key, value):
+    found = value_of(key, argument)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("batch_size = 8", "batch_size", 8),
+        ("batch_size = -8", "batch_size", -8),
+        ("batch_size = 2**3 * (5 - 1) // 3 % 7", "batch_size", 3),
+        ("batch_size = 200_000", "batch_size", 200000),
+        ("learning_rate = 1", "learning_rate", 1.0),
+        ("learning_rate = -1e-3", "learning_rate", -1e-3),
+        ("_width = 8\n_twice = 2 * _width\nbatch_size = _twice + 1", "batch_size", 17),
+        ("batch_size = 4\nlearning_rate = batch_size / 8", "learning_rate", 0.5),
+        ("batch_size = 4\nbatch_size = batch_size * 2", "batch_size", 8),
+        ("batch_size = 8 if not True else 16", "batch_size", 16),
+        ("compile = False", "compile", False),
+        ("_n = 3\ncompile = 2 < _n and not False", "compile", True),
+        ("n_kv_heads = None", "n_kv_heads", None),
+        ("multiplier = 3", "multiplier", 3.0),
+        ("out_dir = 'a=b'", "out_dir", "a=b"),
+        ("out_dir = '--x'", "out_dir", "--x"),
+        ("out_dir = ''", "out_dir", ""),
+        ("_n = 2\nout_dir = f'out/{_n:02d}' + '-run'", "out_dir", "out/02-run"),
+        ("'''A docstring.'''\n# a comment\nout_dir = 'Bär'  # and another", "out_dir", "Bär"),
+    ],
+)
+def test_a_file_holds_arithmetic_with_earlier_names(config_file, text, key, value):
+    found = value_of(key, config_file(text))
+    assert found == value and type(found) is type(value)
+
+
+def test_what_is_read_left_to_right_later_wins(config_file):
+    eight, sixteen = config_file("batch_size = 8", "eight.py"), config_file("batch_size = 16", "sixteen.py")
+    assert value_of("batch_size", eight, sixteen) == 16
+    assert value_of("batch_size", sixteen, eight) == 8
+    assert value_of("batch_size", "--batch_size=1", eight) == 8
+    assert value_of("batch_size", eight, "--batch_size=1", "--batch_size=2") == 2
+
+
+def test_names_do_not_pass_from_file_to_file(config_file, refused):
+    first, second = config_file("_n = 8", "first.py"), config_file("batch_size = _n", "second.py")
+    assert refused(first, second) == [f"{second}:1: cannot work out batch_size: _n is not set above"]
+
+
+def test_given_tells_where_every_option_was_set(config_file, capsys):
+    path = config_file("_n = 8\n\nbatch_size = _n\ncompile = False")
+    config, given = read(path, "--compile=True", "--out_dir=x")
+    assert given == {"batch_size": f"{path}:3", "compile": "command line", "out_dir": "command line"}
+    print_overrides(config, given)
+    assert capsys.readouterr().out.splitlines() == [
+        f"batch_size = 8  ({path}:3)",
+        "compile = True  (command line)",
+        "out_dir = 'x'  (command line)",
+    ]
+
+
+def test_a_value_equal_to_the_default_counts_as_given():
+    assert read("--batch_size=128")[1] == {"batch_size": "command line"}
+
+
+def test_bare_arguments_fill_the_positional_fields_first(config_file):
+    path = config_file("batch_size = 8")
+    config, given = read("some/model.bin", path, "--compile=False", positional=("out_dir",))
+    assert (config.out_dir, config.batch_size, config.compile) == ("some/model.bin", 8, False)
+    assert given["out_dir"] == "command line"
+
+
+def test_a_path_with_an_equals_sign_fills_a_positional_field():
+    assert read("runs/lr=1/ckpt.pt", positional=("out_dir",))[0].out_dir == "runs/lr=1/ckpt.pt"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(config_file, refused):
+    path = config_file("\nlerning_rate = 0.1")
+    assert refused(path, "--bach_size=8", "--batch-size=8", "--zzz=1") == [
+        f"{path}:2: lerning_rate = 0.1: there is no such option, did you mean learning_rate?",
+        "--bach_size=8: there is no such option, did you mean batch_size?",
+        "--batch-size=8: there is no such option, did you mean batch_size?",
+        "--zzz=1: there is no such option",
+    ]
+
+
+WHOLE, NUMBER, BOOL, NULLABLE = "a whole number", "a number", "True or False", "a whole number or None"
+DTYPES = "one of float32, bfloat16"
+
+
+@pytest.mark.parametrize(
+    "argument, allowed",
+    [
+        *((f"--batch_size={value}", WHOLE) for value in ("x", "1.5", "8.0", "1e3", "", "None", "True", "8 9")),
+        *((f"--learning_rate={value}", NUMBER) for value in ("x", "", "None", "nan", "inf", "-inf", "1e999", "1,5")),
+        *((f"--compile={value}", BOOL) for value in ("1", "0", "yes", "no", "", "TRUE", "None", "Falsch")),
+        *((f"--dtype={value}", DTYPES) for value in ("float64", "", "Float32", "float")),
+        *((f"--n_kv_heads={value}", NULLABLE) for value in ("x", "", "1.5", "none")),
+        ("--multiplier=nan", "a number or None"),
+    ],
+)
+def test_a_flag_of_the_wrong_type_is_refused_with_what_is_allowed(refused, argument, allowed):
+    assert refused(argument) == [f"{argument}: must be {allowed}"]
+
+
+@pytest.mark.parametrize(
+    "assignment, allowed",
+    [
+        *((f"batch_size = {value}", WHOLE) for value in ("'8'", "8.0", "True", "None", "'x'")),
+        *((f"learning_rate = {value}", NUMBER) for value in ("'0.1'", "True", "None", "inf", "1j")),
+        *((f"compile = {value}", BOOL) for value in ("1", "0", "'True'", "'true'", "None")),
+        *((f"out_dir = {value}", "text") for value in ("5", "None", "True", "b'out'")),
+        *((f"dtype = {value}", DTYPES) for value in ("'float64'", "32")),
+        *((f"n_kv_heads = {value}", NULLABLE) for value in ("'None'", "'4'", "1.5", "False")),
+    ],
+)
+def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(config_file, refused, assignment, allowed):
+    path = config_file("\n\n" + assignment.replace("inf", "1e999"))
+    assert refused(path) == [f"{path}:3: {assignment}: must be {allowed}"]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("import os", "a config file holds plain assignments only: name = value"),
+        ("from os import path", "a config file holds plain assignments only: name = value"),
+        ("print('x')", "a config file holds plain assignments only: name = value"),
+        ("if True: batch_size = 8", "a config file holds plain assignments only: name = value"),
+        ("batch_size += 8", "a config file holds plain assignments only: name = value"),
+        ("batch_size: int = 8", "a config file holds plain assignments only: name = value"),
+        ("batch_size, dtype = 8", "a config file holds plain assignments only: name = value"),
+        ("batch_size = compile = 1", "a config file holds plain assignments only: name = value"),
+        ("batch_size = int('8')", "cannot work out batch_size: \"int('8')\" is more than"),
+        ("batch_size = __import__('os').getpid()", "cannot work out batch_size: "),
+        ("out_dir = ''.__class__", "cannot work out out_dir: \"''.__class__\" is more than"),
+        ("batch_size = [8][0]", "cannot work out batch_size: '[8][0]' is more than"),
+        ("batch_size = (lambda: 8)", "cannot work out batch_size: "),
+        ("batch_size = (other := 8)", "cannot work out batch_size: '(other := 8)' is more than"),
+        ("out_dir = f'{open(1)}'", "cannot work out out_dir: 'open(1)' is more than"),
+        ("batch_size = 1 // 0", "cannot work out batch_size: integer "),
+        ("batch_size = 1 + 'x'", "cannot work out batch_size: unsupported operand"),
+        ("batch_size = learning_rate", "cannot work out batch_size: learning_rate is not set above"),
+        ("_wide = 1\nbatch_size = _wied", "cannot work out batch_size: _wied is not set above, did you mean _wide?"),
+        ("batch_size = = 8", "not a line of Python: "),
+    ],
+)
+def test_a_file_line_that_is_no_plain_assignment_is_refused(config_file, refused, line, reason):
+    path = config_file(line)
+    (problem,) = refused(path)
+    assert problem.startswith(f"{path}:{1 + line.count(chr(10))}: {reason}")
+
+
+def test_a_file_cannot_run_code(config_file, refused, tmp_path):
+    left = tmp_path / "left"
+    refused(config_file(f"out_dir = open({str(left)!r}, 'w').name"))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "No such file or directory"),
+        (b"out_dir = '\xff'", "'utf-8' codec can't decode"),
+        (b"out_dir = 'a\0b'", "source code string cannot contain null bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_problem_like_others(tmp_path, refused, content, reason):
+    path = tmp_path / "config.py"
+    if content is not None:
+        path.write_bytes(content)
+    problem, other = refused(str(path), "--batch_size=x")
+    assert problem.startswith(str(path)) and reason in problem
+    assert other.startswith("--batch_size=x")
+
+
+@pytest.mark.parametrize("argument", ["--batch_size", "-batch_size=8", "batch_size=8", "-b", "--compile"])
+def test_an_option_written_another_way_is_told_how(refused, argument):
+    (problem,) = refused(argument)
+    assert problem.startswith(f"{argument}: write options as --{argument.strip('-').partition('=')[0]}=")
+
+
+def test_all_problems_are_told_at_once(config_file, refused):
+    path = config_file("import os\nbatch_size = 'x'\nbatchsize = 1\nout_dir = 7\n")
+    missing = path + ".missing"
+    problems = refused(path, missing, "--dtype=int8", "--compile", "--learning_rate=nan")
+    starts = [f"{path}:{line}: " for line in range(1, 5)] + [f"{missing}: ", "--dtype=int8: ", "--compile: "]
+    starts += ["--learning_rate=nan: "]
+    assert len(problems) == len(starts)
+    assert all(problem.startswith(start) for problem, start in zip(sorted(problems), sorted(starts), strict=True))
+
+
+def test_what_the_class_finds_is_told_with_the_rest(refused):
+    assert read("--least=3", config_class=Limited)[0].least == 3
+    assert refused("--least=12", "--lest=1", config_class=Limited) == [
+        "--lest=1: there is no such option, did you mean least?",
+        "--least=12: must not be above --most=10",
+    ]
+
+
+def test_an_earlier_bad_value_is_refused_although_a_later_one_is_good(refused):
+    assert len(refused("--batch_size=x", "--batch_size=8")) == 1
+
+
+SCRIPTS = [TrainConfig, SampleConfig, *(config_class for config_class, _ in STAGES.values())]
+
+
+@pytest.mark.parametrize("config_class", [Config, *SCRIPTS], ids=lambda config_class: config_class.__name__)
+def test_every_config_is_frozen(config_class):
+    for field in dataclasses.fields(config_class):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config_class(), field.name, field.default)
+
+
+def help_of(config_class, capsys, *argv: str) -> tuple[str, dict]:
+    """The usage line and, for each option, its (type, comment, default)."""
+    with pytest.raises(SystemExit) as exit:
+        read(*argv, config_class=config_class)
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.replace("│", " ").split())
+    entries = re.findall(r"--(\w+) (\S+) ((?:(?! --\w+ ).)+?) \(default: (.*?)\)", words)
+    return out.splitlines()[0], {name: tuple(rest) for name, *rest in entries}
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_option_with_its_comment_and_default(capsys, flag):
+    usage, options = help_of(Config, capsys, "--batch_size=x", flag)
+    assert usage.startswith("usage: program.py [CONFIG_FILE.py ...]")
+    assert options == {
+        "out_dir": ("STR", "where it writes", "out"),
+        "batch_size": ("INT", "sequences in a batch", "128"),
+        "learning_rate": ("FLOAT", "the highest", "0.0005"),
+        "compile": ("{True,False}", "whether to compile", "True"),
+        "dtype": ("{float32,bfloat16}", "of the products", "float32"),
+        "n_kv_heads": ("{None}|INT", "None: as many as heads", "None"),
+        "multiplier": ("{None}|FLOAT", "scales the width", "1.5"),
+    }
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS, ids=lambda config_class: config_class.__name__)
+def test_help_has_a_comment_for_every_option_of_every_script(capsys, config_class):
+    _, options = help_of(config_class, capsys, "--help")
+    assert set(options) == {field.name for field in dataclasses.fields(config_class)}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(run_script, config_file, script):
+    path = config_file("bacth_size = 8")
+    result = run_script(script, path, "--device")
+    assert result.returncode == 2 and result.stdout == ""
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"{script}: {path}:1: bacth_size = 8: there is no such option")
+    assert second == f"{script}: --device: write options as --device=VALUE"
+
+
+def test_refuse_prints_one_line_a_problem(capsys):
+    with pytest.raises(SystemExit) as exit:
+        refuse("one", "two", program="x.py")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "x.py: one\nx.py: two\n"
+
+
+@pytest.mark.parametrize(
+    "error, sentence, status",
+    [
+        (ValueError("--x=1: too small"), "--x=1: too small", 1),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or directory", 1),
+        (OSError(28, "No space left on device"), "No space left on device", 1),
+        (ConnectionError("gave up"), "gave up", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_a_user_s_mistake_ends_with_one_sentence(monkeypatch, capsys, error, sentence, status):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["/some/where/x.py"])
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    assert exit.value.code == status
+    assert capsys.readouterr().err == f"x.py: {sentence}\n"
+    monkeypatch.setenv("CRIA_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        run_script(main)
+
+
+def test_an_error_of_the_program_itself_is_not_hidden():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run_script(main)

@@ -1,0 +1,247 @@
+import functools
+import math
+import struct
+import sys
+
+import pytest
+import torch
+
+import export
+from checkpoint import save_checkpoint, write_model_args
+from configurator import run_script as run_main
+from export import read_model, read_v0, write_v0
+from generation import choose, generate
+from model import ModelArgs, Transformer, rope_tables
+from tokenizer import load_tokenizer
+
+TINY = dict(dim=16, n_layers=2, n_heads=4, vocab_size=19, hidden_dim=24, max_seq_len=6)
+FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+
+
+def random_model(**overrides) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(**(TINY | overrides)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def model_bin(tmp_path) -> str:
+    """The path of a good file."""
+    path = str(tmp_path / "model.bin")
+    write_v0(random_model(n_kv_heads=2), path)
+    return path
+
+
+def content_of(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
+    model = random_model(dim=4, n_heads=1, vocab_size=3, hidden_dim=5, max_seq_len=3, tie_embeddings=tied)
+    names = ["tok_embeddings.weight"]
+    for part in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo"):
+        names += [f"layers.0.{part}.weight", f"layers.1.{part}.weight"]
+    for part in ("ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
+        names += [f"layers.0.{part}.weight", f"layers.1.{part}.weight"]
+    names += ["norm.weight"]
+    state = model.state_dict()
+    header = struct.pack("<7i", 4, 5, 2, 1, 1, 3 if tied else -3, 3)
+    weights = [value for name in names for value in state[name].flatten().tolist()]
+    angles = [position * frequency for position in range(3) for frequency in (1.0, 10000**-0.5)]
+    classifier = [] if tied else state["output.weight"].flatten().tolist()
+    write_v0(model, str(tmp_path / "model.bin"))
+    written = content_of(tmp_path / "model.bin")
+    before = header + struct.pack(f"<{len(weights)}f", *weights)
+    after = struct.pack(f"<{len(classifier)}f", *classifier)
+    assert written[: len(before)] == before
+    assert written[len(written) - len(after) :] == after
+    tables = struct.unpack("<12f", written[len(before) : len(written) - len(after)])
+    assert tables == pytest.approx([*map(math.cos, angles), *map(math.sin, angles)], abs=1e-6)
+
+
+@pytest.mark.parametrize("hidden_dim", [24, 33])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_a_model_comes_back_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
+    """llama2.c #403 and #431: grouped queries were lost on the way."""
+    path = str(tmp_path / "model.bin")
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, hidden_dim=hidden_dim)
+    write_v0(model, path)
+    again = read_v0(path)
+    state, state_again = model.state_dict(), again.state_dict()
+    assert list(state) == list(state_again)
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    assert (again.output.weight is again.tok_embeddings.weight) == tied
+    tokens = torch.randint(19, (2, 6))
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0], again(tokens)[0])
+
+
+def test_the_hidden_width_that_multiple_of_gives_is_written(tmp_path):
+    path = str(tmp_path / "model.bin")
+    write_v0(random_model(hidden_dim=None, multiple_of=4), path)
+    assert struct.unpack_from("<7i", content_of(path))[1] == read_v0(path).args.ffn_dim == 44
+
+
+def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp_path):
+    model = random_model(tie_embeddings=False)
+    args, state = model.args, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("first.bin", "second.bin"):
+        write_v0(model, str(tmp_path / name))
+    assert content_of(tmp_path / "first.bin") == content_of(tmp_path / "second.bin")
+    assert model.args == args and all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, tmp_path):
+    path, copy = shared("models/stories260K.bin"), str(tmp_path / "model.bin")
+    model, tokenizer = read_v0(path), load_tokenizer(shared("models/tok512.bin"))
+    write_v0(model, copy)
+    assert content_of(copy) == content_of(path)
+    tokens = list(generate(model, [tokenizer.bos_id], 200, functools.partial(choose, temperature=0)))
+    assert len(tokens) == 200
+    assert tokenizer.decode(tokens).startswith("Once upon a time, there was a little girl named Lily.")
+
+
+def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
+    model, tokens = read_v0(model_bin), torch.tensor([[1, 2, 3]])
+    checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
+    save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
+    (tmp_path / "weights.pt").write_bytes(content_of(model_bin))
+    from_checkpoint, tokenizer_hash = read_model(str(tmp_path / "checkpoint.bin"))
+    from_weights, no_hash = read_model(str(tmp_path / "weights.pt"))
+    assert tokenizer_hash == "abc" and no_hash is None
+    with torch.no_grad():
+        assert torch.equal(from_checkpoint(tokens)[0], model(tokens)[0])
+        assert torch.equal(from_weights(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    "name, overrides", [("rope_theta=500000", dict(rope_theta=500000.0)), ("norm_eps=1e-06", dict(norm_eps=1e-6))]
+)
+def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        write_v0(random_model(**overrides), str(tmp_path / "model.bin"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"])
+def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(name, value, model_bin, tmp_path):
+    before, model = content_of(model_bin), random_model()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    with pytest.raises(ValueError, match=name):
+        write_v0(model, model_bin)
+    assert content_of(model_bin) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+@pytest.fixture
+def builds_nothing(monkeypatch):
+    """A file must be refused before the model it claims to hold takes memory."""
+
+    def forbidden(args):
+        raise AssertionError(f"built {args}")
+
+    monkeypatch.setattr(export, "Transformer", forbidden)
+
+
+@pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("field", range(7), ids=FIELDS)
+def test_a_header_that_lies_is_refused_before_anything_is_built(field, change, model_bin, builds_nothing):
+    content = bytearray(content_of(model_bin))
+    header = list(struct.unpack_from("<7i", content))
+    header[field] = {+1: header[field] + 1, -1: header[field] - 1, "x2": 2 * header[field]}.get(change, change)
+    content[:28] = struct.pack("<7i", *header)
+    with open(model_bin, "wb") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=r"model\.bin: "):
+        read_v0(model_bin)
+
+
+def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bin, builds_nothing):
+    with open(model_bin, "r+b") as file:
+        file.write(struct.pack("<7i", 2**30, 2**30, 2**31 - 1, 2**10, 2**10, -(2**31), 2**31 - 1))
+    with pytest.raises(ValueError, match=r"model\.bin: "):
+        read_v0(model_bin)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:27],
+        lambda content: content[:28],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content[:-4],
+        lambda content: content + b"\0",
+        lambda content: content + content,
+        lambda content: b"Once upon a time, there was a little girl. " * 100,
+    ],
+    ids=["empty", "part of a header", "header alone", "half", "a byte less", "a value less", "a byte more", "twice",
+         "text"],
+)  # fmt: skip
+def test_a_file_of_another_length_is_refused_before_anything_is_built(damage, model_bin, builds_nothing):
+    content = content_of(model_bin)
+    with open(model_bin, "wb") as file:
+        file.write(damage(content))
+    with pytest.raises(ValueError, match=r"model\.bin: "):
+        read_v0(model_bin)
+
+
+def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
+    """The format says nothing of rope_theta, but the tables in the file do."""
+    tables = b"".join(table.numpy().tobytes() for table in rope_tables(4, 6, 500000.0))
+    with open(model_bin, "r+b") as file:
+        file.seek(-len(tables), 2)
+        file.write(tables)
+    with pytest.raises(ValueError, match=r"model\.bin: .*rotary"):
+        read_v0(model_bin)
+
+
+def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
+    with open(model_bin, "r+b") as file:
+        file.seek(28 + 4 * 100)
+        file.write(struct.pack("<f", math.nan))
+    with pytest.raises(ValueError, match=r"model\.bin: .*no numbers"):
+        read_v0(model_bin)
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"nowhere/model\.bin"):
+        read_model("nowhere/model.bin")
+
+
+def test_the_command_exports_a_checkpoint_and_copies_a_model_bin(run_script, model_bin, tmp_path):
+    model = read_v0(model_bin)
+    checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
+    save_checkpoint(str(tmp_path / "ckpt.pt"), checkpoint)
+    result = run_script("export.py", "new/exported.bin", "--checkpoint=ckpt.pt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert content_of(tmp_path / "new" / "exported.bin") == content_of(model_bin)
+
+
+@pytest.mark.parametrize(
+    "arguments, status, said",
+    [
+        ([], 2, "say what to write"),
+        (["model.bin", "--checkpoint=nowhere.pt"], 1, "nowhere.pt: there is no such file"),
+        (["model.bin", f"--checkpoint={__file__}"], 1, f"{__file__}: "),
+    ],
+    ids=["no output", "no checkpoint", "no model"],
+)
+def test_the_command_refuses_in_a_sentence_and_writes_nothing(arguments, status, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_main(export.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == status
+    assert said in error and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

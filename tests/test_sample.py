@@ -1,0 +1,185 @@
+import sys
+
+import pytest
+import torch
+
+import sample
+from atomic import write_atomically
+from checkpoint import save_checkpoint, write_model_args
+from configurator import run_script as run_main
+from export import write_v0
+from generation import choose, generate
+from model import ModelArgs, Transformer
+from tokenizer import load_tokenizer, train_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def out_dir(model, tokenizer, tmp_path_factory) -> str:
+    """What a training run leaves."""
+    folder = tmp_path_factory.mktemp("out")
+    checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
+    save_checkpoint(str(folder / "ckpt.pt"), checkpoint | dict(tokenizer_hash=tokenizer.hash))
+    write_v0(model, str(folder / "model.bin"))
+    write_atomically(str(folder / "tokenizer.model"), tokenizer.proto)
+    return str(folder)
+
+
+@pytest.fixture
+def run_sample(monkeypatch, capsys):
+    """run_sample("--seed=1", ...) runs the script in this process: (status, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--max_new_tokens=40", *arguments])
+        status = 0
+        try:
+            run_main(sample.main)
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def text_of(output: str) -> str:
+    """What was printed beside the list of options."""
+    return "\n".join(line for line in output.split("\n") if not line.endswith("  (command line)"))
+
+
+def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_dir, model, tokenizer):
+    arguments = (f"--out_dir={out_dir}", "--start=Zoë saw", "--temperature=0", "--max_new_tokens=60", "--device=cpu")
+    result = run_script("sample.py", *arguments, env={"PYTHONUTF8": "1"})
+    prompt = tokenizer.encode("Zoë saw", bos=True)
+    stop = {tokenizer.bos_id, tokenizer.eos_id}
+    tokens = generate(model, prompt, 60, lambda logits: choose(logits, temperature=0), stop)
+    assert result.returncode == 0, result.stderr
+    assert text_of(result.stdout) == tokenizer.decode([*prompt, *tokens]) + "\n"
+    assert text_of(result.stdout).startswith("Zoë saw")
+    assert "tokens/s on cpu" in result.stderr
+
+
+def test_a_character_that_the_terminal_lacks_ends_no_story(run_script, out_dir):
+    """As where output goes to a file on Windows, in the code page of the system."""
+    arguments = (f"--out_dir={out_dir}", "--start=Zoë saw", "--max_new_tokens=5", "--device=cpu")
+    result = run_script("sample.py", *arguments, env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert text_of(result.stdout).startswith("Zo")
+
+
+def test_the_same_seed_tells_the_same_stories_and_another_seed_others(run_sample, out_dir):
+    told = [run_sample(f"--out_dir={out_dir}", "--start=Once", f"--seed={seed}")[1] for seed in (1, 1, 2)]
+    first, again, other = map(text_of, told)
+    assert first == again != other
+
+
+def test_several_samples_differ_and_each_begins_with_the_prompt(run_sample, out_dir):
+    status, output, _ = run_sample(f"--out_dir={out_dir}", "--start=Once", "--num_samples=3")
+    samples = text_of(output).split("\n---------------\n")
+    assert status == 0 and len(set(samples)) == len(samples) == 3
+    assert all(text.startswith("Once") for text in samples)
+
+
+def test_the_prompt_may_be_in_a_file(run_sample, out_dir, tmp_path):
+    (tmp_path / "start.txt").write_text("Zoë had a red ball.\nShe", encoding="utf-8")
+    status, output, _ = run_sample(f"--out_dir={out_dir}", f"--start=FILE:{tmp_path}/start.txt")
+    assert status == 0
+    assert text_of(output).startswith("Zoë had a red ball.\nShe")
+
+
+def test_a_checkpoint_and_the_exported_file_tell_the_same_story(run_sample, out_dir):
+    told = [run_sample(f"--init_from={out_dir}/{name}", "--start=Once")[1] for name in ("ckpt.pt", "model.bin")]
+    assert text_of(told[0]) == text_of(told[1])
+
+
+def test_bfloat16_tells_a_story(run_sample, out_dir):
+    assert run_sample(f"--out_dir={out_dir}", "--dtype=bfloat16", "--start=Once")[0] == 0
+
+
+@pytest.fixture
+def other_tokenizer(stories, tmp_path):
+    """other_tokenizer(size) is the path of one that the model was not trained with."""
+
+    def train(size: int) -> str:
+        path = str(tmp_path / f"other{size}.model")
+        write_atomically(path, train_sentencepiece(["zebras quack"] + [text.upper() for text in stories], size))
+        return path
+
+    return train
+
+
+def test_a_tokenizer_of_another_size_is_refused_with_both_named(run_sample, out_dir, other_tokenizer):
+    """llama2.c #263: the wrong tokenizer tells gibberish."""
+    path = other_tokenizer(300)
+    for name in ("ckpt.pt", "model.bin"):
+        status, _, error = run_sample(f"--init_from={out_dir}/{name}", f"--tokenizer={path}")
+        assert status == 1 and len(error.splitlines()) == 1
+        assert f"{path} has 300 tokens, but the model in {out_dir}/{name} has 512" in error
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_with_both_named(run_sample, out_dir, other_tokenizer, tokenizer):
+    path = other_tokenizer(512)
+    status, _, error = run_sample(f"--out_dir={out_dir}", f"--tokenizer={path}")
+    assert status == 1 and len(error.splitlines()) == 1
+    for part in (path, load_tokenizer(path).hash[:12], f"{out_dir}/ckpt.pt", tokenizer.hash[:12]):
+        assert part in error
+
+
+def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, tokenizer, tmp_path):
+    write_atomically(str(tmp_path / "vocabulary"), tokenizer.to_bin())
+    told = [
+        run_sample(f"--out_dir={out_dir}", "--start=Once upon", *more)
+        for more in ([], [f"--tokenizer={tmp_path}/vocabulary"])
+    ]
+    assert told[0][0] == told[1][0] == 0
+    assert text_of(told[0][1]) == text_of(told[1][1])
+
+
+@pytest.mark.parametrize(
+    "arguments, status, said",
+    [
+        (["--out_dir={empty}"], 1, "{empty}/ckpt.pt: there is no such file"),
+        (["--init_from={empty}"], 1, "{empty}: there is no such file"),
+        (["--init_from={out_dir}/tokenizer.model"], 1, "{out_dir}/tokenizer.model: "),
+        (["--out_dir={out_dir}", "--tokenizer={empty}/t.model"], 1, "{empty}/t.model: No such file"),
+        (["--out_dir={out_dir}", "--tokenizer={out_dir}/model.bin"], 1, "{out_dir}/model.bin: neither"),
+        (["--out_dir={out_dir}", "--start=FILE:{empty}/start.txt"], 1, "{empty}/start.txt: No such file"),
+        (["--out_dir={out_dir}", "--start=FILE:{out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
+        (["--out_dir={out_dir}", "--device=gpu"], 1, "--device=gpu: must be"),
+        (["--num_samples=0"], 2, "--num_samples and --max_new_tokens must be at least 1"),
+        (["--max_new_tokens=0"], 2, "--num_samples and --max_new_tokens must be at least 1"),
+        (["--temperature=-1"], 2, "--temperature=-1: must be 0 or more"),
+        (["--temperature=nan"], 2, "--temperature=nan: must be a number"),
+        (["--top_k=-1"], 2, "--top_k=-1: must be 0 or more"),
+        (["--top_p=0"], 2, "--top_p=0: must be above 0 and at most 1"),
+        (["--top_p=1.5"], 2, "--top_p=1.5: must be above 0 and at most 1"),
+        (["--temprature=1"], 2, "did you mean temperature?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_refused_in_one_sentence(arguments, status, said, run_sample, out_dir, tmp_path):
+    places = dict(empty=tmp_path, out_dir=out_dir)
+    ended, _, error = run_sample(*(argument.format(**places) for argument in arguments))
+    assert ended == status
+    assert said.format(**places) in error and len(error.splitlines()) == 1
+
+
+def test_without_a_tokenizer_beside_the_model_one_must_be_named(run_sample, model, tmp_path):
+    write_v0(model, str(tmp_path / "model.bin"))
+    status, _, error = run_sample(f"--init_from={tmp_path}/model.bin")
+    assert status == 1 and len(error.splitlines()) == 1
+    assert f"no tokenizer.model beside {tmp_path}/model.bin" in error and "--tokenizer=PATH" in error
+
+
+def test_the_command_ends_with_status_1_and_one_sentence_where_there_is_no_model(run_script):
+    result = run_script("sample.py")
+    assert result.returncode == 1
+    assert "out/ckpt.pt" in result.stderr and len(result.stderr.splitlines()) == 1

@@ -1,0 +1,219 @@
+"""
+train.py as its users run it: the real command on a tiny model.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, load_model
+from export import read_v0
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    *("--vocab_size=512", "--dim=32", "--n_layers=2", "--n_heads=4", "--n_kv_heads=2", "--max_seq_len=32"),
+    *("--batch_size=2", "--gradient_accumulation_steps=4", "--learning_rate=1e-2", "--warmup_iters=2"),
+    *("--eval_interval=20", "--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32"),
+)
+
+
+@pytest.fixture
+def train(run_script, data_dir):
+    def run(*args, **options):
+        result = run_script("train.py", f"--data_dir={data_dir}", *args, **options)
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+def torchrun(processes: int, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*command, str(ROOT / "train.py"), *args], capture_output=True, text=True, timeout=180)
+
+
+def records(out_dir: Path, key: str) -> list[float]:
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_state(a: Path, b: Path) -> bool:
+    """Whether two checkpoints have the same weights and moments, bit for bit."""
+    a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
+    moments = ([state["exp_avg_sq"] for state in c["optimizer"]["state"].values()] for c in (a, b))
+    return same_tensors(a["model"], b["model"]) and all(map(torch.equal, *moments))
+
+
+def test_a_run_leaves_all_that_is_promised(train, tmp_path):
+    result = train(*TINY, "--max_iters=40", f"--out_dir={tmp_path}", "--sample_interval=40")
+    assert result.returncode == 0, result.stderr
+    assert "a story after 40 steps" in result.stdout
+    assert records(tmp_path, "val_loss")[-1] < records(tmp_path, "val_loss")[0] - 1
+    assert all(math.isfinite(loss) for loss in records(tmp_path, "loss")) and len(records(tmp_path, "loss")) == 40
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    left = {"ckpt.pt", "best.pt", "model.bin", "metrics.jsonl", "loss.png", "tokenizer.model", "tokenizer.bin", ".lock"}
+    assert set(os.listdir(tmp_path)) == left
+    best, checkpoint = load_model(str(tmp_path / "best.pt"))
+    assert checkpoint["best_val_loss"] == min(records(tmp_path, "val_loss"))
+    assert same_tensors(best.state_dict(), read_v0(str(tmp_path / "model.bin")).state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_40_steps_are_20_and_resume_and_20_bit_for_bit_with_dropout(train, tmp_path, dtype):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    options = (*TINY, f"--dtype={dtype}", "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
+    assert train(*options, f"--out_dir={straight}").returncode == 0
+    resumed.mkdir()
+    shutil.copy(straight / "ckpt_000020.pt", resumed / "ckpt.pt")
+    assert train("--init_from=resume", f"--out_dir={resumed}").returncode == 0
+    assert same_state(straight / "ckpt.pt", resumed / "ckpt.pt")
+    assert records(straight, "loss")[20:] == records(resumed, "loss")
+    assert records(straight, "val_loss")[1:] == records(resumed, "val_loss")
+
+
+def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_path):
+    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=20")
+    runs = {name: tmp_path / name for name in ("accumulated", "whole", "two processes")}
+    assert train(*options, f"--out_dir={runs['accumulated']}").returncode == 0
+    whole = ("--batch_size=8", "--gradient_accumulation_steps=1")
+    assert train(*options, *whole, f"--out_dir={runs['whole']}").returncode == 0
+    result = torchrun(2, *options, f"--out_dir={runs['two processes']}")
+    assert result.returncode == 0, result.stderr
+    losses, norms = ({name: records(folder, key) for name, folder in runs.items()} for key in ("loss", "grad_norm"))
+    assert len(losses["whole"]) == 20
+    for name in ("whole", "two processes"):
+        assert losses[name] == pytest.approx(losses["accumulated"], abs=1e-5)
+        assert norms[name] == pytest.approx(norms["accumulated"], abs=1e-4)
+
+
+def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_path):
+    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
+    assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
+    assert torchrun(2, *options, f"--out_dir={tmp_path / 'two'}").returncode == 0
+    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-5)
+
+
+def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_path):
+    result = torchrun(3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}")
+    assert result.returncode != 0 and "give a multiple of 3" in result.stderr
+
+
+def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
+    assert train(*TINY, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
+    blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False")
+    result = train("--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--max_iters=60", "--checkpoint_interval=1")
+    assert result.returncode == 1 and "step 2" in result.stderr and "ckpt.pt of step 2" in result.stderr
+    kept = load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert all(weight.isfinite().all() for weight in kept["model"].values())
+
+
+def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_path):
+    options = (*TINY, "--dtype=float16", "--max_iters=3", "--checkpoint_interval=1")
+    assert train(*options, f"--out_dir={tmp_path}").returncode == 0
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    before["scaler"]["scale"] = 2.0**100
+    torch.save(before, tmp_path / "ckpt.pt")
+    assert train("--init_from=resume", "--max_iters=4", f"--out_dir={tmp_path}").returncode == 0
+    after = load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert after["iter_num"] == 4 and after["scaler"]["scale"] == 2.0**99
+    assert same_tensors(before["model"], after["model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir, tmp_path, number):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train(*TINY, "--max_iters=80", f"--out_dir={straight}").returncode == 0
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=80", "--checkpoint_interval=0"]
+    process = subprocess.Popen(
+        [*command, f"--data_dir={data_dir}", f"--out_dir={stopped}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("30 |"):
+            process.send_signal(number)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--init_from=resume" in rest and "Traceback" not in errors
+    assert 30 < load_checkpoint(str(stopped / "ckpt.pt"))["iter_num"] < 80
+    assert train("--init_from=resume", f"--out_dir={stopped}").returncode == 0
+    assert same_state(straight / "ckpt.pt", stopped / "ckpt.pt")
+    assert records(straight, "loss") == records(stopped, "loss")
+
+
+def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
+    assert train(*TINY, "--max_iters=4", f"--out_dir={tmp_path}").returncode == 0
+    ours = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    theirs = {key: ours[key] for key in ("optimizer", "model_args", "iter_num", "best_val_loss")}
+    theirs["model"] = {f"_orig_mod.{name}": weight for name, weight in ours["model"].items()}
+    known = ("data_dir", "batch_size", "max_seq_len", "vocab_source", "vocab_size", "gradient_accumulation_steps")
+    theirs["config"] = {name: ours["config"][name] for name in known} | {"device": "cuda", "wandb_log": False}
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    result = train("--init_from=resume", "--max_iters=5", "--compile=False", "--eval_iters=1", f"--out_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 5
+
+
+def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words(train, tmp_path):
+    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    result = train("--init_from=resume", "--dim=64", "--n_kv_heads=4", f"--out_dir={tmp_path}")
+    assert result.returncode == 1 and "--dim=64" in result.stderr and "--n_kv_heads=4" in result.stderr
+    same = ("--dim=32", "--hidden_dim=96", "--max_iters=3")
+    assert train("--init_from=resume", *same, f"--out_dir={tmp_path}").returncode == 0
+
+
+def test_a_new_run_moves_an_earlier_one_aside(train, tmp_path):
+    assert train(*TINY, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
+    earlier = (tmp_path / "ckpt.pt").read_bytes()
+    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    assert (tmp_path / "previous1" / "ckpt.pt").read_bytes() == earlier
+    assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 2
+
+
+def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path):
+    assert train(*TINY, "--max_iters=3", f"--out_dir={tmp_path}", "--eval_iters=0").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = train("--init_from=resume", "--eval_only=True", f"--out_dir={tmp_path}")
+    assert result.returncode == 0 and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
+def test_a_compiled_run_saves_plain_names_and_trains_alike(train, tmp_path):
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    assert train(*TINY, "--max_iters=5", f"--out_dir={plain}").returncode == 0
+    result = train(*TINY, "--max_iters=5", "--compile=True", f"--out_dir={compiled}", timeout=300)
+    assert result.returncode == 0 and "cannot compile" not in result.stdout
+    assert records(compiled, "loss") == pytest.approx(records(plain, "loss"), abs=1e-4)
+    assert load_model(str(compiled / "ckpt.pt"))
+
+
+def test_a_machine_that_cannot_compile_trains_all_the_same(train, tmp_path):
+    without_compiler = {"CXX": "/nonexistent/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = (*TINY, "--max_iters=2", "--compile=True", f"--out_dir={tmp_path / 'out'}")
+    result = train(*options, env=without_compiler)
+    assert result.returncode == 0 and result.stdout.count("cannot compile here") == 1
+    assert len(records(tmp_path / "out", "loss")) == 2
+
+
+def test_wandb_is_told_when_asked(train, tmp_path):
+    (tmp_path / "wandb.py").write_text(
+        "def init(**options): print('wandb init', options['project'], options['config']['dim'])\n"
+        "def log(figures, step): print('wandb log', step, *figures)\n"
+    )
+    options = (*TINY, "--max_iters=1", "--wandb_log=True", f"--out_dir={tmp_path}")
+    result = train(*options, env={"PYTHONPATH": str(tmp_path)})
+    assert "wandb init cria 32" in result.stdout and "wandb log 0 loss" in result.stdout
