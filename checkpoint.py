@@ -9,6 +9,7 @@ random, position (sequences read so far), tokenizer_hash, versions.
 import dataclasses
 import os
 import pickle
+import re
 import zipfile
 
 import torch
@@ -17,7 +18,10 @@ from atomic import AtomicFile
 from model import ModelArgs, Transformer
 
 # What torch.load raises for files that it did not write.
-UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError, TypeError)
+UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
 FORMAT = 1  # of our own keys
 LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
 
@@ -37,21 +41,27 @@ def save_checkpoint(path: str, checkpoint: dict):
 
 
 def load_checkpoint(path: str) -> dict:
-    """The checkpoint on the CPU, its model a state dict with our names, its model_args a ModelArgs.
+    """The checkpoint on the CPU, its model a state dict with our names, its model_args a ModelArgs
+    that the weights fit.
 
     Raises ValueError, naming the file, where it is damaged, unsafe or not a checkpoint."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = (str(error) or "it is empty").splitlines()[0][:100]
-        raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            reason = (str(error) or "it is empty").splitlines()[0][:100]
+            raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
     missing = {"model", "model_args", "iter_num"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}")
+    state = checkpoint["model"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state):
+        raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
+    checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}
     checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
-    checkpoint["model"] = {plain_name(name): weight for name, weight in checkpoint["model"].items()}
+    check_weights(checkpoint["model_args"], checkpoint["model"], path)
     return checkpoint
 
 
@@ -79,20 +89,32 @@ def write_model_args(args: ModelArgs) -> dict:
     return saved | {name: value for name, value in extra.items() if value != getattr(plain, name)}
 
 
-def load_weights(model: Transformer, state: dict, path: str):
-    """Copy a state dict into the model: every tensor, of the right shape, once. Raises ValueError
-    naming what is missing, unexpected or of another shape."""
-    expected = model.state_dict()
+def check_weights(args: ModelArgs, state: dict, path: str):
+    """Raise ValueError unless state has every tensor of the model, of the right shape, and no other,
+    naming what is missing, unexpected or of another shape. Allocates nothing."""
+    layers = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"layers\.\d+\.", name)), default=-1)
+    if layers < args.n_layers:
+        raise ValueError(f"{path}: the weights do not fit the model: {layers} layers, not n_layers={args.n_layers}")
+    try:
+        with torch.device("meta"):
+            expected = Transformer(args).state_dict()
+    except RuntimeError as error:  # sizes beyond all memory
+        raise ValueError(f"{path}: the weights do not fit the model: {error}") from error
     problems = [f"no {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
         if state[name].shape != expected[name].shape:
             problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
     tied = ("tok_embeddings.weight", "output.weight")
-    if model.args.tie_embeddings and not problems and not torch.equal(*(state[name] for name in tied)):
+    if args.tie_embeddings and not problems and not torch.equal(*(state[name] for name in tied)):
         problems.append("its classifier differs from its embedding, which this model ties")
     if problems:
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
+
+
+def load_weights(model: Transformer, state: dict, path: str):
+    """Copy a state dict into the model. Raises ValueError where check_weights does."""
+    check_weights(model.args, state, path)
     model.load_state_dict(state, strict=True)
 
 

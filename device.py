@@ -3,6 +3,7 @@ Where and how precisely to compute: the device, the number format, its peak spee
 """
 
 import contextlib
+import re
 
 import torch
 
@@ -23,9 +24,9 @@ def pick_device(name: str) -> str:
     flag, for a device that is unknown or not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
+    kind, colon, index = name.partition(":")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there or (index and not index.isdigit()):
+    if kind not in there or (colon and not index.isdigit()):
         raise ValueError(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
     if not there[kind] or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
         raise ValueError(f"--device={name}: this machine has no such device, try --device=auto")
@@ -57,4 +58,4 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -38,7 +38,9 @@ def evaluate(model, windows: TokenWindows, byte_counts, batch_size: int, num_bat
         predicted = targets[targets != -1]
         nats += loss.item() * len(predicted)
         tokens += len(predicted)
-        text_bytes += int(byte_counts[predicted.numpy()].sum())
+        # The space before a text, which is none of it, is in the token that follows BOS.
+        before = inputs[targets != -1].numpy()
+        text_bytes += int(byte_counts[predicted.numpy()].clip(min=0).sum() + byte_counts[before].clip(max=0).sum())
     model.train(was_training)
     nats, tokens, text_bytes = world.sum([nats, tokens, text_bytes])
     return Quality(nats / tokens, nats / math.log(2) / max(1, text_bytes))

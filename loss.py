@@ -14,13 +14,12 @@ CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index: int, dtype: torch.dtype):
+    def forward(ctx, hidden, weight, targets, ignore_index: int, dtype: torch.dtype, need_grad: bool):
         ctx.dtypes = hidden.dtype, weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         count = (targets != ignore_index).sum().clamp(min=1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        need_grad = any(ctx.needs_input_grad)
         hidden_grad, weight_grad = [], torch.zeros_like(weight, dtype=wide) if need_grad else None
         tokens = torch.arange(weight.shape[0], device=hidden.device)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -40,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None, None, None
+        return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1):
@@ -52,4 +51,4 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1):
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, dtype)
+        return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, dtype, torch.is_grad_enabled())

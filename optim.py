@@ -27,9 +27,10 @@ def load_optimizer(optimizer, state: dict, path: str):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         indices = [index for group in groups for index in group["params"]]
         for parameter, index in zip(parameters, indices, strict=True):
-            moment = state["state"].get(index, {}).get("exp_avg", parameter)
-            if moment.shape != parameter.shape:
-                raise ValueError(f"a moment is {tuple(moment.shape)}, not {tuple(parameter.shape)}")
+            saved = state["state"].get(index)
+            for moment in (saved["exp_avg"], saved["exp_avg_sq"]) if saved else ():
+                if moment.shape != parameter.shape:
+                    raise ValueError(f"a moment is {tuple(moment.shape)}, not {tuple(parameter.shape)}")
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit the model ({error})") from error

@@ -84,6 +84,7 @@ def find_tokenizer(path: str, model_path: str, vocab_size: int, expected_hash: s
 
 def main():
     config, given = configure(SampleConfig)
+    sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than the model
     print_overrides(config, given)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)

@@ -106,7 +106,7 @@ def test_a_checkpoint_and_the_exported_file_have_the_same_figures(model, quality
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_shares_of_several_processes_add_up_to_the_whole(size, model, quality_of):
+def test_the_shares_of_several_processes_add_up_to_the_whole(size, model, quality_of, token_folder):
     shares = []
 
     class Recorded(World):
@@ -117,6 +117,7 @@ def test_the_shares_of_several_processes_add_up_to_the_whole(size, model, qualit
     for rank in range(size):
         quality_of(model, world=Recorded(rank, rank, size))
     nats, tokens, text_bytes = map(sum, zip(*shares, strict=True))
+    assert tokens == sum(len(tokens) - 1 for tokens in validation_tokens(token_folder))  # and none twice
     together = nats / tokens, nats / math.log(2) / text_bytes
     assert together == pytest.approx(quality_of(model), rel=1e-6)
 

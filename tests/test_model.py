@@ -166,6 +166,14 @@ def test_dropout_acts_in_training_only(attention):
         assert not torch.allclose(model(tokens)[0], model(tokens)[0], atol=1e-2)
 
 
+def test_dropout_reaches_the_weights_of_attention(attention):
+    layer = random_model(dropout=0.5).layers[0].attention
+    q, k, v = torch.randn(3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0))  # each (B, n_heads, T, head_dim)
+    assert torch.equal(layer.attend(q, k, v), layer.attend(q, k, v))
+    layer.train()
+    assert not torch.allclose(layer.attend(q, k, v), layer.attend(q, k, v), atol=1e-2)
+
+
 @pytest.mark.parametrize("n_layers", [1, 3, 8])
 def test_init_scales_wo_and_w2_by_depth_and_nothing_else(n_layers):
     """llama2.c #579: the scaled deviation landed on w3."""

@@ -104,6 +104,23 @@ def test_bfloat16_tells_a_story(run_sample, out_dir):
     assert run_sample(f"--out_dir={out_dir}", "--dtype=bfloat16", "--start=Once")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["bos_id", "eos_id"])
+def test_a_story_ends_where_the_model_says_so(name, run_sample, tokenizer, tokenizer_path, tmp_path):
+    """The likeliest token of this model is always the same."""
+    model = Transformer(ModelArgs(dim=4, n_layers=1, n_heads=1, vocab_size=512, max_seq_len=32, tie_embeddings=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.tok_embeddings.weight.fill_(1)
+        model.norm.weight.fill_(1)
+        model.output.weight[getattr(tokenizer, name)] = 1
+    write_v0(model, str(tmp_path / "model.bin"))
+    arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--temperature=0")
+    status, output, error = run_sample(*arguments, "--start=The end")
+    assert status == 0 and text_of(output) == "The end\n"
+    assert "\n0 tokens" in error
+
+
 @pytest.fixture
 def other_tokenizer(stories, tmp_path):
     """other_tokenizer(size) is the path of one that the model was not trained with."""

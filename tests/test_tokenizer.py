@@ -1,6 +1,5 @@
 import random
 import re
-import struct
 
 import numpy as np
 import pytest
@@ -108,14 +107,15 @@ def test_byte_counts_of_a_vocabulary_that_puts_no_space_before_the_text(tokenize
 
 
 def golden_bin(proto: bytes) -> bytes:
-    """tokenizer.bin as shared/formats.md describes it, from the fields of the model itself."""
+    """tokenizer.bin as llama2.c writes it, from the fields of the model itself."""
     names = {"<s>": b"\n<s>\n", "</s>": b"\n</s>\n"}
     tokens = []
     for piece in sentencepiece_model_pb2.ModelProto.FromString(proto).pieces:
         content = names.get(piece.piece, piece.piece.replace("\u2581", " ").encode("utf-8"))
         tokens.append((piece.score, content))
     longest = max(len(content) for _, content in tokens)
-    packed = [np.array([score], "<f4").tobytes() + len(content).to_bytes(4, "little") + content for score, content in tokens]
+    scores = [np.array([score], "<f4").tobytes() for score, _ in tokens]
+    packed = [score + len(text).to_bytes(4, "little") + text for score, (_, text) in zip(scores, tokens, strict=True)]
     return longest.to_bytes(4, "little") + b"".join(packed)
 
 
@@ -124,8 +124,8 @@ def test_tokenizer_bin_has_the_golden_bytes(tokenizer):
     assert content == golden_bin(tokenizer.proto)
     begin = b"\0\0\0\0" + b"\x05\0\0\0<unk>" + b"\0\0\0\0" + b"\x05\0\0\0\n<s>\n" + b"\0\0\0\0" + b"\x06\0\0\0\n</s>\n"
     assert content[4:].startswith(begin + b"\0\0\0\0" + b"\x06\0\0\0<0x00>")
-    first_merge = tokenizer.processor.id_to_piece(259).replace("▁", " ").encode()
-    assert struct.pack("<fI", 0.0, len(first_merge)) + first_merge in content
+    second_merge = tokenizer.processor.id_to_piece(260).replace("▁", " ").encode()
+    assert b"\0\0\x80\xbf" + bytes([len(second_merge), 0, 0, 0]) + second_merge in content  # its score is -1.0
 
 
 def test_tokenizer_bin_encodes_as_the_model_it_came_from(tokenizer, tokenizer_bin, texts):
@@ -159,9 +159,9 @@ def test_digits_stand_alone_and_spaces_are_kept(stories):
 
 def test_long_lines_are_learned_from_too():
     """SentencePiece leaves out lines above 4192 bytes: a text without line breaks would teach nothing."""
-    line = " ".join(["the quick brown llama"] * 2000)
-    tokenizer = Tokenizer(train_sentencepiece([line], 290))
-    assert tokenizer.processor.piece_to_id("▁llama") > 0
+    line = " ".join(["a llama"] * 2000)
+    tokenizer = Tokenizer(train_sentencepiece([line], 270))
+    assert tokenizer.processor.piece_to_id("▁llama") != tokenizer.processor.unk_id()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_damaged_file_never_does_worse_than_being_refused(tokenizer, tmp_path,
     assert refused > 50
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 1000, b"Once upon a time\n" * 50, b"\x80\x02}q\x00", b"PK\x03\x04"])
+@pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 1000, b"Once upon a time\n" * 50, b"\x80\x02}q", b"PK\x03"])
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "other.model"
     path.write_bytes(content)

@@ -112,9 +112,9 @@ def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_
 
 def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
     assert train(*TINY, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
-    blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False")
-    result = train("--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--max_iters=60", "--checkpoint_interval=1")
-    assert result.returncode == 1 and "step 2" in result.stderr and "ckpt.pt of step 2" in result.stderr
+    blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False", "--max_iters=60")
+    result = train("--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--checkpoint_interval=1")
+    assert result.returncode == 1 and "ckpt.pt of step 2" in result.stderr
     kept = load_checkpoint(str(tmp_path / "ckpt.pt"))
     assert all(weight.isfinite().all() for weight in kept["model"].values())
 
