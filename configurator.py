@@ -102,7 +102,7 @@ def read_arguments(argv, positional, problems):
         if argument.startswith("--") and equals:
             yield key, value, COMMAND_LINE
         elif argument.startswith("-"):
-            problems.append(f"{argument}: write options as --{key.lstrip('-')}=VALUE")
+            problems.append(f"{argument}: write options as --{argument.lstrip('-')}{'' if equals else '=VALUE'}")
         elif waiting:
             yield waiting.pop(0), argument, COMMAND_LINE
         elif equals:

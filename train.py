@@ -104,7 +104,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
-        if self.min_lr > self.learning_rate:
+        if 0 <= self.learning_rate < self.min_lr:
             yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
         try:
             if self.init_from == "scratch":  # else the rest of the architecture is in the checkpoint

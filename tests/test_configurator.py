@@ -7,7 +7,8 @@ import pytest
 
 from configurator import configure, print_overrides, refuse, run_script
 from sample import SampleConfig
-from tinystories import STAGES
+from tests.conftest import ROOT
+from tinystories import STAGES, Pretokenize
 from train import TrainConfig
 
 
@@ -341,6 +342,13 @@ def test_help_lists_every_option_with_its_comment_and_default(capsys, flag):
 def test_help_has_a_comment_for_every_option_of_every_script(capsys, config_class):
     _, options = help_of(config_class, capsys, "--help")
     assert set(options) == {field.name for field in dataclasses.fields(config_class)}
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_preset_is_accepted_by_its_script(preset):
+    config_class = Pretokenize if preset.stem.endswith("_data") else TrainConfig
+    _, given = read(str(preset), config_class=config_class)
+    assert given and all(source.startswith(f"{preset}:") for source in given.values())
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

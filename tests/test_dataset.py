@@ -1,7 +1,5 @@
 import itertools
-import json
 import os
-import re
 import threading
 
 import numpy as np
@@ -53,7 +51,7 @@ def test_a_vocabulary_has_a_folder_of_its_own():
     assert tokens_folder("data", "llama2", 32000) == os.path.join("data", "llama2")
 
 
-@pytest.mark.parametrize("vocab_size, name", [(512, "<u2"), (32000, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")])
+@pytest.mark.parametrize("vocab_size, name", [(512, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")])
 def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, name):
     assert token_dtype(vocab_size).str == name
     assert np.iinfo(token_dtype(vocab_size)).max >= vocab_size - 1
@@ -135,17 +133,19 @@ def test_train_and_val_windows_keep_to_their_side_of_the_cut(tmp_path):
 
 
 def test_less_than_one_window_is_an_error_with_both_numbers_and_the_flag(folder):
-    with pytest.raises(ValueError, match=r"longest train shard has 100 tokens, but one window takes 101; lower --max_s"):
+    with pytest.raises(ValueError, match=r"longest train shard has 100 tokens, but one window takes 101; lower --max"):
         TokenWindows(folder, "train", 100)
     assert len(TokenWindows(folder, "train", 99)) == 1
 
 
 def test_no_validation_tokens_are_an_error_with_both_numbers_and_the_flag(folder):
-    with pytest.raises(ValueError, match=r"longest val shard has 0 tokens, but one window takes 2; raise --val_fraction"):
+    with pytest.raises(ValueError, match=r"longest val shard has 0 tokens, but one window takes 2; raise --val_frac"):
         TokenWindows(folder, "val", SEQ_LEN, tails=True)
 
 
-@pytest.mark.parametrize("change, told", [(-2, "has 198 bytes, not 200"), (+2, "has 202 bytes, not 200"), (None, "is missing")])
+@pytest.mark.parametrize(
+    "change, told", [(-2, "has 198 bytes, not 200"), (+2, "has 202 bytes, not 200"), (None, "is missing")]
+)
 def test_a_shard_of_another_length_is_refused(folder, change, told):
     path = os.path.join(folder, "00000.bin")
     if change is None:
@@ -176,32 +176,32 @@ def test_a_missing_folder_is_an_error_that_names_the_command(tmp_path):
 
 def test_an_unfinished_folder_is_refused(folder):
     write_meta(folder, read_meta(folder) | {"complete": False})
-    with pytest.raises(ValueError, match=r"pretokenizing has not finished; run python tinystories\.py pretokenize again"):
+    with pytest.raises(ValueError, match=r"has not finished; run python tinystories\.py pretokenize again"):
         TokenWindows(folder, "train", SEQ_LEN)
 
 
-def without(key):
-    return lambda meta: meta.pop(key)
+DAMAGES = {
+    "no vocab_size": lambda meta: meta.pop("vocab_size"),
+    "no dtype": lambda meta: meta.pop("dtype"),
+    "no tokenizer_hash": lambda meta: meta.pop("tokenizer_hash"),
+    "no shards": lambda meta: meta.pop("shards"),
+    "no complete": lambda meta: meta.pop("complete"),
+    "another dtype": lambda meta: meta.update(dtype="<f4"),
+    "no tokens in the vocabulary": lambda meta: meta.update(vocab_size=0),
+    "a size in quotes": lambda meta: meta.update(vocab_size="1000"),
+    "a shard that is a number": lambda meta: meta.update(shards=[5]),
+    "a shard without file": lambda meta: meta["shards"][0].pop("file"),
+    "a shard that ends too late": lambda meta: meta["shards"][0].update(train=[0, 101], val=[101, 101]),
+    "splits that overlap": lambda meta: meta["shards"][0].update(train=[0, 60], val=[50, 100]),
+    "a negative start": lambda meta: meta["shards"][0].update(train=[-5, 60], val=[60, 100]),
+    "a split without end": lambda meta: meta["shards"][0].update(val=[60]),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *map(without, ["vocab_size", "dtype", "tokenizer_hash", "shards", "complete"]),
-        lambda meta: meta.update(dtype="<f4"),
-        lambda meta: meta.update(vocab_size=0),
-        lambda meta: meta.update(vocab_size="1000"),
-        lambda meta: meta.update(shards=[5]),
-        lambda meta: meta["shards"][0].pop("file"),
-        lambda meta: meta["shards"][0].update(train=[0, 101], val=[101, 101]),
-        lambda meta: meta["shards"][0].update(train=[0, 60], val=[50, 100]),
-        lambda meta: meta["shards"][0].update(train=[-5, 60], val=[60, 100]),
-        lambda meta: meta["shards"][0].update(val=[60]),
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_meta_is_refused_with_its_path(folder, damage):
     meta = read_meta(folder)
-    damage(meta)
+    DAMAGES[damage](meta)
     write_meta(folder, meta)
     with pytest.raises(ValueError, match=r"meta\.json is damaged; delete it and run python tinystories\.py pretok"):
         TokenWindows(folder, "train", SEQ_LEN)
@@ -255,16 +255,16 @@ def sequences(windows, seed: int, batch_size: int, positions) -> list[list[int]]
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 4), (1, 24), (2, 3), (3, 4), (4, 6)])
 def test_the_order_depends_on_neither_processes_nor_micro_batches(folder, world_size, batch_size):
-    """60 sequences are three epochs of 19 windows, and some more."""
-    windows, total = TokenWindows(folder, "train", SEQ_LEN), 72
+    windows, total = TokenWindows(folder, "train", SEQ_LEN), 72  # several epochs
     expected = sequences(windows, 1337, 1, range(total))
     read = [None] * total
     for rank in range(world_size):
         positions = range(rank * batch_size, total, world_size * batch_size)
         mine = sequences(windows, 1337, batch_size, positions)
-        for position, chunk in zip(positions, itertools.batched(mine, batch_size), strict=True):
-            read[position : position + batch_size] = chunk
-    assert [list(row) for row in read] == expected
+        assert len(mine) == len(positions) * batch_size
+        for number, position in enumerate(positions):
+            read[position : position + batch_size] = mine[number * batch_size : (number + 1) * batch_size]
+    assert read == expected
 
 
 @pytest.mark.parametrize("stopped_after", [1, 7, 19, 20, 40])
@@ -336,7 +336,7 @@ def test_resident_memory_stays_flat_over_a_large_file(tmp_path):
     assert resident_bytes() - before < 32 * 2**20
 
 
-def in_time(function, seconds: float = 20):
+def in_time(function, seconds: float = 10):
     """function() in a thread, so that a hang fails the test instead of stopping it."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
@@ -391,12 +391,9 @@ def test_prefetch_reads_no_more_than_a_few_batches_ahead_and_stops_when_it_is_cl
     assert len(drawn) <= 5  # one given out, two ready, one in hand, and one asked for
 
 
-def test_the_pretokenized_stories_are_windows_of_documents_that_begin_with_bos(token_folder, tokenizer, stories):
+def test_pretokenized_stories_begin_with_bos_each(token_folder, tokenizer, stories):
     meta = read_meta(token_folder)
     assert meta["tokenizer_hash"] == tokenizer.hash and meta["vocab_size"] == 512
-    windows = TokenWindows(token_folder, "train", 128)
-    assert windows[0][0] == tokenizer.bos_id
-    begins = sum(int((np.fromfile(os.path.join(token_folder, s["file"]), "<u2") == 1).sum()) for s in meta["shards"])
-    assert begins == len(stories)
-    assert json.dumps(meta)  # plain JSON, as it stands on disk
-    assert re.fullmatch(r"[0-9a-f]{64}", meta["tokenizer_hash"])
+    shards = [np.fromfile(os.path.join(token_folder, shard["file"]), meta["dtype"]) for shard in meta["shards"]]
+    assert all(shard[0] == tokenizer.bos_id for shard in shards)
+    assert sum(int((shard == tokenizer.bos_id).sum()) for shard in shards) == len(stories)
