@@ -72,15 +72,19 @@ def read_meta(folder: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
+        is_sound = meta["dtype"] in ("<u2", "<u4") and meta["vocab_size"] > 0 and bool(meta["tokenizer_hash"])
         for shard in meta["shards"]:
             (train_start, train_stop), (val_start, val_stop) = shard["train"], shard["val"]
-            assert 0 == train_start <= train_stop == val_start <= val_stop == shard["tokens"]
-        assert meta["dtype"] in ("<u2", "<u4") and meta["vocab_size"] > 0 and meta["tokenizer_hash"]
+            is_sound &= 0 == train_start <= train_stop == val_start <= val_stop == shard["tokens"]
+            is_sound &= os.path.basename(shard["file"]) == shard["file"]
+        is_complete = meta["complete"]
+        if not is_sound:
+            raise ValueError("its numbers contradict each other")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no tokens here; run python tinystories.py pretokenize first") from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; delete it and run python tinystories.py pretokenize again") from error
-    if not meta["complete"]:
+    if not is_complete:
         raise ValueError(f"{folder}: pretokenizing has not finished; run python tinystories.py pretokenize again")
     return meta
 
@@ -209,6 +213,7 @@ def prefetch(batches: Iterable, device: str, ahead: int = 4) -> Iterator:
                 put(tuple(t.to(device, non_blocking=True) for t in pinned))
                 if stop.is_set():
                     return
+            put(None)
         except BaseException as error:
             put(error)
 
@@ -216,6 +221,8 @@ def prefetch(batches: Iterable, device: str, ahead: int = 4) -> Iterator:
     try:
         while True:
             item = ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -3,10 +3,12 @@ Large downloads that can be interrupted, and archives that cannot do harm.
 """
 
 import contextlib
+import gzip
 import os
 import shutil
 import tarfile
 import time
+import zlib
 
 import requests
 from tqdm import tqdm
@@ -45,9 +47,8 @@ def fetch(url: str, partial: str, tag_path: str) -> bool:
     """One attempt, added to what partial holds; returns whether the file is complete."""
     have = os.path.getsize(partial) if os.path.exists(partial) else 0
     headers = {"Accept-Encoding": "identity"}
-    if have and os.path.exists(tag_path):
-        with open(tag_path, encoding="utf-8") as file:  # only the same content may be continued
-            headers |= {"Range": f"bytes={have}-", "If-Range": file.read()}
+    if have and (tag := read_tag(tag_path)):  # only the same content may be continued
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # nothing after what we have
             return str(have) == response.headers.get("Content-Range", "").rpartition("/")[2] or restart(partial)
@@ -59,9 +60,17 @@ def fetch(url: str, partial: str, tag_path: str) -> bool:
             file.write(response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag)
         bar = tqdm(disable=None, total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(url))
         with open(partial, "ab" if have else "wb") as file, bar:
-            for block in response.iter_content(2**20):
+            for block in response.iter_content(2**16):
                 bar.update(file.write(block))
     return total is None or os.path.getsize(partial) == total
+
+
+def read_tag(path: str) -> str:
+    """What the server called the content that was begun, or nothing."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def restart(partial: str) -> bool:
@@ -78,15 +87,20 @@ def plain_reason(error: Exception) -> str:
 
 def unpack(archive: str, folder: str):
     """Unpack a tar file into a new folder, which appears when all of it is there. Members that
-    would write elsewhere are refused (the data filter). Raises OSError or tarfile.TarError."""
+    would write elsewhere are refused (the data filter). Raises tarfile.TarError for an archive that
+    is damaged or cut, OSError where it cannot be written."""
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         bar = tqdm(disable=None, total=os.path.getsize(archive), unit="B", unit_scale=True, desc="unpacking")
-        with bar, open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with bar, open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:gz") as tar:
             for member in tar:
                 tar.extract(member, partial, filter="data")
                 bar.update(file.tell() - bar.n)
+            while tar.fileobj.read(2**20):  # to the end, where the checksum is
+                pass
         os.replace(partial, folder)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise tarfile.ReadError(str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

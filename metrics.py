@@ -40,8 +40,10 @@ class Metrics:
             points = [(record["iter"], record[key]) for record in self.records if key in record]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.1g}")
+        axes.grid(alpha=0.3, which="both")
         axes.legend()
         figure.savefig(f"{self.picture}.partial", format="png", dpi=120)
         pyplot.close(figure)

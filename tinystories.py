@@ -131,6 +131,9 @@ def run_synthesize(config: Synthesize):
             path = os.path.join(config.data_dir, f"synthetic{shard:02d}.json")
             write_atomically(path, json.dumps(records).encode())
             bar.update(count)
+        for path in glob.glob(os.path.join(glob.escape(config.data_dir), "synthetic[0-9]*.json")):
+            if int(os.path.basename(path)[len("synthetic") : -len(".json")]) > shard:  # of a larger set before
+                os.remove(path)
     print(f"next: python tinystories.py pretokenize --input={config.data_dir}")
 
 

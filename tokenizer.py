@@ -103,6 +103,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         if not sentencepiece_model_pb2.ModelProto.FromString(proto).pieces:
             raise ValueError("no pieces")
         tokenizer = Tokenizer(proto)
+        tokenizer.hash  # noqa: B018  reads every piece, which must be text
     except (DecodeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: neither a SentencePiece model nor a tokenizer.bin") from error
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
