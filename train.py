@@ -13,6 +13,7 @@ number of processes.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import signal
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import generation
 from atomic import only_writer
 from configurator import configure, print_overrides, run_script
-from dataset import mix, prefetch, training_batches
+from dataset import evaluation_batches, mix, prefetch, training_batches
 from device import autocast, peak_flops, pick_device
 from distributed import join_world, leave_world
 from evaluation import evaluate
@@ -254,6 +255,21 @@ def check_finite(run: Run, loss: float, norm: float):
     )
 
 
+@torch.no_grad()
+def check_against_cpu(run: Run):
+    """Raise ValueError if the device computes another loss than the CPU: Apple's has done so silently."""
+    run.model.eval()
+    inputs, targets = next(evaluation_batches(run.val_windows, batch_size=1, num_batches=1))
+    loss = run.model(inputs.to(run.device), targets.to(run.device))[1].item()
+    expected = copy.deepcopy(run.model).cpu()(inputs, targets)[1].item()
+    run.model.train()
+    if not math.isclose(loss, expected, rel_tol=1e-2):
+        raise ValueError(
+            f"--device={run.device} computes a loss of {loss:.4f} where the CPU computes {expected:.4f}: "
+            "another version of PyTorch may do better, --device=cpu is right"
+        )
+
+
 class Interrupt:
     """Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
 
@@ -271,6 +287,8 @@ class Interrupt:
 def train(run: Run):
     """Evaluate, step, report and save, until max_iters or an interruption."""
     config, interrupt = run.config, Interrupt()
+    if run.device.startswith("mps"):
+        check_against_cpu(run)
     run.forward = model = compiled(run)
     if run.world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -2,6 +2,7 @@
 train.py as its users run it: the real command on a tiny model.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,12 +11,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from checkpoint import load_checkpoint, load_model
+from dataset import TokenWindows
 from export import read_v0
+from model import ModelArgs, Transformer
+from train import check_against_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -217,3 +222,17 @@ def test_wandb_is_told_when_asked(train, tmp_path):
     options = (*TINY, "--max_iters=1", "--wandb_log=True", f"--out_dir={tmp_path}")
     result = train(*options, env={"PYTHONPATH": str(tmp_path)})
     assert "wandb init cria 32" in result.stdout and "wandb log 0 loss" in result.stdout
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, is_right):
+    class Model(Transformer):
+        def cpu(self):  # the copy that the device is compared with
+            if not is_right:
+                torch.nn.init.normal_(self.output.weight)
+            return self
+
+    model = Model(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=512, max_seq_len=16))
+    run = SimpleNamespace(model=model, device="cpu", val_windows=TokenWindows(token_folder, "val", 16, tails=True))
+    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="where the CPU computes"):
+        check_against_cpu(run)
