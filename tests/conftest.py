@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the commands we start
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ.pop("CRIA_TRACEBACK", None)
+# A shell starts background jobs deaf to Ctrl-C, and the commands that we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
