@@ -3,7 +3,7 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with llama2.c's keys, so that its scripts read ours and we read theirs:
 model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand our own: scaler,
-random, position (sequences read so far), tokenizer_hash, versions.
+position (sequences read so far), tokenizer_hash, versions. No random state: see train.py.
 """
 
 import dataclasses

@@ -82,7 +82,7 @@ def run_script(main):
         if isinstance(error, KeyboardInterrupt):
             sentence, status = "interrupted", 130
         elif isinstance(error, OSError) and error.strerror:
-            sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            sentence = error.strerror if error.filename is None else f"{error.filename or repr('')}: {error.strerror}"
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
         raise SystemExit(status) from None
 
@@ -114,7 +114,7 @@ def read_arguments(argv, positional, problems):
 def read_config_file(path, problems):
     """Yield (key, value, file:line) for every plain assignment in the file."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             statements = ast.parse(file.read()).body
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -116,6 +116,12 @@ class TokenWindows:
                 + ("raise --val_fraction or add text" if tails else "lower --max_seq_len or add text")
             )
 
+    @property
+    def unused(self) -> float:
+        """The share of tokens that are in no window: the ends of the shards."""
+        predicted = sum(max(0, stop - start - 1) for _, start, stop in self.shards)
+        return max(0.0, 1 - len(self) * self.seq_len / predicted)
+
     def check_size(self, path: str, tokens: int):
         size = os.path.getsize(path) if os.path.exists(path) else None
         if size != tokens * self.dtype.itemsize:

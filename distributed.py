@@ -34,11 +34,6 @@ class World(NamedTuple):
         """Whether it is true in any process."""
         return self.sum([float(flag)])[0] > 0
 
-    def wait(self):
-        """Until all processes are here."""
-        if self.size > 1:
-            self.sum([0.0])
-
 
 def join_world(device: str) -> tuple[World, str]:
     """Meet the other processes of torchrun; returns our place among them and our own device."""

@@ -149,6 +149,10 @@ class ExportConfig:
     def problems(self):
         if not self.output:
             yield "say what to write: python export.py out/model.bin"
+        elif self.output.endswith(".pt"):  # the slip of taking the bare argument for the input
+            yield f"{self.output}: this writes a model.bin; name the checkpoint to read with --checkpoint=PATH"
+        elif os.path.realpath(self.output) == os.path.realpath(self.checkpoint):
+            yield f"{self.output}: is also what --checkpoint reads; write elsewhere"
 
 
 def main():

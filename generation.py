@@ -28,7 +28,7 @@ def truncate_top_p(logits, p: float):
 def choose(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator=None):
     """The next token of each row of logits (B, V), as ids (B,). Temperature 0 is greedy; top_k 0
     and top_p 1 leave all tokens in. The draw is made on the CPU, from the generator."""
-    if temperature == 0:
+    if temperature < 1e-6:  # a float32 cannot tell it from 0
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:

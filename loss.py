@@ -28,16 +28,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             is_target = (tokens == target[:, None]) & kept  # (rows, V)
             log_probs = (chunk @ weight.T).to(wide).log_softmax(-1)
             loss -= torch.where(is_target, log_probs, 0).sum()
-            if need_grad:  # d loss / d logits = (softmax - one hot) / count
-                logits_grad = ((log_probs.exp() - is_target.to(wide)) * (kept.to(wide) / count)).to(dtype)
+            if need_grad:
+                # d loss / d logits = (softmax - one hot) / count, of which the division waits for
+                # the backward pass: in float16 so small a number would be 0.
+                logits_grad = ((log_probs.exp() - is_target.to(wide)) * kept).to(dtype)
                 hidden_grad.append(logits_grad @ weight)
                 weight_grad += (logits_grad.T @ chunk).to(wide)
-        ctx.save_for_backward(torch.cat(hidden_grad) if need_grad else None, weight_grad)
+        ctx.save_for_backward(torch.cat(hidden_grad) if need_grad else None, weight_grad, count)
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, count = ctx.saved_tensors
+        grad = grad / count
         hidden_dtype, weight_dtype = ctx.dtypes
         return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None, None, None, None
 

@@ -3,9 +3,10 @@ What a run measured: a line of JSON for each report, and the loss curve as a pic
 """
 
 import json
+import math
 import os
 
-from atomic import write_atomically
+from atomic import AtomicFile, write_atomically
 
 
 class Metrics:
@@ -20,6 +21,8 @@ class Metrics:
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **record):
+        """Add a line; a figure that is no number is written as null, which every reader knows."""
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -37,7 +40,7 @@ class Metrics:
             ("train_loss", "training, fixed windows", dict(marker=".")),
             ("val_loss", "validation", dict(marker="o")),
         ):
-            points = [(record["iter"], record[key]) for record in self.records if key in record]
+            points = [(record["iter"], record[key]) for record in self.records if record.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
@@ -45,9 +48,9 @@ class Metrics:
         axes.yaxis.set_minor_formatter("{x:.1g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        figure.savefig(f"{self.picture}.partial", format="png", dpi=120)
+        with AtomicFile(self.picture) as file:
+            figure.savefig(file, format="png", dpi=120)
         pyplot.close(figure)
-        os.replace(f"{self.picture}.partial", self.picture)
 
 
 def read_records(path: str) -> list[dict]:

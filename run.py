@@ -2,11 +2,13 @@
 The parts of a training run: built, saved, and restored. How it goes on from there is train.py's.
 """
 
+import contextlib
 import dataclasses
 import glob
 import itertools
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -56,7 +58,8 @@ class Run:
 
     def say(self, text: str):
         if self.world.is_main:
-            tqdm.write(text)
+            with contextlib.suppress(BrokenPipeError):  # whoever read us may be gone; the run is not
+                tqdm.write(text)
 
     def report(self, **figures):
         """Into metrics.jsonl, and to wandb when asked."""
@@ -71,12 +74,16 @@ class Run:
         return os.path.join(self.config.out_dir, name)
 
 
-def set_up(config, given: dict, world: World, device: str) -> Run:
-    """Everything a run needs, new or from OUT_DIR/ckpt.pt."""
-    path, checkpoint = os.path.join(config.out_dir, "ckpt.pt"), None
-    if config.init_from == "resume":
-        checkpoint = load_checkpoint(path)
-        config = resumed_config(config, given, checkpoint, path)
+def resume(config, given: dict):
+    """The options and the checkpoint to go on from: OUT_DIR/ckpt.pt."""
+    path = os.path.join(config.out_dir, "ckpt.pt")
+    checkpoint = load_checkpoint(path)
+    return resumed_config(config, given, checkpoint, path), checkpoint
+
+
+def set_up(config, checkpoint: dict | None, world: World, device: str) -> Run:
+    """Everything a run needs, new or from a checkpoint."""
+    path = os.path.join(config.out_dir, "ckpt.pt")
     if config.gradient_accumulation_steps % world.size:
         raise ValueError(
             f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
@@ -96,6 +103,11 @@ def set_up(config, given: dict, world: World, device: str) -> Run:
     optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
     run = Run(config, world, device, dtype, *data, model, optimizer, scaler)
+    if run.train_windows.unused > 0.1:
+        run.say(
+            f"note: {run.train_windows.unused:.0%} of the training tokens are not read, in many short shards; "
+            "join small files before pretokenizing, or lower --max_seq_len"
+        )
     if checkpoint:
         restore(run, checkpoint, path)
     return run
@@ -160,11 +172,16 @@ def restore(run: Run, checkpoint: dict, path: str):
     """Where the run was: moments, scale, step, position and best loss."""
     if "optimizer" in checkpoint:
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
+    else:
+        run.say(f"{path} has no optimizer state: its moments begin anew")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
     run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
-    run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+    saved = checkpoint.get("config", {})
+    measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
+    if all(saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure):
+        run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
 
 
 def state_of(run: Run) -> dict:
@@ -174,7 +191,7 @@ def state_of(run: Run) -> dict:
         "optimizer": run.optimizer.state_dict(),
         "model_args": write_model_args(run.model.args),
         "iter_num": run.iter_num,
-        "best_val_loss": torch.tensor(run.best_val_loss),
+        "best_val_loss": torch.tensor(run.best_val_loss, dtype=torch.float64),
         "config": dataclasses.asdict(run.config),
         "scaler": run.scaler.state_dict(),
         "position": run.position,
@@ -191,8 +208,9 @@ def save(run: Run):
     run.saved_at = run.iter_num
     if run.config.keep_checkpoints:
         save_checkpoint(run.path(f"ckpt_{run.iter_num:06d}.pt"), state_of(run))
-        for old in sorted(glob.glob(glob.escape(run.path("ckpt_")) + "*.pt"))[: -run.config.keep_checkpoints]:
-            os.remove(old)
+        copies = [name for name in os.listdir(run.config.out_dir) if re.fullmatch(r"ckpt_\d+\.pt", name)]
+        for old in sorted(copies, key=lambda name: (len(name), name))[: -run.config.keep_checkpoints]:
+            os.remove(run.path(old))
 
 
 def save_best(run: Run):
@@ -222,6 +240,8 @@ def open_out_dir(run: Run):
     config = run.config
     if config.init_from == "scratch":
         set_aside(config.out_dir)
+    for path in glob.glob(glob.escape(run.path("")) + "*.partial"):  # of a run that was killed
+        os.remove(path)
     run.metrics = Metrics(config.out_dir, run.iter_num)
     write_atomically(run.path("tokenizer.model"), run.tokenizer.proto)
     write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())

@@ -45,6 +45,8 @@ class SampleConfig:
             yield "--num_samples and --max_new_tokens must be at least 1"
         if self.temperature < 0:
             yield f"--temperature={self.temperature:g}: must be 0 or more"
+        if not 0 <= self.seed < 2**63:
+            yield f"--seed={self.seed}: must be at least 0 and below 2**63"
         if self.top_k < 0:
             yield f"--top_k={self.top_k}: must be 0 or more"
         if not 0 < self.top_p <= 1:
@@ -53,10 +55,10 @@ class SampleConfig:
 
 def read_start(start: str) -> str:
     if not start.startswith("FILE:"):
-        return start
+        return start.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # whatever the locale is
     path = start.removeprefix("FILE:")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--start={start}: not UTF-8 text ({error.reason})") from error

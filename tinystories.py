@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ def run_synthesize(config: Synthesize):
 
 def find_input(config) -> tuple[list[str], str]:
     """The text files to read and the folder to write to."""
-    name = os.path.basename(os.path.normpath(config.input)).partition(".")[0]
+    path = os.path.abspath(config.input)
+    name = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
     data_dir = config.data_dir or (os.path.join("data", name) if config.input else "data")
     stories = config.input or os.path.join(data_dir, STORIES)
     if not config.input and not os.path.isdir(stories):
@@ -188,6 +190,8 @@ def run_pretokenize(config: Pretokenize):
         path = config.tokenizer or os.path.join(data_dir, f"tok{config.vocab_size}.model")
         if not config.tokenizer and not os.path.exists(path):
             learn_vocabulary(files, data_dir, config.vocab_size, separator_of(config))
+        elif not config.tokenizer:
+            print(f"with the vocabulary {path}, which is there already; delete it to learn it again")
         tokenizer = load_tokenizer(path)
         if config.vocab_source == "custom" and tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
@@ -233,6 +237,9 @@ def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int):
     done = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
     finished = [done[json.dumps(job)] for job in jobs if json.dumps(job) in done]
     waiting = [job for job in jobs if json.dumps(job) not in done]
+    others = {shard["job"]["source"] for shard in done.values()} - {job["source"] for job in jobs}
+    if others and len(others) == len(done):
+        raise ValueError(f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir")
     if finished:
         print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
 
@@ -280,7 +287,11 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record):
             return
         pool = ProcessPoolExecutor(workers, context, count_bytes, (bytes_read, True))
         stack.callback(pool.shutdown, cancel_futures=True)
-        running = {pool.submit(tokenize_file, job, folder, threads) for job in jobs}
+        earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the workers are ready for it
+        try:
+            running = {pool.submit(tokenize_file, job, folder, threads) for job in jobs}
+        finally:
+            signal.signal(signal.SIGINT, earlier)
         while running:
             ended, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             bar.update(bytes_read.value - bar.n)
@@ -292,11 +303,14 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record):
 
 
 def count_bytes(counter, in_worker: bool = False):
-    """Have tokenize_file count what it reads here; a worker leaves Ctrl-C to its parent."""
+    """Have tokenize_file count what it reads here. A worker ends silently with Ctrl-C, and with
+    its parent, however that dies."""
     global bytes_read
     bytes_read = counter
     if in_worker:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        parent = multiprocessing.parent_process()
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize_file(job: dict, folder: str, num_threads: int, on_progress=lambda: None) -> dict:

@@ -8,16 +8,16 @@ Train a Llama from scratch.
 
 Everything a run leaves is in out_dir: ckpt.pt (the newest), best.pt (the lowest validation loss),
 model.bin and tokenizer.bin (the best for C), metrics.jsonl and loss.png. All randomness is a
-function of (seed, position in the data), so that a run goes on exactly where it stopped, on any
-number of processes.
+function of (seed, batch_size, position in the data), so that a run goes on exactly where it
+stopped, on any number of processes.
 """
 
 import contextlib
 import copy
 import functools
 import math
+import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +35,7 @@ from distributed import join_world, leave_world
 from evaluation import evaluate
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
-from run import ARCHITECTURE, Run, open_out_dir, save, save_best, set_up
+from run import ARCHITECTURE, Run, open_out_dir, resume, save, save_best, set_up
 
 SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
 
@@ -102,6 +102,10 @@ class TrainConfig:
             for name in names:
                 if getattr(self, name) < least:
                     yield f"--{name}={getattr(self, name):g}: must be {least} or more"
+        if not 0 <= self.seed < 2**63:
+            yield f"--seed={self.seed}: must be at least 0 and below 2**63"
+        if not self.out_dir:
+            yield "--out_dir= is empty: name a folder"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
@@ -132,8 +136,11 @@ def compiled(run: Run) -> torch.nn.Module:
         model = torch.compile(run.model)
         with autocast(run.device, run.dtype):
             model(*tokens.unbind())[1].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, an old GPU, an unsupported system
-        run.say(f"cannot compile here, going on without: {str(error).strip().splitlines()[0][:200]}")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        run.say(f"cannot compile here, going on without: {reason}")
         model = run.model
     run.optimizer.zero_grad(set_to_none=True)
     run.say(f"... took {time.perf_counter() - began:.0f} s")
@@ -236,8 +243,8 @@ def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
         shown += f" | mfu {figures['mfu']:.1%}"
     run.report(**figures)
     bar.set_postfix_str(shown, refresh=False)
-    if run.world.is_main and bar.disable:
-        print(f"{run.iter_num} | {shown}", flush=True)
+    if bar.disable:
+        run.say(f"{run.iter_num} | {shown}")
 
 
 def check_finite(run: Run, loss: float, norm: float):
@@ -271,17 +278,20 @@ def check_against_cpu(run: Run):
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C stops it at once."""
+    """Ctrl-C, SIGTERM or the loss of the terminal asks the run to stop after its step; a second
+    Ctrl-C stops it at once."""
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.asked = True
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving ...", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone; and print may not be re-entered
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving ...\n".encode())
 
 
 def train(run: Run):
@@ -306,6 +316,7 @@ def train(run: Run):
                 began, since = time.perf_counter(), run.iter_num
             loss, norm = training_step(run, model, batches)
             if run.iter_num % config.log_interval == 0:
+                loss.item()  # waits for the device
                 now = time.perf_counter()
                 report_step(run, bar, loss, norm, (now - began) / (run.iter_num + 1 - since))
                 began, since = now, run.iter_num + 1
@@ -316,26 +327,42 @@ def train(run: Run):
             if stops or (config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0):
                 check_finite(run, loss.item(), norm.item())
                 save(run)
+                began, since = time.perf_counter(), run.iter_num
             if stops:
                 go_on = f"python train.py --init_from=resume --out_dir={config.out_dir}"
                 return run.say(f"stopped after step {run.iter_num}; go on with: {go_on}")
 
 
+@contextlib.contextmanager
+def out_of_memory_in_words():
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            advice = "halve --batch_size and double --gradient_accumulation_steps"
+            raise ValueError(f"out of memory: {advice}") from error
+        raise
+
+
 def main():
     config, given = configure(TrainConfig)
+    checkpoint = None
+    if config.init_from == "resume":
+        config, checkpoint = resume(config, given)
     world, device = join_world(pick_device(config.device))
     if world.is_main:
         print_overrides(config, given)
     writes = world.is_main and not config.eval_only
     with only_writer(config.out_dir) if writes else contextlib.nullcontext():
-        run = set_up(config, given, world, device)
+        run = set_up(config, checkpoint, world, device)
         if writes:
             open_out_dir(run)
         run.say(
             f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
             f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"
         )
-        train(run)
+        with out_of_memory_in_words():
+            train(run)
     leave_world()
 
 

@@ -145,3 +145,17 @@ def test_the_gradient_of_tied_weights_is_the_sum_of_both_uses():
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()
     both = untied.tok_embeddings.weight.grad + untied.output.weight.grad
     torch.testing.assert_close(tied.tok_embeddings.weight.grad, both, atol=1e-8, rtol=1e-5)
+
+
+def test_float16_keeps_the_gradients_of_unlikely_tokens():
+    """Divided by the number of targets, in float16, they would all be 0."""
+    hidden, weight, targets = torch.randn(4096, 16), torch.randn(1024, 16) * 0.02, torch.randint(0, 512, (4096,))
+    scale, gradients = 2.0**16, []
+    for dtype in (torch.float32, torch.float16):
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            (linear_cross_entropy(hidden, leaf, targets) * scale).backward()
+        gradients.append(leaf.grad)
+    exact, half = gradients
+    assert half[512:].count_nonzero() == half[512:].numel()
+    assert (half - exact).norm() < 5e-3 * exact.norm()
