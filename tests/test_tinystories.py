@@ -235,7 +235,7 @@ def test_one_s_own_text_is_trained_on_with_the_commands_that_are_printed(run_scr
     options = "--input=my.book.txt", f"--vocab_size={VOCAB_SIZE}"
     result = run_script("tinystories.py", "pretokenize", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "data" / "my" / "tok512" / "meta.json").exists()
+    assert (tmp_path / "data" / "my.book" / "tok512" / "meta.json").exists()
     command = shlex.split(result.stdout.splitlines()[-1])
     assert command[:3] == ["next:", "python", "train.py"]
     result = run_script("train.py", *command[3:], *SMALL_MODEL, *SHORT_RUN, cwd=tmp_path)
