@@ -73,6 +73,7 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
 TRAIN = ("train.py", *TINY, "--max_iters=2", "--data_dir=data", "--out_dir=new")
 RESUME = ("train.py", "--init_from=resume", "--out_dir=out")
 PRETOKENIZE = ("tinystories.py", "pretokenize", "--vocab_size=300", "--data_dir=made", "--num_workers=1")
+STRANGER = (*PRETOKENIZE, "--input=other.txt", "--data_dir=data")
 SAMPLE = ("sample.py", "--out_dir=out", "--max_new_tokens=4")
 
 DAMAGES = ("empty", "half", "cut", "garbage")
@@ -143,7 +144,7 @@ MISTAKES = [
     ((*TRAIN, "--batch_size=9999999999"), "out of memory: halve --batch_size"),
     ((*TRAIN, "--seed=99999999999999999999"), "must be at least 0 and below 2**63"),
     ((*TRAIN, "--out_dir="), "--out_dir= is empty"),
-    ((*PRETOKENIZE, "--vocab_size=512", "--input=other.txt", "--data_dir=data"), "holds the tokens of another text"),
+    ((*STRANGER, "--tokenizer=tokenizer-512.model", "--vocab_size=512"), "holds the tokens of another text"),
     (("export.py", "notes.md/x.bin"), "notes.md: File exists"),
     (("export.py", "x.bin", "--checkpoint=nowhere.pt"), "nowhere.pt: there is no such file"),
     (("export.py", "x.bin", "--checkpoint=notes.md"), "notes.md"),
