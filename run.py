@@ -53,7 +53,6 @@ class Run:
     position: int = 0  # sequences read
     best_val_loss: float = math.inf
     saved_at: int | None = None  # the step of the newest checkpoint
-
     started_at: int = 0  # the step this process began with
 
     def say(self, text: str):
