@@ -4,6 +4,8 @@ Files that appear under their name only when they are whole, and folders with on
 
 import contextlib
 import os
+import shutil
+from collections.abc import Callable
 
 try:
     import fcntl
@@ -65,3 +67,50 @@ def only_writer(folder: str):
             except BlockingIOError:
                 raise ValueError(f"{folder}: another process is writing here; wait for it or choose another") from None
         yield
+
+
+class AtomicFolder:
+    """A folder to fill in a with block, through the path that it gives: it is written beside and
+    then renamed. An older folder of that name gives way if may_replace agrees to every name in it;
+    else ValueError is raised at the start."""
+
+    def __init__(self, path: str, may_replace: Callable[[str], bool]):
+        self.path = os.path.abspath(path)
+        self.partial = f"{self.path}.{os.getpid()}.partial"
+        self.may_replace = may_replace
+
+    def __enter__(self) -> str:
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise ValueError(f"{self.path}: is a file; name a folder")
+        if os.path.islink(self.path):
+            raise ValueError(f"{self.path}: is a link; name the folder itself")
+        if os.path.isdir(self.path):
+            if os.path.samefile(self.path, os.getcwd()):
+                raise ValueError(f"{self.path}: is the folder you are in; name another")
+            others = [name for name in sorted(os.listdir(self.path)) if not self.may_replace(name)]
+            if others:
+                raise ValueError(f"{self.path}: holds other things ({others[0]}); name a new or an empty folder")
+        os.makedirs(self.partial)
+        return self.partial
+
+    def __exit__(self, error_type, error, traceback):
+        old = f"{self.partial}.old"
+        try:
+            if error_type is None:
+                for name in os.listdir(self.partial):
+                    sync_file(os.path.join(self.partial, name))
+                if os.path.isdir(self.path):
+                    os.rename(self.path, old)
+                os.rename(self.partial, self.path)
+                sync_folder(os.path.dirname(self.path))
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if os.path.isdir(self.path):
+                shutil.rmtree(old, ignore_errors=True)
+            elif os.path.isdir(old):
+                os.rename(old, self.path)
+
+
+def sync_file(path: str):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -7,15 +7,15 @@ position (sequences read so far), tokenizer_hash, versions. No random state: see
 """
 
 import dataclasses
+import math
 import os
 import pickle
-import re
 import zipfile
 
 import torch
 
 from atomic import AtomicFile
-from model import ModelArgs, Transformer
+from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
 
 # What torch.load raises for files that it did not write.
 UNREADABLE = (
@@ -23,13 +23,14 @@ UNREADABLE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 FORMAT = 1  # of our own keys
+NOT_TIED = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
 LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
 
 
 def save_checkpoint(path: str, checkpoint: dict):
     """Write a checkpoint so that path holds the old one or all of the new one. Raises
     ValueError, and leaves the old, if a weight is not finite; OSError if it cannot be kept."""
-    bad = [name for name, weight in checkpoint["model"].items() if not torch.isfinite(weight).all()]
+    bad = [name for name, weight in checkpoint["model"].items() if not math.isfinite(largest(weight))]
     if bad:
         raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
     try:
@@ -38,6 +39,13 @@ def save_checkpoint(path: str, checkpoint: dict):
     except RuntimeError as error:  # PyTorch's writer hides the cause of a short write
         reason = str(error).splitlines()[0]
         raise OSError(f"{path}: could not be written whole; is the disk full? ({reason})") from error
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude in a tensor; no finite number if one of its values is none. Reads it
+    once, at the speed of memory."""
+    low, high = torch.aminmax(tensor)
+    return max(-low.item(), high.item()) if low.item() == low.item() else math.nan
 
 
 def load_checkpoint(path: str) -> dict:
@@ -53,16 +61,28 @@ def load_checkpoint(path: str) -> dict:
         except UNREADABLE as error:
             reason = (str(error) or "it is empty").splitlines()[0][:100]
             raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    check_checkpoint(checkpoint, path)
+    tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
+    if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):
+        raise ValueError(f"{path}: {NOT_TIED}")
+    return checkpoint
+
+
+def check_checkpoint(checkpoint, path: str):
+    """Raise ValueError unless this is a training checkpoint, its tensors (or what stands for them,
+    with shapes) those of its model_args. Gives the weights our names, makes model_args a ModelArgs."""
     missing = {"model", "model_args", "iter_num"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}")
     state = checkpoint["model"]
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()):
         raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
+    for name, kind in (("config", dict), ("iter_num", int)):
+        if not isinstance(checkpoint.get(name, kind()), kind):
+            raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
     checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}
     checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
     check_weights(checkpoint["model_args"], checkpoint["model"], path)
-    return checkpoint
 
 
 def plain_name(name: str) -> str:
@@ -75,8 +95,10 @@ def read_model_args(path: str, saved: dict) -> ModelArgs:
     if not isinstance(saved, dict) or not set(LLAMA2C_MODEL_ARGS[:1]) <= set(saved) <= known:
         raise ValueError(f"{path}: model_args are not those of a Llama: {saved}")
     try:
+        if saved.get("rope_scaling") is not None:
+            saved = saved | {"rope_scaling": RopeScaling(**saved["rope_scaling"])}
         return ModelArgs(**saved)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: model_args are not those of a Llama: {error}") from error
 
 
@@ -86,28 +108,25 @@ def write_model_args(args: ModelArgs) -> dict:
     saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS} | {"n_kv_heads": args.kv_heads}
     plain = dataclasses.replace(ModelArgs(), **saved)
     extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
+    if args.rope_scaling:
+        extra["rope_scaling"] = dataclasses.asdict(args.rope_scaling)
     return saved | {name: value for name, value in extra.items() if value != getattr(plain, name)}
 
 
-def check_weights(args: ModelArgs, state: dict, path: str):
-    """Raise ValueError unless state has every tensor of the model, of the right shape, and no other,
-    naming what is missing, unexpected or of another shape. Allocates nothing."""
-    layers = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"layers\.\d+\.", name)), default=-1)
-    if layers < args.n_layers:
-        raise ValueError(f"{path}: the weights do not fit the model: {layers} layers, not n_layers={args.n_layers}")
-    try:
-        with torch.device("meta"):
-            expected = Transformer(args).state_dict()
-    except RuntimeError as error:  # sizes beyond all memory
-        raise ValueError(f"{path}: the weights do not fit the model: {error}") from error
-    problems = [f"no {name}" for name in expected if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in expected]
-    for name in expected.keys() & state.keys():
-        if state[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
-    tied = ("tok_embeddings.weight", "output.weight")
-    if args.tie_embeddings and not problems and not torch.equal(*(state[name] for name in tied)):
-        problems.append("its classifier differs from its embedding, which this model ties")
+def check_weights(args: ModelArgs, tensors: dict, path: str):
+    """Raise ValueError unless tensors (name to anything with a shape) are those of the model, naming
+    what is missing, unexpected or of another shape. A tied classifier may be there or not."""
+    problems, known = [], {"output.weight"} if args.tie_embeddings else set()
+    for name, shape in parameter_shapes(args):
+        known.add(name)
+        if name not in tensors:
+            problems.append(f"no {name}")
+        elif tuple(tensors[name].shape) != shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+        if len(problems) == 3:
+            break
+    else:
+        problems += [f"unexpected {name}" for name in tensors if name not in known]
     if problems:
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
 
@@ -115,12 +134,13 @@ def check_weights(args: ModelArgs, state: dict, path: str):
 def load_weights(model: Transformer, state: dict, path: str):
     """Copy a state dict into the model. Raises ValueError where check_weights does."""
     check_weights(model.args, state, path)
-    model.load_state_dict(state, strict=True)
+    tied = {"output.weight": state["tok_embeddings.weight"]} if model.args.tie_embeddings else {}
+    model.load_state_dict(state | tied)
 
 
 def load_model(path: str) -> tuple[Transformer, dict]:
     """The model of a checkpoint, for evaluation, and the checkpoint."""
     checkpoint = load_checkpoint(path)
-    model = Transformer(checkpoint["model_args"])
+    model = Transformer.empty(checkpoint["model_args"])
     load_weights(model, checkpoint["model"], path)
     return model.eval(), checkpoint

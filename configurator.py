@@ -44,15 +44,17 @@ def configure(config_class, argv: list[str] | None = None, positional: tuple[str
         bare = "".join(f" {name.upper()}" for name in positional)
         tyro.cli(config_class, args=["--help"], prog=f"{program}{bare} [CONFIG_FILE.py ...]", **TYRO_OPTIONS)
     field_types = get_type_hints(config_class)
+    fields = {name.removesuffix("_"): name for name in field_types}  # from_: what Python would not have as a name
     values, given, problems = {}, {}, []
     for key, value, source in read_arguments(argv, positional, problems):
         from_file = source != COMMAND_LINE
         assignment = f"{source}: {key} = {value!r}" if from_file else f"--{key}={value}"
-        if key not in field_types:
-            problems.append(f"{assignment}: there is no such option{nearest(key, field_types)}")
+        field = fields.get(key.replace("-", "_"))
+        if field is None:
+            problems.append(f"{assignment}: there is no such option{nearest(key, fields)}")
             continue
         try:
-            values[key], given[key] = parse(field_types[key], value, from_file), source
+            values[field], given[field] = parse(field_types[field], value, from_file), source
         except ValueError as error:
             problems.append(f"{assignment}: must be {error}")
     config = config_class(**values)
@@ -90,17 +92,20 @@ def run_script(main):
 def print_overrides(config, given: dict[str, str]):
     """Say which options were set, and where."""
     for key, source in given.items():
-        print(f"{key} = {getattr(config, key)!r}  ({source})")
+        print(f"{key.removesuffix('_')} = {getattr(config, key)!r}  ({source})")
 
 
 def read_arguments(argv, positional, problems):
     """Yield (key, value, source) for every assignment in argv, in order: text from the command
     line, Python values from files. What cannot be read is told in problems."""
-    waiting = list(positional)
-    for argument in argv:
+    waiting, argv = list(positional), list(argv)
+    while argv:
+        argument = argv.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and equals:
             yield key, value, COMMAND_LINE
+        elif argument.startswith("--") and key and argv and not argv[0].startswith("--"):
+            yield key, argv.pop(0), COMMAND_LINE  # --key value
         elif argument.startswith("-"):
             problems.append(f"{argument}: write options as --{argument.lstrip('-')}{'' if equals else '=VALUE'}")
         elif waiting:

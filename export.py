@@ -1,167 +1,190 @@
 """
-A model to and from the files that other programs read.
+Take a model from any format in which a Llama is kept to any other.
 
-    python export.py out/model.bin --checkpoint=out/ckpt.pt
+    python export.py out/model.bin --from=out/ckpt.pt
+    python export.py story.gguf --from=out/best.pt --dtype=q8_0
+    python export.py llama-hf --from=Meta-Llama-3-8B --format=hf
 
-llama2.c's version 0: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size,
-max_seq_len; a negative vocab_size means an untied classifier), then float32 tensors in the order
-of v0_tensors.
+What is read is recognised by its content. One tensor at a time is in memory.
 """
 
+import dataclasses
+import math
 import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
+import tyro
 
-from atomic import AtomicFile
-from checkpoint import load_model
+from atomic import write_atomically
 from configurator import configure, print_overrides, run_script
-from model import ModelArgs, Transformer, rope_tables
+from formats import ckpt, gguf, hugging_face, llama2c, meta
+from formats.stored import StoredModel
+from model import Transformer, parameter_shapes
+from tokenizer import Tokenizer, load_tokenizer
 
-HEADER = struct.Struct("<7i")
-V0_NORM_EPS, V0_ROPE_THETA = 1e-5, 10000.0  # what every reader of version 0 takes for granted
-
-
-def v0_tensors(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a version 0 file, in order: read and written from this."""
-    kv_dim = args.kv_heads * args.head_dim
-    of_layers = {
-        "attention_norm": (args.dim,),
-        "attention.wq": (args.dim, args.dim),
-        "attention.wk": (kv_dim, args.dim),
-        "attention.wv": (kv_dim, args.dim),
-        "attention.wo": (args.dim, args.dim),
-        "ffn_norm": (args.dim,),
-        "feed_forward.w1": (args.ffn_dim, args.dim),
-        "feed_forward.w2": (args.dim, args.ffn_dim),
-        "feed_forward.w3": (args.ffn_dim, args.dim),
-    }
-    yield "tok_embeddings.weight", (args.vocab_size, args.dim)
-    for part, shape in of_layers.items():
-        for layer in range(args.n_layers):
-            yield f"layers.{layer}.{part}.weight", shape
-    yield "norm.weight", (args.dim,)
-    yield "rope_cos", (args.max_seq_len, args.head_dim // 2)
-    yield "rope_sin", (args.max_seq_len, args.head_dim // 2)
-    if not args.tie_embeddings:
-        yield "output.weight", (args.vocab_size, args.dim)
+FORMATS = (ckpt, gguf, hugging_face, meta, llama2c)  # as they are tried; model.bin has no sign of its own
+SUFFIXES = {".pt": "ckpt", ".pth": "ckpt", ".bin": "v0", ".gguf": "gguf", "": "hf"}
+VERSIONS = {-1: "hf", 0: "v0", 1: "v1", 2: "v2"}  # llama2.c's numbers
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def v0_refusal(args: ModelArgs) -> str | None:
-    """Why version 0 cannot say this model, or None if it can."""
-    if args.rope_theta != V0_ROPE_THETA:
-        return f"model.bin has no place for rope_theta={args.rope_theta:g}, its readers take {V0_ROPE_THETA:g}"
-    if args.norm_eps != V0_NORM_EPS:
-        return f"model.bin has no place for norm_eps={args.norm_eps:g}, its readers take {V0_NORM_EPS:g}"
-    return None
+def format_of(path: str) -> ModuleType:
+    """The format of what is at path. Raises ValueError, naming it, if it is none of those known."""
+    if not os.path.exists(path):
+        advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
+        raise ValueError(f"{path}: there is no such file or folder{advice}")
+    for module in FORMATS:
+        if module.recognises(path):
+            return module
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's")
+    raise ValueError(f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged")
 
 
-def write_v0(model: Transformer, path: str):
-    """Write the model as a version 0 file, atomically. Raises ValueError for a model that the
-    format cannot say or whose weights are not finite."""
-    args = model.args
-    if refusal := v0_refusal(args):
-        raise ValueError(f"{path}: {refusal}")
-    vocab_size = args.vocab_size if args.tie_embeddings else -args.vocab_size
-    tensors = {**model.state_dict(), "rope_cos": model.rope_cos, "rope_sin": model.rope_sin}
-    with AtomicFile(path) as file:
-        file.write(
-            HEADER.pack(
-                args.dim, args.ffn_dim, args.n_layers, args.n_heads, args.kv_heads, vocab_size, args.max_seq_len
-            )
+def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> StoredModel:
+    """The model at path, in whatever format, with its own tokenizer or the one named, and its own
+    context or another. Its tensors are still on the disk. Raises ValueError where anything is wrong."""
+    stored = format_of(path).read(path)
+    if max_seq_len:
+        stored = dataclasses.replace(stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len))
+    if tokenizer:
+        named = load_tokenizer(tokenizer)
+        stored = dataclasses.replace(stored, own_tokenizer=lambda: named)
+    return stored
+
+
+def checked_tokenizer(stored: StoredModel, named: str = "") -> Tokenizer | None:
+    """The model's tokenizer, if it has one. Raises ValueError where it is another model's."""
+    tokenizer = stored.own_tokenizer()
+    if tokenizer is None:
+        return None
+    source = named or f"the tokenizer beside {stored.path}"
+    if tokenizer.vocab_size != stored.args.vocab_size:
+        raise ValueError(
+            f"{source} has {tokenizer.vocab_size} tokens, but the model in {stored.path} has "
+            f"{stored.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
         )
-        for name, _ in v0_tensors(args):
-            values = tensors[name].detach().float().cpu().contiguous().numpy()
-            if not np.isfinite(values).all():
-                raise ValueError(f"{path} not written: {name} has values that are no numbers")
-            file.write(values.astype("<f4", copy=False).data)
-
-
-def read_v0(path: str) -> Transformer:
-    """The model in a version 0 file. Raises ValueError where the header or the size is wrong."""
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size:
-        raise ValueError(f"{path}: too short for a model.bin")
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = HEADER.unpack(header)
-    try:
-        args = ModelArgs(
-            dim=dim,
-            hidden_dim=hidden_dim,
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            vocab_size=abs(vocab_size),
-            max_seq_len=max_seq_len,
-            tie_embeddings=vocab_size > 0,
+    if stored.tokenizer_hash not in (None, tokenizer.hash):
+        raise ValueError(
+            f"{source} (hash {tokenizer.hash[:12]}) is not the tokenizer that {stored.path} was trained with "
+            f"(hash {stored.tokenizer_hash[:12]}): name that one with --tokenizer=PATH"
         )
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: the header is not that of a model.bin ({error})") from None
-    # Layers by arithmetic: a damaged header may name millions of them.
-    one_layer = dict(v0_tensors(ModelArgs(**{**vars(args), "n_layers": 1})))
-    per_layer = sum(np.prod(shape, dtype=object) for name, shape in one_layer.items() if name.startswith("layers"))
-    others = sum(np.prod(shape, dtype=object) for name, shape in one_layer.items() if not name.startswith("layers"))
-    expected = HEADER.size + 4 * (n_layers * per_layer + others)
-    if os.path.getsize(path) != expected:
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes, but its header says {expected}; it is damaged")
-    content = np.memmap(path, "<f4", mode="r", offset=HEADER.size)
-    model, state, position = Transformer(args), {}, 0
-    for name, shape in v0_tensors(args):
-        size = int(np.prod(shape))
-        state[name] = torch.from_numpy(content[position : position + size].reshape(shape).astype(np.float32))
-        position += size
-    tables = state.pop("rope_cos"), state.pop("rope_sin")
-    if not all(torch.allclose(*pair, atol=1e-3) for pair in zip(tables, rope_tables_of(args), strict=True)):
-        raise ValueError(f"{path}: its rotary tables are not those of rope_theta={V0_ROPE_THETA:g}; it is damaged")
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ValueError(f"{path}: it holds values that are no numbers")
-    model.load_state_dict(state | ({"output.weight": state["tok_embeddings.weight"]} if args.tie_embeddings else {}))
-    return model.eval()
+    return tokenizer
 
 
-def rope_tables_of(args: ModelArgs):
-    return rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
-
-
-def read_model(path: str) -> tuple[Transformer, str | None]:
-    """The model in a checkpoint or a model.bin, told apart by content, and its tokenizer's hash
-    where the file has it. Raises ValueError, naming the file, for anything else."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: there is no such file")
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        model, checkpoint = load_model(path)
-        return model, checkpoint.get("tokenizer_hash")
-    return read_v0(path), None
+def read_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
+    """A model from any format, ready to evaluate, and its tokenizer, which must be there."""
+    stored = read_stored(path, tokenizer)
+    found = checked_tokenizer(stored, tokenizer)
+    if found is None:
+        raise ValueError(f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH")
+    return stored.model(), found
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model as llama2.c's model.bin (float32, version 0)."""
+    """Write a model in another format."""
 
-    output: str = ""  # the file to write; may be given bare
-    checkpoint: str = "out/ckpt.pt"  # what to read: a ckpt.pt or a model.bin
+    output: str = ""  # the file or folder to write; may be given bare
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""  # a model in any format; default: out/ckpt.pt
+    format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"  # auto: by output's suffix
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = "auto"  # as stored
+    tokenizer: str = ""  # the model's vocabulary; if empty, the one in or beside it
+    max_seq_len: int | None = None  # the longest context; None: the model's (Meta's folders do not say)
+    # llama2.c's options
+    checkpoint: str = ""  # the same as --from
+    meta_llama: str = ""  # the same as --from
+    hf: str = ""  # the same as --from
+    version: Literal[-1, 0, 1, 2] | None = None  # 0, 1, 2: --format=v0, v1, v2; -1: --format=hf
+
+    @property
+    def source(self) -> str:
+        return self.from_ or self.checkpoint or self.meta_llama or self.hf or "out/ckpt.pt"
+
+    @property
+    def target(self) -> str:
+        """The format to write, or nothing where that is not clear."""
+        if self.format != "auto" or self.version is not None:
+            return VERSIONS.get(self.version, self.format)
+        return SUFFIXES.get(os.path.splitext(self.output.rstrip(os.sep))[1].lower(), "")
 
     def problems(self):
         if not self.output:
             yield "say what to write: python export.py out/model.bin"
-        elif self.output.endswith(".pt"):  # the slip of taking the bare argument for the input
-            yield f"{self.output}: this writes a model.bin; name the checkpoint to read with --checkpoint=PATH"
-        elif os.path.realpath(self.output) == os.path.realpath(self.checkpoint):
-            yield f"{self.output}: is also what --checkpoint reads; write elsewhere"
+        elif not self.target:
+            yield f"{self.output}: which format is that to be? Name it with --format="
+        if sum(map(bool, (self.from_, self.checkpoint, self.meta_llama, self.hf))) > 1:
+            yield "name one model to read: --from, --checkpoint, --meta_llama and --hf say the same"
+        if self.format != "auto" and self.version is not None and self.format != VERSIONS[self.version]:
+            yield f"--version={self.version} is --format={VERSIONS[self.version]}, not {self.format}"
+        if self.output and os.path.realpath(self.output) == os.path.realpath(self.source):
+            yield f"{self.output}: is also what is read; write elsewhere"
+
+
+def write_model(stored: StoredModel, path: str, target: str, dtype: str = "auto"):
+    """Write a model in the format that --format calls target. Raises ValueError, before anything is
+    written, for what the format cannot say and where something else is in the way."""
+    module = next(module for module in FORMATS if target in module.DTYPES)
+    if reason := module.refusal(stored.args):
+        raise ValueError(f"{path}: {reason}")
+    dtype = pick_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], stored)
+    if os.path.isfile(path) and os.path.getsize(path) and (module is ckpt or not module.recognises(path)):
+        raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
+    if os.path.isdir(path) and module in (ckpt, gguf, llama2c):
+        raise ValueError(f"{path}: is a folder; name a file to write")
+    tokenizer = stored.own_tokenizer()
+    beside = {ckpt: "tokenizer.model", llama2c: "tokenizer.bin"}.get(module) if tokenizer else None
+    if beside:
+        beside = os.path.join(os.path.dirname(path), beside)
+        content = tokenizer.content if module is ckpt else tokenizer.to_bin()
+        if os.path.exists(beside) and load_tokenizer(beside).hash != tokenizer.hash:
+            raise ValueError(f"{beside}: is another model's, and this one's is to be there; write elsewhere")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    module.write(stored, path, target, dtype)
+    if beside and not os.path.exists(beside):
+        write_atomically(beside, content)
+
+
+def pick_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: StoredModel) -> str:
+    """The dtype to write: the one asked for, or the model's own, or the format's first. Raises
+    ValueError for one that the format does not have."""
+    if asked == "auto":
+        own = str(stored.dtype).removeprefix("torch.")
+        return own if own in allowed else allowed[0]
+    if asked not in allowed:
+        raise ValueError(f"--dtype={asked}: {target} is written in {' or '.join(allowed)}")
+    return asked
+
+
+def with_tokenizer(stored: StoredModel, named: str) -> StoredModel:
+    """The model with a tokenizer that is known to be its own, or, saying so, with none."""
+    try:
+        tokenizer = checked_tokenizer(stored, named)
+        missing = f"no tokenizer is beside {stored.path}"
+    except ValueError as error:
+        if named:
+            raise
+        tokenizer, missing = None, str(error)
+    if tokenizer is None:
+        print(f"note: {missing}; none is written (name it with --tokenizer=PATH)")
+    return dataclasses.replace(stored, own_tokenizer=lambda: tokenizer)
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file, or of all in a folder."""
+    names = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
+    return sum(map(os.path.getsize, names))
 
 
 def main():
     config, given = configure(ExportConfig, positional=("output",))
     print_overrides(config, given)
-    model, _ = read_model(config.checkpoint)
-    os.makedirs(os.path.dirname(config.output) or ".", exist_ok=True)
-    write_v0(model, config.output)
-    print(f"wrote {config.output}: {model.num_parameters():,} parameters, {os.path.getsize(config.output):,} bytes")
+    stored = with_tokenizer(read_stored(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
+    write_model(stored, config.output, config.target, config.dtype)
+    parameters = sum(math.prod(shape) for _, shape in parameter_shapes(stored.args))
+    print(f"wrote {config.output} ({config.target}): {parameters:,} parameters, {size_of(config.output):,} bytes")
 
 
 if __name__ == "__main__":

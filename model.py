@@ -7,7 +7,9 @@ Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S cached p
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -17,6 +19,30 @@ from loss import linear_cross_entropy
 
 # Below this length plain matrix products beat the fused attention kernel on a CPU.
 PLAIN_ATTENTION_MAX_LEN = 512
+
+
+MAX_POSITIONS = 2**20  # a longer context is a damaged file, whose tables would fill the memory
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions stretched to a longer context. linear: every frequency divided by factor
+    (arXiv 2306.15595). llama3: only those whose wavelength is long beside the original context,
+    with a ramp between the two limits (Llama 3.1). Raises ValueError for impossible values."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling of type {self.kind!r}: linear and llama3 are known")
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor < math.inf):
+            raise ValueError(f"{self}: factors must be positive, and low_freq_factor below high_freq_factor")
+        if not (math.isfinite(self.factor) and self.original_max_seq_len >= 1):
+            raise ValueError(f"{self}: must be finite")
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,7 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # Llama 3: 500000
+    rope_scaling: RopeScaling | None = None  # Llama 3.1: llama3, by 8
     max_seq_len: int = 256
     dropout: float = 0.0
     tie_embeddings: bool = True  # the classifier is the embedding matrix
@@ -41,6 +68,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_seq_len > MAX_POSITIONS:
+            raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
         for name in ("n_kv_heads", "hidden_dim", "ffn_dim_multiplier"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive, or None")
@@ -52,8 +81,8 @@ class ModelArgs:
             raise ValueError(f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if not (self.norm_eps > 0 and self.rope_theta > 0):
-            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta}: must be positive")
+        if not (0 < self.norm_eps < math.inf and 0 < self.rope_theta < math.inf):
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta}: must be positive and finite")
 
     @property
     def head_dim(self) -> int:
@@ -75,6 +104,26 @@ class ModelArgs:
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
 
+def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a model, in the order of its state dict; a tied classifier,
+    which is the embedding, is not named. Lazy: a damaged file may speak of millions of layers."""
+    kv_dim = args.kv_heads * args.head_dim
+    yield "tok_embeddings.weight", (args.vocab_size, args.dim)
+    for layer in range(args.n_layers):
+        yield f"layers.{layer}.attention.wq.weight", (args.dim, args.dim)
+        yield f"layers.{layer}.attention.wk.weight", (kv_dim, args.dim)
+        yield f"layers.{layer}.attention.wv.weight", (kv_dim, args.dim)
+        yield f"layers.{layer}.attention.wo.weight", (args.dim, args.dim)
+        yield f"layers.{layer}.feed_forward.w1.weight", (args.ffn_dim, args.dim)
+        yield f"layers.{layer}.feed_forward.w2.weight", (args.dim, args.ffn_dim)
+        yield f"layers.{layer}.feed_forward.w3.weight", (args.ffn_dim, args.dim)
+        yield f"layers.{layer}.attention_norm.weight", (args.dim,)
+        yield f"layers.{layer}.ffn_norm.weight", (args.dim,)
+    yield "norm.weight", (args.dim,)
+    if not args.tie_embeddings:
+        yield "output.weight", (args.vocab_size, args.dim)
+
+
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (arXiv 1910.07467), computed in float32."""
 
@@ -89,9 +138,22 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def rope_tables(head_dim: int, length: int, theta: float):
-    """Cosine and sine of every position's angles (arXiv 2104.09864), each (length, head_dim/2)."""
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None):
+    """Radians by which each pair turns from one position to the next (head_dim/2,)."""
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    if scaling is None:
+        return frequencies
+    kept = 0.0  # share of the frequency as it was: none of it, or growing with the turns in a context
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
+
+
+def rope_tables(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None):
+    """Cosine and sine of every position's angles (arXiv 2104.09864), each (length, head_dim/2)."""
+    frequencies = rope_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return angles.cos(), angles.sin()
 
@@ -209,12 +271,25 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        if args.tie_embeddings:
+        self.register_buffers_and_ties()
+        self.init_weights()
+
+    @classmethod
+    def empty(cls, args: ModelArgs) -> "Transformer":
+        """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
+        with torch.device("meta"):
+            model = cls(args)
+        model.to_empty(device="cpu")
+        model.register_buffers_and_ties()
+        return model
+
+    def register_buffers_and_ties(self):
+        if self.args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta)
+        args = self.args
+        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):

@@ -20,7 +20,8 @@ from checkpoint import FORMAT, load_checkpoint, load_weights, save_checkpoint, w
 from dataset import TokenWindows, read_meta, tokens_folder
 from device import pick_dtype
 from distributed import World
-from export import v0_refusal, write_v0
+from formats import llama2c
+from formats.stored import stored
 from metrics import Metrics
 from model import ModelArgs, Transformer
 from optim import load_optimizer, make_optimizer
@@ -216,8 +217,8 @@ def save_best(run: Run):
     """Write best.pt and, where the format can say the model, model.bin (main process only)."""
     if run.world.is_main:
         save_checkpoint(run.path("best.pt"), state_of(run))
-        if not v0_refusal(run.model.args):
-            write_v0(run.model, run.path("model.bin"))
+        if not llama2c.refusal(run.model.args):
+            llama2c.write(stored(run.model), run.path("model.bin"))
 
 
 def set_aside(out_dir: str):
@@ -242,9 +243,9 @@ def open_out_dir(run: Run):
     for path in glob.glob(glob.escape(run.path("")) + "*.partial"):  # of a run that was killed
         os.remove(path)
     run.metrics = Metrics(config.out_dir, run.iter_num)
-    write_atomically(run.path("tokenizer.model"), run.tokenizer.proto)
+    write_atomically(run.path("tokenizer.model"), run.tokenizer.content)
     write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
-    if refusal := v0_refusal(run.model.args):
+    if refusal := llama2c.refusal(run.model.args):
         print(f"no model.bin will be written: {refusal}")
     if config.wandb_log:
         import wandb

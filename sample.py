@@ -18,16 +18,15 @@ from configurator import configure, print_overrides, run_script
 from device import autocast, pick_device, pick_dtype
 from export import read_model
 from generation import choose, generate
-from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Print text that goes on from --start, as it is generated."""
 
-    init_from: str = "resume"  # resume: OUT_DIR/ckpt.pt; or the path of a ckpt.pt or model.bin
+    init_from: str = "resume"  # resume: OUT_DIR/ckpt.pt; or the path of a model in any format
     out_dir: str = "out"  # where resume looks
-    tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one beside the model
+    tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one in or beside the model
     start: str = ""  # the text to go on from, or FILE:path of it
     num_samples: int = 1  # how many samples to draw
     max_new_tokens: int = 256  # the longest continuation, in tokens
@@ -64,26 +63,6 @@ def read_start(start: str) -> str:
         raise ValueError(f"--start={start}: not UTF-8 text ({error.reason})") from error
 
 
-def find_tokenizer(path: str, model_path: str, vocab_size: int, expected_hash: str | None) -> Tokenizer:
-    """The named tokenizer, or the one beside the model; it must be the model's own."""
-    beside = [os.path.join(os.path.dirname(model_path), name) for name in ("tokenizer.model", "tokenizer.bin")]
-    path = path or next(filter(os.path.exists, beside), "")
-    if not path:
-        raise ValueError(f"there is no tokenizer.model beside {model_path}: name one with --tokenizer=PATH")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(
-            f"{path} has {tokenizer.vocab_size} tokens, but the model in {model_path} has {vocab_size}: "
-            "name the tokenizer it was trained with, --tokenizer=PATH"
-        )
-    if expected_hash not in (None, tokenizer.hash):
-        raise ValueError(
-            f"{path} (hash {tokenizer.hash[:12]}) is not the tokenizer that {model_path} was trained with "
-            f"(hash {expected_hash[:12]}): name that one with --tokenizer=PATH"
-        )
-    return tokenizer
-
-
 def main():
     config, given = configure(SampleConfig)
     sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than the model
@@ -91,8 +70,7 @@ def main():
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     path = os.path.join(config.out_dir, "ckpt.pt") if config.init_from == "resume" else config.init_from
-    model, expected_hash = read_model(path)
-    tokenizer = find_tokenizer(config.tokenizer, path, model.args.vocab_size, expected_hash)
+    model, tokenizer = read_model(path, config.tokenizer)
     prompt = tokenizer.encode(read_start(config.start), bos=True)
     model.to(device)
     if config.compile:
@@ -101,7 +79,6 @@ def main():
     pick = functools.partial(
         choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator
     )
-    stop = {tokenizer.bos_id, tokenizer.eos_id}
     new_tokens, began = 0, time.perf_counter()
     for number in range(config.num_samples):
         if number:
@@ -111,7 +88,7 @@ def main():
             nonlocal new_tokens
             yield from prompt
             with autocast(device, dtype):
-                for token in generate(model, prompt, config.max_new_tokens, pick, stop):
+                for token in generate(model, prompt, config.max_new_tokens, pick, tokenizer.stop_ids):
                     new_tokens += 1
                     yield token
 

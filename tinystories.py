@@ -33,7 +33,7 @@ from configurator import configure, print_overrides, refuse, run_script
 from corpus import find_files, read_pieces
 from dataset import META_FILE, ShardWriter, split_point, token_dtype, tokens_folder, write_meta
 from download import download, plain_reason, unpack
-from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 ARCHIVE = "TinyStories_all_data.tar.gz"
 STORIES = "TinyStories_all_data"
@@ -168,8 +168,8 @@ def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     print(f"learning {vocab_size} tokens from {len(files)} file(s) ...")
     texts = (text for file in files for text in beginning(file, separator, VOCAB_CHARACTERS // len(files)))
-    tokenizer = Tokenizer(train_sentencepiece(texts, vocab_size))
-    write_atomically(path, tokenizer.proto)
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, vocab_size))
+    write_atomically(path, tokenizer.content)
     write_atomically(path.removesuffix("model") + "bin", tokenizer.to_bin())
     print(f"wrote {path} and tok{vocab_size}.bin")
     return path
@@ -198,7 +198,7 @@ def run_pretokenize(config: Pretokenize):
                 f"{path} has {tokenizer.vocab_size} tokens, not --vocab_size={config.vocab_size}; "
                 f"give --vocab_size={tokenizer.vocab_size}"
             )
-        write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.proto)
+        write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
         jobs = plan(config, files, folder, tokenizer)
         meta = {
             "vocab_source": config.vocab_source,

@@ -138,7 +138,7 @@ def changed(state: dict, **changes) -> dict:
     [
         (dict(norm__weight=None), r"no norm\.weight"),
         (dict(layers__1__attention__wk__weight=None), r"no layers\.1\.attention\.wk\.weight"),
-        (dict(output__weight=None), r"no output\.weight"),
+        (dict(layers__1__ffn_norm__weight=None), r"no layers\.1\.ffn_norm\.weight"),
         (dict(lm_head__weight=torch.zeros(19, 16)), r"unexpected lm_head\.weight"),
         (dict(layers__2__ffn_norm__weight=torch.ones(16)), r"unexpected layers\.2\.ffn_norm\.weight"),
         (dict(norm__weight=torch.ones(17)), r"norm\.weight is \(17,\), not \(16,\)"),

@@ -177,10 +177,10 @@ def test_a_path_with_an_equals_sign_fills_a_positional_field():
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(config_file, refused):
     path = config_file("\nlerning_rate = 0.1")
-    assert refused(path, "--bach_size=8", "--batch-size=8", "--zzz=1") == [
+    assert refused(path, "--bach_size=8", "--batch.size=8", "--zzz=1") == [
         f"{path}:2: lerning_rate = 0.1: there is no such option, did you mean learning_rate?",
         "--bach_size=8: there is no such option, did you mean batch_size?",
-        "--batch-size=8: there is no such option, did you mean batch_size?",
+        "--batch.size=8: there is no such option, did you mean batch_size?",
         "--zzz=1: there is no such option",
     ]
 
@@ -398,3 +398,10 @@ def test_an_error_of_the_program_itself_is_not_hidden():
 
     with pytest.raises(KeyError):
         run_script(main)
+
+
+def test_hyphens_and_a_value_after_a_space_are_taken_as_well():
+    config, given = read("--batch-size", "8", "--learning_rate", "-1", "--compile=False")
+    assert (config.batch_size, config.learning_rate, config.compile) == (8, -1.0, False)
+    assert set(given) == {"batch_size", "learning_rate", "compile"}
+    assert read("--batch_size=8")[0] == read("--batch-size", "8")[0]

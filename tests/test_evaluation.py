@@ -10,7 +10,9 @@ from checkpoint import save_checkpoint, write_model_args
 from dataset import TokenWindows
 from distributed import World
 from evaluation import Quality, evaluate
-from export import read_model, write_v0
+from export import read_stored
+from formats import llama2c
+from formats.stored import stored
 from model import ModelArgs, Transformer
 
 SEQ_LEN = 32
@@ -100,9 +102,9 @@ def test_no_random_state_and_no_mode_is_touched_and_dropout_is_off(training, mod
 def test_a_checkpoint_and_the_exported_file_have_the_same_figures(model, quality_of, tmp_path):
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "ckpt.pt"), checkpoint)
-    write_v0(model, str(tmp_path / "model.bin"))
+    llama2c.write(stored(model), str(tmp_path / "model.bin"))
     for name in ("ckpt.pt", "model.bin"):
-        assert quality_of(read_model(str(tmp_path / name))[0]) == quality_of(model)
+        assert quality_of(read_stored(str(tmp_path / name)).model()) == quality_of(model)
 
 
 @pytest.mark.parametrize("size", [2, 3])

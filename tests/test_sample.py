@@ -7,7 +7,8 @@ import sample
 from atomic import write_atomically
 from checkpoint import save_checkpoint, write_model_args
 from configurator import run_script as run_main
-from export import write_v0
+from formats import llama2c
+from formats.stored import stored
 from generation import choose, generate
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer, train_sentencepiece
@@ -29,8 +30,8 @@ def out_dir(model, tokenizer, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("out")
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(folder / "ckpt.pt"), checkpoint | dict(tokenizer_hash=tokenizer.hash))
-    write_v0(model, str(folder / "model.bin"))
-    write_atomically(str(folder / "tokenizer.model"), tokenizer.proto)
+    llama2c.write(stored(model), str(folder / "model.bin"))
+    write_atomically(str(folder / "tokenizer.model"), tokenizer.content)
     return str(folder)
 
 
@@ -114,7 +115,7 @@ def test_a_story_ends_where_the_model_says_so(name, run_sample, tokenizer, token
         model.tok_embeddings.weight.fill_(1)
         model.norm.weight.fill_(1)
         model.output.weight[getattr(tokenizer, name)] = 1
-    write_v0(model, str(tmp_path / "model.bin"))
+    llama2c.write(stored(model), str(tmp_path / "model.bin"))
     arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--temperature=0")
     status, output, error = run_sample(*arguments, "--start=The end")
     assert status == 0 and text_of(output) == "The end\n"
@@ -164,7 +165,7 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
     "arguments, status, said",
     [
         (["--out_dir={empty}"], 1, "{empty}/ckpt.pt: there is no such file"),
-        (["--init_from={empty}"], 1, "{empty}: there is no such file"),
+        (["--init_from={empty}"], 1, "{empty}: a folder without config.json"),
         (["--init_from={out_dir}/tokenizer.model"], 1, "{out_dir}/tokenizer.model: "),
         (["--out_dir={out_dir}", "--tokenizer={empty}/t.model"], 1, "{empty}/t.model: No such file"),
         (["--out_dir={out_dir}", "--tokenizer={out_dir}/model.bin"], 1, "{out_dir}/model.bin: neither"),
@@ -190,7 +191,7 @@ def test_a_mistake_is_refused_in_one_sentence(arguments, status, said, run_sampl
 
 
 def test_without_a_tokenizer_beside_the_model_one_must_be_named(run_sample, model, tmp_path):
-    write_v0(model, str(tmp_path / "model.bin"))
+    llama2c.write(stored(model), str(tmp_path / "model.bin"))
     status, _, error = run_sample(f"--init_from={tmp_path}/model.bin")
     assert status == 1 and len(error.splitlines()) == 1
     assert f"no tokenizer.model beside {tmp_path}/model.bin" in error and "--tokenizer=PATH" in error

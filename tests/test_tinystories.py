@@ -349,7 +349,7 @@ def test_real_tinystories_are_told_in_full(stage, shared, tmp_path, tokenizer_pa
 
 
 def test_ids_of_a_vocabulary_above_65536_take_four_bytes(stage, tmp_path, tokenizer):
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
     for number in range(len(model.pieces), 70_000):
         model.pieces.add(piece="zq" if number == 69_999 else f"<{number}>", score=-float(number))
     (tmp_path / "large.model").write_bytes(model.SerializeToString())
@@ -556,7 +556,7 @@ def test_while_one_run_writes_another_is_refused(stage, own):
         (["--input=empty"], r"empty: no file here ends in \.txt, \.json, \.jsonl"),
         (["--input=blank.txt"], r"--vocab_size=4096: there is no text to learn from"),
         (["--input=latin.txt"], r"latin\.txt: not UTF-8 text"),
-        (["--input=blank.txt", "--tokenizer=book.pdf"], r"book\.pdf: neither a SentencePiece model nor"),
+        (["--input=blank.txt", "--tokenizer=book.pdf"], r"book\.pdf: neither a SentencePiece model"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_name(stage, tmp_path, arguments, reason):

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tokenizer import BOS_ID, EOS_ID, Tokenizer, load_tokenizer, train_sentencepiece
+from tokenizer import BOS_ID, EOS_ID, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 FOREIGN = (
     "Naïve façades – “quoted” … 日本語のテキスト、and 中文; Ελληνικά, Русский, العربية, हिन्दी. "
@@ -97,9 +97,9 @@ def test_byte_counts_sum_to_the_length_of_the_text(tokenizer, texts):
 
 
 def test_byte_counts_of_a_vocabulary_that_puts_no_space_before_the_text(tokenizer):
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
     model.normalizer_spec.add_dummy_prefix = False
-    bare = Tokenizer(model.SerializeToString())
+    bare = SentencePieceTokenizer(model.SerializeToString())
     for text in ("Once upon a time", " a", "naïve 🦙"):
         ids = bare.encode(text, bos=True)
         assert bare.decode(ids) == text
@@ -121,7 +121,7 @@ def golden_bin(proto: bytes) -> bytes:
 
 def test_tokenizer_bin_has_the_golden_bytes(tokenizer):
     content = tokenizer.to_bin()
-    assert content == golden_bin(tokenizer.proto)
+    assert content == golden_bin(tokenizer.content)
     begin = b"\0\0\0\0" + b"\x05\0\0\0<unk>" + b"\0\0\0\0" + b"\x05\0\0\0\n<s>\n" + b"\0\0\0\0" + b"\x06\0\0\0\n</s>\n"
     assert content[4:].startswith(begin + b"\0\0\0\0" + b"\x06\0\0\0<0x00>")
     second_merge = tokenizer.processor.id_to_piece(260).replace("▁", " ").encode()
@@ -142,16 +142,16 @@ def test_the_hash_is_the_same_from_model_and_bin(tokenizer, tokenizer_path, toke
 
 
 def test_the_hash_of_another_vocabulary_is_another(tokenizer, stories):
-    assert Tokenizer(train_sentencepiece(stories[:200], 512)).hash != tokenizer.hash
+    assert SentencePieceTokenizer(train_sentencepiece(stories[:200], 512)).hash != tokenizer.hash
 
 
 def test_the_same_texts_give_the_same_vocabulary(tokenizer, stories):
-    assert Tokenizer(train_sentencepiece(stories, 512)).hash == tokenizer.hash
+    assert SentencePieceTokenizer(train_sentencepiece(stories, 512)).hash == tokenizer.hash
 
 
 def test_digits_stand_alone_and_spaces_are_kept(stories):
     years = ["In 1984 there were 1984 of them   indented"] * 100
-    tokenizer = Tokenizer(train_sentencepiece([*stories, *years], 600))
+    tokenizer = SentencePieceTokenizer(train_sentencepiece([*stories, *years], 600))
     pieces = [tokenizer.processor.id_to_piece(token) for token in tokenizer.encode("in 1984")]
     assert pieces[-4:] == ["1", "9", "8", "4"]
     assert tokenizer.decode(tokenizer.encode("   a  b ")) == "   a  b "
@@ -160,7 +160,7 @@ def test_digits_stand_alone_and_spaces_are_kept(stories):
 def test_long_lines_are_learned_from_too():
     """SentencePiece leaves out lines above 4192 bytes: a text without line breaks would teach nothing."""
     line = " ".join(["a llama"] * 2000)
-    tokenizer = Tokenizer(train_sentencepiece([line], 270))
+    tokenizer = SentencePieceTokenizer(train_sentencepiece([line], 270))
     assert tokenizer.processor.piece_to_id("▁llama") != tokenizer.processor.unk_id()
 
 
@@ -176,7 +176,7 @@ def test_a_small_corpus_is_told_the_largest_vocabulary_and_that_one_works(texts,
     with pytest.raises(ValueError, match=rf"--vocab_size={asked}: .*too short.* --vocab_size=\d+$") as error:
         train_sentencepiece(texts, asked)
     largest = int(re.search(r"\d+$", str(error.value))[0])
-    assert Tokenizer(train_sentencepiece(texts, largest)).vocab_size == largest < asked
+    assert SentencePieceTokenizer(train_sentencepiece(texts, largest)).vocab_size == largest < asked
     with pytest.raises(ValueError):
         train_sentencepiece(texts, largest + 1)
 
@@ -186,7 +186,7 @@ def test_too_small_a_vocabulary_is_told_the_smallest_and_that_one_works():
     with pytest.raises(ValueError, match=r"--vocab_size=300: .*at least --vocab_size=\d+$") as error:
         train_sentencepiece(texts, 300)
     smallest = int(re.search(r"\d+$", str(error.value))[0])
-    assert Tokenizer(train_sentencepiece(texts, smallest)).vocab_size == smallest
+    assert SentencePieceTokenizer(train_sentencepiece(texts, smallest)).vocab_size == smallest
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n"]])
@@ -197,9 +197,9 @@ def test_no_text_is_told(texts):
 
 def test_a_truncated_model_is_refused_wherever_it_ends(tokenizer, tmp_path):
     path = tmp_path / "cut.model"
-    for length in range(0, len(tokenizer.proto), 37):
-        path.write_bytes(tokenizer.proto[:length])
-        with pytest.raises(ValueError, match=r"cut\.model: neither a SentencePiece model nor a tokenizer\.bin"):
+    for length in range(0, len(tokenizer.content), 37):
+        path.write_bytes(tokenizer.content[:length])
+        with pytest.raises(ValueError, match=r"cut\.model: neither a SentencePiece model"):
             load_tokenizer(str(path))
 
 
@@ -214,7 +214,7 @@ def test_a_truncated_bin_is_refused_wherever_its_last_token_ends(tokenizer, tmp_
 
 @pytest.mark.parametrize("kind", ["model", "bin"])
 def test_a_damaged_file_never_does_worse_than_being_refused(tokenizer, tmp_path, kind):
-    whole = tokenizer.proto if kind == "model" else tokenizer.to_bin()
+    whole = tokenizer.content if kind == "model" else tokenizer.to_bin()
     rng, path, refused = random.Random(3), tmp_path / f"damaged.{kind}", 0
     for _ in range(200):
         content = bytearray(whole)
@@ -226,7 +226,7 @@ def test_a_damaged_file_never_does_worse_than_being_refused(tokenizer, tmp_path,
             refused += 1
             assert str(path) in str(error)
         else:
-            assert damaged.hash != tokenizer.hash or damaged.proto != tokenizer.proto
+            assert damaged.hash != tokenizer.hash or damaged.content != tokenizer.content
     assert refused > 50
 
 
@@ -244,7 +244,7 @@ def test_a_missing_file_is_an_error_of_the_system(tmp_path):
 
 
 def test_a_vocabulary_without_a_begin_of_text_is_refused(tokenizer, tmp_path):
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
     model.trainer_spec.bos_id = -1
     model.pieces[1].piece = "<other>"
     (tmp_path / "no_bos.model").write_bytes(model.SerializeToString())
@@ -264,7 +264,7 @@ def test_llama2_c_s_own_tokenizer_bin_is_read_and_written_byte_for_byte(shared):
 
 def test_llama_2_s_tokenizer_model_survives_its_bin(shared, tmp_path, texts):
     tokenizer = load_tokenizer(shared("models/llama2_tokenizer.model"))
-    assert tokenizer.vocab_size == 32000 and tokenizer.to_bin() == golden_bin(tokenizer.proto)
+    assert tokenizer.vocab_size == 32000 and tokenizer.to_bin() == golden_bin(tokenizer.content)
     assert tokenizer.encode("Hello world", bos=True) == [1, 15043, 3186]
     (tmp_path / "tokenizer.bin").write_bytes(tokenizer.to_bin())
     from_bin = load_tokenizer(str(tmp_path / "tokenizer.bin"))

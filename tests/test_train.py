@@ -18,7 +18,7 @@ import torch
 
 from checkpoint import load_checkpoint, load_model
 from dataset import TokenWindows
-from export import read_v0
+from formats import llama2c
 from model import ModelArgs, Transformer
 from train import check_against_cpu
 
@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     assert set(os.listdir(tmp_path)) == left
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
     assert checkpoint["best_val_loss"] == min(records(tmp_path, "val_loss"))
-    assert same_tensors(best.state_dict(), read_v0(str(tmp_path / "model.bin")).state_dict())
+    assert same_tensors(best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,21 +1,28 @@
 import functools
 import math
 import struct
-import sys
 
 import pytest
 import torch
 
-import export
 from checkpoint import save_checkpoint, write_model_args
-from configurator import run_script as run_main
-from export import read_model, read_v0, write_v0
+from export import read_stored
+from formats import llama2c, stored
+from formats.stored import StoredModel
 from generation import choose, generate
 from model import ModelArgs, Transformer, rope_tables
 from tokenizer import load_tokenizer
 
 TINY = dict(dim=16, n_layers=2, n_heads=4, vocab_size=19, hidden_dim=24, max_seq_len=6)
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+
+
+def write_v0(model: Transformer, path):
+    llama2c.write(stored.stored(model), str(path))
+
+
+def read_v0(path) -> Transformer:
+    return llama2c.read(str(path)).model()
 
 
 def random_model(**overrides) -> Transformer:
@@ -112,9 +119,9 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
     (tmp_path / "weights.pt").write_bytes(content_of(model_bin))
-    from_checkpoint, tokenizer_hash = read_model(str(tmp_path / "checkpoint.bin"))
-    from_weights, no_hash = read_model(str(tmp_path / "weights.pt"))
-    assert tokenizer_hash == "abc" and no_hash is None
+    from_checkpoint, from_weights = (read_stored(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt"))
+    assert from_checkpoint.tokenizer_hash == "abc" and from_weights.tokenizer_hash is None
+    from_checkpoint, from_weights = from_checkpoint.model(), from_weights.model()
     with torch.no_grad():
         assert torch.equal(from_checkpoint(tokens)[0], model(tokens)[0])
         assert torch.equal(from_weights(tokens)[0], model(tokens)[0])
@@ -145,10 +152,10 @@ def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(name, val
 def builds_nothing(monkeypatch):
     """A file must be refused before the model it claims to hold takes memory."""
 
-    def forbidden(args):
-        raise AssertionError(f"built {args}")
+    def forbidden(self, name):
+        raise AssertionError(f"read {name}")
 
-    monkeypatch.setattr(export, "Transformer", forbidden)
+    monkeypatch.setattr(StoredModel, "read", forbidden)
 
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
@@ -211,37 +218,3 @@ def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
         file.write(struct.pack("<f", math.nan))
     with pytest.raises(ValueError, match=r"model\.bin: .*no numbers"):
         read_v0(model_bin)
-
-
-def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"nowhere/model\.bin"):
-        read_model("nowhere/model.bin")
-
-
-def test_the_command_exports_a_checkpoint_and_copies_a_model_bin(run_script, model_bin, tmp_path):
-    model = read_v0(model_bin)
-    checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
-    save_checkpoint(str(tmp_path / "ckpt.pt"), checkpoint)
-    result = run_script("export.py", "new/exported.bin", "--checkpoint=ckpt.pt", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert content_of(tmp_path / "new" / "exported.bin") == content_of(model_bin)
-
-
-@pytest.mark.parametrize(
-    "arguments, status, said",
-    [
-        ([], 2, "say what to write"),
-        (["model.bin", "--checkpoint=nowhere.pt"], 1, "nowhere.pt: there is no such file"),
-        (["model.bin", f"--checkpoint={__file__}"], 1, f"{__file__}: "),
-    ],
-    ids=["no output", "no checkpoint", "no model"],
-)
-def test_the_command_refuses_in_a_sentence_and_writes_nothing(arguments, status, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run_main(export.main)
-    error = capsys.readouterr().err
-    assert ended.value.code == status
-    assert said in error and len(error.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []

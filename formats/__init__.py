@@ -1,0 +1,10 @@
+"""
+One file for each format in which a Llama is kept. Each has an ordered table of its tensors, which
+its reader and its writer share, and offers
+
+    DTYPES                            what --format calls it, and what --dtype may ask of it
+    recognises(path)                  whether path holds this format, by content
+    read(path) -> StoredModel         checks everything but the weights, and reads none of them
+    refusal(args) -> str | None       why the format cannot say a model
+    write(stored, path, name, dtype)  whole or not at all; one tensor at a time is in memory
+"""

@@ -1,0 +1,72 @@
+"""
+ckpt.pt, a checkpoint of ours or of llama2.c's: the table of its tensors is the model's state dict.
+What training needs beyond the weights is checkpoint.py's; it is neither read nor written here.
+"""
+
+import math
+import os
+
+import torch
+
+from atomic import AtomicFile
+from checkpoint import NOT_TIED, check_checkpoint, write_model_args
+from formats.stored import DTYPES as TORCH_DTYPES
+from formats.stored import StoredModel, StoredTensor, check_range, same_values, tokenizer_in
+from formats.torch_file import is_zip, read_torch_file, write_torch_file
+
+DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
+
+
+def recognises(path: str) -> bool:
+    return os.path.isfile(path) and is_zip(path)
+
+
+def read(path: str) -> StoredModel:
+    checkpoint = read_torch_file(path)
+    check_checkpoint(checkpoint, path)
+    args, tensors = checkpoint["model_args"], checkpoint["model"]
+    classifier = tensors.pop("output.weight", None) if args.tie_embeddings else None
+    if classifier and not same_values(classifier, tensors["tok_embeddings.weight"]):
+        raise ValueError(f"{path}: {NOT_TIED}")
+    tokenizer_hash = checkpoint.get("tokenizer_hash")
+    return StoredModel(path, args, tensors, lambda: tokenizer_in(os.path.dirname(path)), tokenizer_hash)
+
+
+def refusal(args) -> None:
+    """It says every model."""
+
+
+def write(stored: StoredModel, path: str, name: str, dtype: str):
+    """A checkpoint without training state, from which train.py goes on with fresh moments."""
+    tokenizer = stored.own_tokenizer()
+    checkpoint = {
+        "model": weights(stored, TORCH_DTYPES[dtype]),
+        "model_args": write_model_args(stored.args),
+        "iter_num": 0,
+        "best_val_loss": stored_scalar(math.inf),
+        "config": {"vocab_source": "custom", "vocab_size": stored.args.vocab_size},
+    }
+    if tokenizer or stored.tokenizer_hash:
+        checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else stored.tokenizer_hash
+    with AtomicFile(path) as file:
+        write_torch_file(file, checkpoint)
+
+
+def weights(stored: StoredModel, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """The model's state dict, a tied classifier in it a second time, to write in dtype."""
+
+    def reader(name):
+        def read():
+            tensor = stored.read(name)
+            check_range(tensor, dtype, name)
+            return tensor
+
+        return read
+
+    state = {name: StoredTensor(stored.tensors[name].shape, dtype, reader(name)) for name in stored.names()}
+    return state | {"output.weight": state.get("output.weight", state["tok_embeddings.weight"])}
+
+
+def stored_scalar(value: float) -> StoredTensor:
+    tensor = torch.tensor(value, dtype=torch.float64)
+    return StoredTensor((), tensor.dtype, lambda: tensor)

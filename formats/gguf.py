@@ -1,0 +1,464 @@
+"""
+GGUF, the format of llama.cpp and ollama (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md):
+a header, key-value pairs that describe the model and hold its vocabulary, a list of tensors, and,
+aligned, their values. The rotary layout is ours.
+
+Q8_0: blocks of 32 values of a row, each a float16 scale and 32 int8.
+"""
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from atomic import AtomicFile
+from formats import tokenizer_json
+from formats.stored import BLOCK, StoredModel, StoredTensor, blocks, check_range, read_into, stored_in_file
+from model import ModelArgs, RopeScaling, rope_frequencies
+from tokenizer import (
+    CONTROL,
+    NORMAL,
+    Llama3Tokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    proto_from_pieces,
+)
+
+DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
+MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+GROUP = 32  # values in a block of Q8_0
+BLOCK_SIZE = 2 + GROUP  # its bytes
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # types of tensors
+TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
+
+# ours, theirs
+TABLE = (
+    ("tok_embeddings.weight", "token_embd.weight"),
+    ("layers.{}.attention_norm.weight", "blk.{}.attn_norm.weight"),
+    ("layers.{}.attention.wq.weight", "blk.{}.attn_q.weight"),
+    ("layers.{}.attention.wk.weight", "blk.{}.attn_k.weight"),
+    ("layers.{}.attention.wv.weight", "blk.{}.attn_v.weight"),
+    ("layers.{}.attention.wo.weight", "blk.{}.attn_output.weight"),
+    ("layers.{}.ffn_norm.weight", "blk.{}.ffn_norm.weight"),
+    ("layers.{}.feed_forward.w1.weight", "blk.{}.ffn_gate.weight"),
+    ("layers.{}.feed_forward.w3.weight", "blk.{}.ffn_up.weight"),
+    ("layers.{}.feed_forward.w2.weight", "blk.{}.ffn_down.weight"),
+    ("norm.weight", "output_norm.weight"),
+    ("output.weight", "output.weight"),
+)
+ROPE_FACTORS = "rope_freqs.weight"  # by how much each frequency is divided: Llama 3.1's scaling
+OWN_SCALING = "cria.rope_scaling"  # the numbers behind those factors
+KNOWN_SCALINGS = tuple(RopeScaling("llama3", factor) for factor in (8.0, 32.0))  # Llama 3.1, 3.2
+
+
+def table(args: ModelArgs) -> Iterator[tuple[str, str]]:
+    """Our name and theirs of every tensor, in order."""
+    for ours, theirs in TABLE:
+        if ours == "output.weight" and args.tie_embeddings:
+            continue
+        for layer in range(args.n_layers if "{}" in ours else 1):
+            yield ours.format(layer), theirs.format(layer)
+
+
+# The container, read
+
+SCALARS = {  # type of a value: its layout
+    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
+}
+STRING, ARRAY = 8, 9
+
+
+class Cursor:
+    """Reads a mapped file from front to back. Raises ValueError past its end."""
+
+    def __init__(self, content):
+        self.content, self.position = content, 0
+
+    def take(self, size: int) -> bytes:
+        end = self.position + size
+        if end > len(self.content):
+            raise ValueError("it ends within its header")
+        start, self.position = self.position, end
+        return self.content[start:end]
+
+    def scalar(self, layout: str):
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, kind: int):
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"a value of type {kind} is not known")
+        kind, count = self.scalar("<I"), self.scalar("<Q")
+        if kind in SCALARS:
+            layout = SCALARS[kind]
+            values = np.frombuffer(self.take(count * struct.calcsize(layout)), np.dtype(layout.replace("?", "b")))
+            return values.tolist()
+        if kind != STRING or count * 8 > len(self.content) - self.position:
+            raise ValueError("a list is longer than the file, or nested")
+        return [self.string() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """shape: ours, rows first; offset: from the beginning of the values."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        count = math.prod(self.shape)
+        return count // GROUP * BLOCK_SIZE if self.kind == Q8_0 else count * TORCH_TYPES[self.kind].itemsize
+
+
+def read_container(path: str) -> tuple[dict, dict[str, StoredTensor]]:
+    """The key-value pairs and the tensors of a file. Raises ValueError where it is damaged."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            cursor = Cursor(content)
+            pairs, infos = read_header(cursor)
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"{path}: damaged, or not a GGUF file ({error})") from None
+        size, position = len(content), cursor.position
+    alignment = pairs.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise ValueError(f"{path}: general.alignment={alignment!r} is no power of two; it is damaged")
+    start, end = position + -position % alignment, 0
+    for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
+        if info.offset != end:
+            raise ValueError(f"{path}: {name[:100]} begins at {info.offset}, not at {end}; it is damaged")
+        end += info.size + -info.size % alignment
+    if not end - alignment < size - start <= end:  # the last tensor may be padded or not
+        raise ValueError(f"{path}: {size} bytes, but its header says {start + end}; it is damaged")
+    for name, info in infos.items():
+        if start + info.offset + info.size > size:
+            raise ValueError(f"{path}: it ends within {name[:100]}; it is damaged")
+    return pairs, {name: stored_tensor(path, start, info) for name, info in infos.items()}
+
+
+def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
+    magic, version = cursor.take(4), cursor.scalar("<I")
+    if magic != MAGIC or version not in (2, 3):
+        raise ValueError(f"version {version} is not known")
+    n_tensors, n_pairs = cursor.scalar("<Q"), cursor.scalar("<Q")
+    pairs, infos = {}, {}
+    for _ in range(n_pairs):  # a number too large runs into the end of the file
+        key = cursor.string()
+        pairs[key] = cursor.value(cursor.scalar("<I"))
+    for _ in range(n_tensors):
+        name, dimensions = cursor.string(), cursor.scalar("<I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"{name[:100]} has {dimensions} dimensions")
+        shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]
+        info = TensorInfo(shape, cursor.scalar("<I"), cursor.scalar("<Q"))
+        if info.kind not in (*TORCH_TYPES, Q8_0):
+            raise ValueError(f"{name[:100]} is quantized in type {info.kind}; F32, F16, BF16 and Q8_0 are known here")
+        if min(shape) < 1 or (info.kind == Q8_0 and shape[-1] % GROUP) or name in infos:
+            raise ValueError(f"{name[:100]} has the shape {shape}, or is there twice")
+        infos[name] = info
+    return pairs, infos
+
+
+def stored_tensor(path: str, start: int, info: TensorInfo) -> StoredTensor:
+    if info.kind != Q8_0:
+        return stored_in_file(path, start + info.offset, TORCH_TYPES[info.kind], info.shape)
+    return StoredTensor(info.shape, torch.float32, lambda: read_quantized(path, start + info.offset, info.shape))
+
+
+def read_quantized(path: str, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    values = torch.empty(math.prod(shape) // GROUP, GROUP)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        for part in values.split(BLOCK // GROUP):
+            raw = torch.empty(len(part), BLOCK_SIZE, dtype=torch.uint8)
+            read_into(file, raw, path)
+            scales = raw[:, :2].contiguous().view(torch.float16).float()  # (N, 1)
+            torch.mul(raw[:, 2:].contiguous().view(torch.int8), scales, out=part)
+    return values.view(shape)
+
+
+# Reading
+
+
+def recognises(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC
+
+
+def read(path: str) -> StoredModel:
+    pairs, theirs = read_container(path)
+    if pairs.get("general.architecture") != "llama":
+        raise ValueError(f"{path}: a model of architecture {pairs.get('general.architecture')!r}, not llama")
+    factors = theirs.pop(ROPE_FACTORS, None)
+    args = args_of(pairs, theirs, factors, path)
+    tensors = {}
+    for ours, name in table(args):
+        if name not in theirs:
+            raise ValueError(f"{path}: it has no {name}, which its header speaks of")
+        tensors[ours] = theirs.pop(name)
+    if theirs:
+        raise ValueError(f"{path}: {min(theirs)[:100]} is no part of a Llama of ours")
+    return StoredModel(path, args, tensors, lambda: tokenizer_of(pairs, path))
+
+
+def args_of(pairs: dict, tensors: dict, factors: StoredTensor | None, path: str) -> ModelArgs:
+    """The architecture that the pairs describe. Raises ValueError for another than Llama's."""
+
+    def number(key, default=None):
+        value = pairs.get(f"llama.{key}", default)
+        if type(value) not in (int, float):
+            raise ValueError(f"{path}: llama.{key} is {'missing' if value is None else f'{str(value)[:50]}'}")
+        return value
+
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError(f"{path}: it has no token_embd.weight")
+    heads = number("attention.head_count")
+    try:
+        args = ModelArgs(
+            dim=number("embedding_length"),
+            hidden_dim=number("feed_forward_length"),
+            n_layers=number("block_count"),
+            n_heads=heads,
+            n_kv_heads=number("attention.head_count_kv", heads),
+            vocab_size=embedding.shape[0],
+            norm_eps=shortest_float(number("attention.layer_norm_rms_epsilon")),
+            rope_theta=shortest_float(number("rope.freq_base", 10000.0)),
+            max_seq_len=number("context_length"),
+            tie_embeddings="output.weight" not in tensors,
+        )
+        scaling = scaling_of(pairs, factors, args)
+        args = ModelArgs(**{**vars(args), "rope_scaling": scaling})
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        if number(key, args.head_dim) != args.head_dim:
+            raise ValueError(f"{path}: llama.{key} is {number(key)}, but dim/n_heads={args.head_dim} is all we can say")
+    if number("expert_count", 0):
+        raise ValueError(f"{path}: a mixture of experts is more than a Llama of ours can say")
+    return args
+
+
+def shortest_float(value: float) -> float:
+    """The decimal number that was meant by one that went through a float32: 1e-5, not 9.99999975e-06."""
+    return float(np.format_float_scientific(np.float32(value), unique=True))
+
+
+def scaling_of(pairs: dict, factors: StoredTensor | None, args: ModelArgs) -> RopeScaling | None:
+    """The rotary scaling, of which the file has the type, or only the factors."""
+    kind = pairs.get("llama.rope.scaling.type", "none")
+    if kind == "linear" and factors is None:
+        return RopeScaling("linear", shortest_float(pairs["llama.rope.scaling.factor"]))
+    if kind != "none":
+        raise ValueError(f"rope scaling of type {kind!r} is more than a Llama of ours can say")
+    if factors is None:
+        return None
+    own = pairs.get(OWN_SCALING, [])
+    candidates = (RopeScaling("llama3", *own[:3], int(own[3])),) if len(own) == 4 else KNOWN_SCALINGS
+    if factors.shape == (args.head_dim // 2,):
+        for scaling in candidates:
+            if torch.allclose(factors.read().float(), scaling_factors(args, scaling), rtol=1e-3):
+                return scaling
+    raise ValueError(f"the factors in {ROPE_FACTORS} are those of no Llama known here")
+
+
+def scaling_factors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
+    """By how much each frequency is divided (head_dim/2,)."""
+    plain, scaled = (rope_frequencies(args.head_dim, args.rope_theta, choice) for choice in (None, scaling))
+    return plain / scaled
+
+
+def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
+    """The vocabulary in the file; None if it has none."""
+    model, names = pairs.get("tokenizer.ggml.model"), pairs.get("tokenizer.ggml.tokens")
+    if model in (None, "none", "no_vocab"):
+        return None
+    try:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its tokens are no list of texts")
+        kinds = pairs.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
+        if model == "llama":
+            pieces = list(zip(names, pairs["tokenizer.ggml.scores"], kinds, strict=True))
+            return SentencePieceTokenizer(
+                proto_from_pieces(pieces, bool(pairs.get("tokenizer.ggml.add_space_prefix", True)))
+            )
+        if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"):
+            count = next((i for i, kind in enumerate(kinds) if kind == CONTROL), len(names))
+            return Llama3Tokenizer([tokenizer_json.from_letters(name) for name in names[:count]], names[count:])
+        raise ValueError(f"a vocabulary of type {model!r}, {pairs.get('tokenizer.ggml.pre')!r}, is not known here")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its vocabulary cannot be read ({str(error)[:100]})") from error
+
+
+# Writing
+
+
+def refusal(args: ModelArgs) -> None:
+    """It says every model."""
+
+
+def write(stored: StoredModel, path: str, name: str, dtype: str):
+    """Write the file. In q8_0, a matrix whose rows are no multiple of 32 stays float16."""
+    tokenizer = stored.own_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{path}: llama.cpp reads no GGUF file without a vocabulary; name it with --tokenizer=PATH")
+    if reason := tokenizer_json.refusal(tokenizer):
+        raise ValueError(f"{path}: {reason}")
+    tensors = list(tensors_of(stored, dtype))
+    with AtomicFile(path) as file:
+        file.write(header_of(pairs_of(stored, tokenizer, dtype), [(name, info) for name, info, _ in tensors]))
+        pad(file)
+        for name, info, read in tensors:
+            write_tensor(file, read(), info.kind, name)
+            pad(file)
+
+
+def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInfo, object]]:
+    """Name, description and reader of every tensor to write, in order."""
+    args, offset = stored.args, 0
+    kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
+    entries = [(theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in table(args)]
+    if args.rope_scaling and args.rope_scaling.kind == "llama3":
+        factors = scaling_factors(args, args.rope_scaling)
+        entries.append((ROPE_FACTORS, tuple(factors.shape), lambda: factors))
+    for name, shape, read in entries:
+        kind = F32 if len(shape) == 1 else kinds[dtype]
+        info = TensorInfo(shape, F16 if kind == Q8_0 and shape[-1] % GROUP else kind, offset)
+        yield name, info, read
+        offset += info.size + -info.size % ALIGNMENT
+
+
+def pairs_of(stored: StoredModel, tokenizer: Tokenizer, dtype: str) -> dict:
+    """The key-value pairs, as (type, value)."""
+    args, scaling = stored.args, stored.args.rope_scaling
+    name = os.path.basename(os.path.splitext(os.path.abspath(stored.path))[0])
+    pairs = {
+        "general.architecture": "llama",
+        "general.name": name,
+        "general.file_type": (4, FILE_TYPES[dtype]),
+        "general.quantization_version": (4, 2),
+        "general.alignment": (4, ALIGNMENT),
+        "llama.vocab_size": (4, args.vocab_size),
+        "llama.context_length": (4, args.max_seq_len),
+        "llama.embedding_length": (4, args.dim),
+        "llama.block_count": (4, args.n_layers),
+        "llama.feed_forward_length": (4, args.ffn_dim),
+        "llama.rope.dimension_count": (4, args.head_dim),
+        "llama.rope.freq_base": (6, args.rope_theta),
+        "llama.attention.head_count": (4, args.n_heads),
+        "llama.attention.head_count_kv": (4, args.kv_heads),
+        "llama.attention.layer_norm_rms_epsilon": (6, args.norm_eps),
+    }
+    if scaling and scaling.kind == "linear":
+        pairs |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": (6, scaling.factor)}
+    elif scaling:
+        numbers = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
+        pairs[OWN_SCALING] = (12, list(numbers))
+    return pairs | vocabulary_of(tokenizer)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> dict:
+    """The pairs that hold the vocabulary."""
+    pairs = {
+        "tokenizer.ggml.bos_token_id": (4, tokenizer.bos_id),
+        "tokenizer.ggml.eos_token_id": (4, tokenizer.eos_id),
+        "tokenizer.ggml.add_bos_token": (7, True),
+        "tokenizer.ggml.add_eos_token": (7, False),
+    }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        names, scores, kinds = zip(*tokenizer.pieces, strict=True)
+        return pairs | {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": list(names),
+            "tokenizer.ggml.scores": (6, list(scores)),
+            "tokenizer.ggml.token_type": (5, list(kinds)),
+            "tokenizer.ggml.unknown_token_id": (4, tokenizer.processor.unk_id()),
+            "tokenizer.ggml.add_space_prefix": (7, tokenizer.has_dummy_prefix),
+        }
+    pairs |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokenizer_json.token_names(tokenizer),
+        "tokenizer.ggml.token_type": (5, [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in tokenizer_json.rank_merges(tokenizer.ranks)],
+    }
+    if "<|eot_id|>" in tokenizer.special:
+        pairs["tokenizer.ggml.eot_token_id"] = (4, tokenizer.special_id("<|eot_id|>"))
+        pairs["tokenizer.chat_template"] = tokenizer_json.CHAT_TEMPLATE
+    return pairs
+
+
+# The container, written
+
+
+def header_of(pairs: dict, infos: list[tuple[str, TensorInfo]]) -> bytes:
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(infos), len(pairs))]
+    for key, value in pairs.items():
+        parts += [packed_string(key), packed_value(value)]
+    for name, info in infos:
+        dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
+        parts += [packed_string(name), dimensions, struct.pack("<IQ", info.kind, info.offset)]
+    return b"".join(parts)
+
+
+def packed_string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def packed_value(value) -> bytes:
+    """A text, a list of texts, or (type, number or list of numbers), with its type before it."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + packed_string(value)
+    if isinstance(value, list):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(packed_string, value))
+    kind, value = value
+    layout = SCALARS[kind].removeprefix("<")
+    if isinstance(value, list):
+        return struct.pack(f"<IIQ{len(value)}{layout}", ARRAY, kind, len(value), *value)
+    return struct.pack(f"<I{layout}", kind, value)
+
+
+def pad(file):
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+
+
+def write_tensor(file, tensor: torch.Tensor, kind: int, name: str):
+    if kind == Q8_0:
+        for rows in tensor.split(max(1, BLOCK // tensor.shape[1])):
+            file.write(quantize(rows.float().reshape(-1, GROUP), name))
+        return
+    check_range(tensor, TORCH_TYPES[kind], name)
+    for block in blocks(tensor, TORCH_TYPES[kind]):
+        file.write(block)
+
+
+def quantize(groups: torch.Tensor, name: str) -> np.ndarray:
+    """Q8_0 of groups (N, 32): per group the scale, 1/127 of its largest magnitude, in float16, and the
+    values in steps of the scale as it was rounded, so that none is off by more than half a step."""
+    scales = (groups.abs().amax(dim=1) / 127.0).half()  # (N,)
+    if not scales.isfinite().all():
+        raise ValueError(f"{name} has values too large for q8_0; use --dtype=float32 or bfloat16")
+    steps = scales.float()
+    values = groups / torch.where(steps == 0, 1.0, steps)[:, None]
+    packed = np.empty((len(groups), BLOCK_SIZE), dtype=np.uint8)
+    packed[:, :2] = scales.numpy().view(np.uint8).reshape(-1, 2)
+    packed[:, 2:] = values.round().clamp(-127, 127).to(torch.int8).numpy().view(np.uint8)
+    return packed

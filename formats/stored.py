@@ -1,0 +1,137 @@
+"""
+A model as it lies in a file: what it is made of, and tensors that are read one at a time.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from checkpoint import check_weights, largest
+from model import ModelArgs, Transformer, parameter_shapes
+from tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BLOCK = 1 << 22  # values that are converted at a time, so that a conversion takes little memory
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, or one to write: read() brings it to the CPU, dtype is that in the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    identity: object = None  # differs, or is None, for tensors of other values; known without reading
+
+
+@dataclass
+class StoredModel:
+    """A model in a file. tensors has our names, without a classifier that is the embedding. Raises
+    ValueError where they are not those of args."""
+
+    path: str
+    args: ModelArgs
+    tensors: dict[str, StoredTensor]
+    own_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None)
+    tokenizer_hash: str | None = None  # of the vocabulary it was trained with, where the file tells
+
+    def __post_init__(self):
+        check_weights(self.args, self.tensors, self.path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the matrices; float32 where they are quantized."""
+        return self.tensors["layers.0.attention.wq.weight"].dtype
+
+    def names(self) -> list[str]:
+        return [name for name, _ in parameter_shapes(self.args)]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU. Raises ValueError where it is damaged or has values that are no numbers."""
+        if name == "output.weight" and self.args.tie_embeddings:
+            name = "tok_embeddings.weight"
+        tensor = self.tensors[name].read()
+        if not math.isfinite(largest(tensor)):
+            raise ValueError(f"{self.path}: {name} has values that are no numbers")
+        return tensor
+
+    @torch.no_grad()
+    def model(self) -> Transformer:
+        """The model, in float32, ready to evaluate."""
+        model = Transformer.empty(self.args)
+        for name in self.names():
+            model.get_parameter(name).copy_(self.read(name))
+        return model.eval()
+
+
+def stored(model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None) -> StoredModel:
+    """A model in memory, seen as one in a file."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {
+        name: StoredTensor(tuple(parameter.shape), parameter.dtype, lambda parameter=parameter: parameter.cpu())
+        for name, parameter in parameters.items()
+    }
+    return StoredModel(path, model.args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are equal, bit for bit. One at a time is in memory."""
+    if a.identity is None or a.identity != b.identity:
+        return False
+    digests = [hashlib.sha256(as_bytes(tensor.read())).digest() for tensor in (a, b)]
+    return digests[0] == digests[1]
+
+
+def stored_in_file(path: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor whose little-endian values lie in a file from offset on."""
+    return StoredTensor(shape, dtype, lambda: read_values(path, offset, dtype, shape))
+
+
+def read_values(path: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        read_into(file, tensor, path)
+    return tensor
+
+
+def read_into(file, tensor: torch.Tensor, path: str):
+    """Fill a contiguous tensor from an open file. Raises ValueError where the file ends before."""
+    left = memoryview(as_bytes(tensor))
+    while left:
+        count = file.readinto(left[: 1 << 30])  # the system reads less than 2 GiB at once
+        if not count:
+            raise ValueError(f"{path}: it ends within a tensor; it is damaged")
+        left = left[count:]
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    """The values of a tensor in order, as bytes in dtype, some rows at a time."""
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    rows = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
+    for start in range(0, len(tensor), rows):
+        yield as_bytes(tensor[start : start + rows].to(dtype).contiguous())
+
+
+def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str):
+    """Raise ValueError where a value of the tensor is too large for dtype."""
+    if largest(tensor) > torch.finfo(dtype).max:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} has values too large for {kind}; use --dtype=float32 or bfloat16")
+
+
+def tokenizer_in(*folders: str) -> Tokenizer | None:
+    """The tokenizer.model or tokenizer.bin in the first of the folders that has one."""
+    paths = (os.path.join(folder, name) for folder in folders for name in ("tokenizer.model", "tokenizer.bin"))
+    path = next(filter(os.path.isfile, paths), None)
+    return load_tokenizer(path) if path else None
