@@ -17,7 +17,7 @@ import os
 import sys
 import types
 from dataclasses import make_dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -177,7 +177,7 @@ def describe(field_type) -> str:
     """What an option of this type takes, in words."""
     if get_origin(field_type) is Literal:
         return "one of " + ", ".join(map(str, get_args(field_type)))
-    if get_origin(field_type) is types.UnionType:
+    if get_origin(field_type) in (types.UnionType, Union):
         return " or ".join(describe(choice) for choice in get_args(field_type))
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}[
         field_type

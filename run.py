@@ -20,12 +20,13 @@ from checkpoint import FORMAT, load_checkpoint, load_weights, save_checkpoint, w
 from dataset import TokenWindows, read_meta, tokens_folder
 from device import pick_dtype
 from distributed import World
+from export import read_stored
 from formats import llama2c
-from formats.stored import stored
+from formats.stored import StoredModel, stored
 from metrics import Metrics
 from model import ModelArgs, Transformer
 from optim import load_optimizer, make_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 # Options that a resumed run cannot change: they are the checkpoint's.
 ARCHITECTURE = (
@@ -81,25 +82,32 @@ def resume(config, given: dict):
     return resumed_config(config, given, checkpoint, path), checkpoint
 
 
-def set_up(config, checkpoint: dict | None, world: World, device: str) -> Run:
-    """Everything a run needs, new or from a checkpoint."""
+def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
+    """The options for a new run with the weights of a model in any format, and that model. Its
+    architecture is the file's; only another context may be asked for."""
+    pretrained = read_stored(config.init_from, max_seq_len=config.max_seq_len if "max_seq_len" in given else None)
+    check_architecture(config, given, pretrained.args, config.init_from)
+    options = {name: getattr(pretrained.args, name) for name in ARCHITECTURE if name not in given}
+    return dataclasses.replace(config, **options), pretrained
+
+
+def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, world: World, device: str) -> Run:
+    """Everything a run needs: new, from its checkpoint, or with the weights of another model."""
     path = os.path.join(config.out_dir, "ckpt.pt")
     if config.gradient_accumulation_steps % world.size:
         raise ValueError(
             f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
             f"{world.size} processes; give a multiple of {world.size}"
         )
-    data = open_data(config, checkpoint)
+    data = open_data(config)
+    if checkpoint:
+        check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
+    elif pretrained:
+        check_tokenizer(data[0], hash_of_tokenizer(pretrained), pretrained.path, config)
     dtype = pick_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     torch.manual_seed(config.seed)
-    args = config.model_args()
-    if checkpoint:
-        args = dataclasses.replace(checkpoint["model_args"], dropout=config.dropout)
-    model = Transformer(args)
-    if checkpoint:
-        load_weights(model, checkpoint["model"], path)
-    model.to(device)
+    model = make_model(config, checkpoint, pretrained, path).to(device)
     optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
     run = Run(config, world, device, dtype, *data, model, optimizer, scaler)
@@ -113,8 +121,37 @@ def set_up(config, checkpoint: dict | None, world: World, device: str) -> Run:
     return run
 
 
-def open_data(config, checkpoint: dict | None) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
-    """The tokenizer and both splits, checked against each other and against the checkpoint."""
+def make_model(config, checkpoint: dict | None, pretrained: StoredModel | None, path: str) -> Transformer:
+    """The model of the checkpoint, or the pretrained one, or a new one."""
+    if not checkpoint and not pretrained:
+        return Transformer(config.model_args())
+    args = checkpoint["model_args"] if checkpoint else pretrained.args
+    args = dataclasses.replace(args, dropout=config.dropout)
+    if pretrained:
+        return dataclasses.replace(pretrained, args=args).model().train()
+    model = Transformer.empty(args)
+    load_weights(model, checkpoint["model"], path)
+    return model
+
+
+def hash_of_tokenizer(pretrained: StoredModel) -> str | None:
+    """That of the vocabulary a model was trained with, if it tells, or else of one in or beside it."""
+    if pretrained.tokenizer_hash is None and (tokenizer := pretrained.own_tokenizer()):
+        return tokenizer.hash if tokenizer.vocab_size == pretrained.args.vocab_size else None
+    return pretrained.tokenizer_hash
+
+
+def check_tokenizer(tokenizer: Tokenizer, expected: str | None, model_path: str, config):
+    """Raise ValueError where the data's tokenizer is not the model's, if that one is known."""
+    if expected not in (None, tokenizer.hash):
+        raise ValueError(
+            f"the tokens in {config.data_dir} are of a tokenizer with hash {tokenizer.hash[:12]}, but {model_path} "
+            f"was trained with another tokenizer (hash {expected[:12]}); give the --data_dir of that one"
+        )
+
+
+def open_data(config) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
+    """The tokenizer and both splits, checked against each other."""
     folder = tokens_folder(config.data_dir, config.vocab_source, config.vocab_size)
     meta = read_meta(folder)
     path = config.tokenizer or os.path.join(folder, "tokenizer.model")
@@ -126,12 +163,6 @@ def open_data(config, checkpoint: dict | None) -> tuple[Tokenizer, TokenWindows,
         )
     if config.vocab_size != meta["vocab_size"]:
         raise ValueError(f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}")
-    expected = checkpoint.get("tokenizer_hash") if checkpoint else None
-    if expected not in (None, tokenizer.hash):
-        raise ValueError(
-            f"{folder} was tokenized with {path} (hash {tokenizer.hash[:12]}), but the checkpoint was trained with "
-            f"another tokenizer (hash {expected[:12]}); give the --data_dir it was trained on"
-        )
     train_windows = TokenWindows(folder, "train", config.max_seq_len)
     return tokenizer, train_windows, TokenWindows(folder, "val", config.max_seq_len, tails=True)
 
@@ -146,16 +177,21 @@ def keeps_architecture(args: ModelArgs, name: str, value) -> bool:
     return getattr(asked, effective) == getattr(args, effective) and asked.ffn_dim == args.ffn_dim
 
 
+def check_architecture(config, given: dict, args: ModelArgs, path: str):
+    """Raise ValueError where an option that was given asks for another model than the file's."""
+    problems = []
+    for name in filter(given.__contains__, ARCHITECTURE):
+        if not keeps_architecture(args, name, getattr(config, name)):
+            problems.append(f"--{name}={getattr(config, name)}: {path} has {name}={getattr(args, name)}")
+    if problems:
+        raise ValueError("; ".join(problems) + "; leave the option out, or train a new model in another --out_dir")
+
+
 def resumed_config(config, given: dict, checkpoint: dict, path: str):
     """The checkpoint's options, except those given now. Raises ValueError where one that was
     given would make it another model."""
     saved_args = checkpoint["model_args"]
-    problems = []
-    for name in filter(given.__contains__, ARCHITECTURE):
-        if not keeps_architecture(saved_args, name, getattr(config, name)):
-            problems.append(f"--{name}={getattr(config, name)}: {path} has {name}={getattr(saved_args, name)}")
-    if problems:
-        raise ValueError("; ".join(problems) + "; leave the option out, or start anew in another --out_dir")
+    check_architecture(config, given, saved_args, path)
     of_this_call = {"out_dir", "init_from", "eval_only", *given}
     if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
         of_this_call |= {"device", "compile"}
@@ -238,13 +274,14 @@ def set_aside(out_dir: str):
 def open_out_dir(run: Run):
     """Make the folder ready for this run's files (main process only)."""
     config = run.config
-    if config.init_from == "scratch":
+    if config.init_from != "resume":
         set_aside(config.out_dir)
     for path in glob.glob(glob.escape(run.path("")) + "*.partial"):  # of a run that was killed
         os.remove(path)
     run.metrics = Metrics(config.out_dir, run.iter_num)
     write_atomically(run.path("tokenizer.model"), run.tokenizer.content)
-    write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
+    if isinstance(run.tokenizer, SentencePieceTokenizer):
+        write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
     if refusal := llama2c.refusal(run.model.args):
         print(f"no model.bin will be written: {refusal}")
     if config.wandb_log:

@@ -4,6 +4,7 @@ Train a Llama from scratch.
     python train.py --batch_size=8 --compile=False
     python train.py config/stories15M.py --max_iters=2000 --learning_rate=1e-3
     python train.py --init_from=resume
+    python train.py --init_from=Llama-3.2-1B --learning_rate=1e-5
     torchrun --nproc_per_node=4 train.py
 
 Everything a run leaves is in out_dir: ckpt.pt (the newest), best.pt (the lowest validation loss),
@@ -35,14 +36,14 @@ from distributed import join_world, leave_world
 from evaluation import evaluate
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
-from run import ARCHITECTURE, Run, open_out_dir, resume, save, save_best, set_up
+from run import ARCHITECTURE, Run, fine_tune, open_out_dir, resume, save, save_best, set_up
 
 SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a Llama from scratch, or go on with a run."""
+    """Train a Llama from scratch, go on with a run, or fine-tune a model."""
 
     # I/O
     out_dir: str = "out"  # where the run writes
@@ -54,7 +55,7 @@ class TrainConfig:
     checkpoint_interval: int = 200  # steps between further writes of ckpt.pt; 0: at evaluations only
     keep_checkpoints: int = 0  # how many numbered copies (ckpt_000200.pt) to keep beside the newest
     sample_interval: int = 0  # steps between sample stories, told at evaluations; 0: never
-    init_from: Literal["scratch", "resume"] = "scratch"  # a new run, or go on from OUT_DIR/ckpt.pt
+    init_from: str = "scratch"  # scratch; resume: go on from OUT_DIR/ckpt.pt; or the path of a model to fine-tune
     # wandb logging
     wandb_log: bool = False  # report to Weights & Biases
     wandb_project: str = "cria"  # its project
@@ -104,15 +105,16 @@ class TrainConfig:
                     yield f"--{name}={getattr(self, name):g}: must be {least} or more"
         if not 0 <= self.seed < 2**63:
             yield f"--seed={self.seed}: must be at least 0 and below 2**63"
-        if not self.out_dir:
-            yield "--out_dir= is empty: name a folder"
+        for name in ("out_dir", "init_from"):
+            if not getattr(self, name):
+                yield f"--{name}= is empty: leave it out, or name one"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
         if 0 <= self.learning_rate < self.min_lr:
             yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
         try:
-            if self.init_from == "scratch":  # else the rest of the architecture is in the checkpoint
+            if self.init_from == "scratch":  # else the rest of the architecture is in the file
                 self.model_args()
         except ValueError as error:
             yield f"--{error}"
@@ -223,8 +225,8 @@ def evaluate_and_save(run: Run):
 def tell_story(run: Run):
     run.model.eval()
     pick = functools.partial(generation.choose, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0))
-    stop = (run.tokenizer.bos_id, run.tokenizer.eos_id)
-    tokens = generation.generate(run.model, [run.tokenizer.bos_id], run.model.args.max_seq_len - 1, pick, stop)
+    prompt, length = [run.tokenizer.bos_id], run.model.args.max_seq_len - 1
+    tokens = generation.generate(run.model, prompt, length, pick, run.tokenizer.stop_ids)
     run.say(f"--- a story after {run.iter_num} steps\n{run.tokenizer.decode(tokens)}\n---")
     run.model.train()
 
@@ -346,15 +348,17 @@ def out_of_memory_in_words():
 
 def main():
     config, given = configure(TrainConfig)
-    checkpoint = None
+    checkpoint = pretrained = None
     if config.init_from == "resume":
         config, checkpoint = resume(config, given)
+    elif config.init_from != "scratch":
+        config, pretrained = fine_tune(config, given)
     world, device = join_world(pick_device(config.device))
     if world.is_main:
         print_overrides(config, given)
     writes = world.is_main and not config.eval_only
     with only_writer(config.out_dir) if writes else contextlib.nullcontext():
-        run = set_up(config, checkpoint, world, device)
+        run = set_up(config, checkpoint, pretrained, world, device)
         if writes:
             open_out_dir(run)
         run.say(

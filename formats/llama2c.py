@@ -178,13 +178,9 @@ def write(stored: StoredModel, path: str, name: str = "v0", dtype: str = "float3
     tables = dict(zip(("rope_cos", "rope_sin"), rope_tables(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True))
     with AtomicFile(path) as file:
         file.write(header_of(args, version, group_size))
-        for name, shape in table(args, version):
-            tensor = tables[name] if name in tables else stored.read(name)
-            if group_size is None or len(shape) == 1:
-                for block in blocks(tensor, torch.float32):
-                    file.write(block)
-            else:
-                write_quantized(file, tensor, group_size)
+        for name, _ in table(args, version):
+            tensor = tables.get(name)
+            write_tensor(file, stored.read(name) if tensor is None else tensor, group_size)
 
 
 def header_of(args: ModelArgs, version: int, group_size: int | None) -> bytes:
@@ -205,8 +201,12 @@ def largest_group(args: ModelArgs) -> int:
     return size
 
 
-def write_quantized(file, tensor: torch.Tensor, group_size: int):
-    """int8 values, then scales; some rows at a time, the scales kept until all values are written."""
+def write_tensor(file, tensor: torch.Tensor, group_size: int | None):
+    """float32; or of a matrix, if there is a group size, int8 values, then scales. Some rows at a time."""
+    if group_size is None or tensor.dim() == 1:
+        for block in blocks(tensor, torch.float32):
+            file.write(block)
+        return
     scales, rows = [], max(1, BLOCK // tensor.shape[1])
     for start in range(0, len(tensor), rows):
         quantized, scale = quantize(tensor[start : start + rows].float().reshape(-1, group_size))

@@ -91,7 +91,7 @@ MISTAKES = [
     ((*TRAIN, "--learning_rate=-1"), "--learning_rate=-1: must be 0 or more"),
     ((*TRAIN, "--min_lr=1"), "--min_lr=1: must not be above"),
     ((*TRAIN, "--beta2=1"), "--beta2=1: must be at least 0 and below 1"),
-    ((*TRAIN, "--init_from=gpt2"), "must be one of scratch, resume"),
+    ((*TRAIN, "--init_from=gpt2"), "gpt2: there is no such file or folder"),
     ((*TRAIN, "--dtype=float8"), "must be one of auto, float32, bfloat16, float16"),
     ((*TRAIN, "--device=cuda:7"), "no such device"),
     ((*TRAIN, "--device=tpu"), "must be auto, cpu, cuda, cuda:N or mps"),
