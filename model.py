@@ -21,6 +21,7 @@ from loss import linear_cross_entropy
 PLAIN_ATTENTION_MAX_LEN = 512
 
 
+LARGEST_SIZE = 2**31  # of a dimension; what is beyond is damage
 MAX_POSITIONS = 2**20  # a longer context is a damaged file, whose tables would fill the memory
 
 
@@ -68,11 +69,15 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value < LARGEST_SIZE):
+                raise ValueError(f"{name}={value}: must be a whole number below {LARGEST_SIZE}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
         for name in ("n_kv_heads", "hidden_dim", "ffn_dim_multiplier"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive, or None")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < LARGEST_SIZE:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive and below {LARGEST_SIZE}, or None")
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
         if self.n_heads % self.kv_heads:

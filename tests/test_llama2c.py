@@ -2,6 +2,7 @@ import functools
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +219,84 @@ def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
         file.write(struct.pack("<f", math.nan))
     with pytest.raises(ValueError, match=r"model\.bin: .*no numbers"):
         read_v0(model_bin)
+
+
+def parts_in_order() -> list[str]:
+    """The names of a model's tensors as llama2.c's versions 1 and 2 order them, for 2 layers."""
+    norms = [f"layers.{layer}.{norm}.weight" for norm in ("attention_norm", "ffn_norm") for layer in range(2)]
+    matrices = [f"attention.{w}" for w in ("wq", "wk", "wv", "wo")] + [f"feed_forward.{w}" for w in ("w1", "w2", "w3")]
+    of_layers = [f"layers.{layer}.{matrix}.weight" for matrix in matrices for layer in range(2)]
+    return [*norms, "norm.weight", "tok_embeddings.weight", *of_layers]
+
+
+def header_of(model: Transformer, version: int, rest: bytes = b"") -> bytes:
+    args = model.args
+    shape = args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.kv_heads, args.vocab_size, args.max_seq_len
+    return (b"24ka" + struct.pack("<i7iB", version, *shape, args.tie_embeddings) + rest).ljust(256, b"\0")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_version_1_has_the_bytes_of_its_definition(tied, tmp_path):
+    model, path = random_model(n_kv_heads=2, tie_embeddings=tied), str(tmp_path / "model.bin")
+    llama2c.write(stored.stored(model), path, "v1")
+    names = parts_in_order() + ["output.weight"] * (not tied)
+    state = model.state_dict()
+    values = [value for name in names for value in state[name].flatten().tolist()]
+    assert content_of(path) == header_of(model, 1) + struct.pack(f"<{len(values)}f", *values)
+
+
+def q8_0(values: list[float], group_size: int) -> bytes:
+    """Quantized by the definition, in float32 a number at a time: q = round(x / s), s = max |x| / 127."""
+    quantized, scales = [], []
+    for start in range(0, len(values), group_size):
+        group = np.float32(values[start : start + group_size])
+        scale = np.float32(max(abs(value) for value in group) / np.float32(127))
+        scales.append(scale)
+        quantized += [round(float(np.float32(value / scale))) if scale else 0 for value in group]
+    return struct.pack(f"<{len(quantized)}b", *quantized) + struct.pack(f"<{len(scales)}f", *scales)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "dim, hidden_dim, group_size", [(64, 128, 64), (128, 192, 64), (32, 64, 32), (48, 96, 16), (40, 88, 8), (12, 33, 1)]
+)
+def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, tied, tmp_path):
+    """Groups of 64, halved until they divide the rows of all matrices: runq.c drops the rest of a row."""
+    model = random_model(dim=dim, n_heads=2, hidden_dim=hidden_dim, vocab_size=67, tie_embeddings=tied)
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight[:2] = 0.0  # groups without a scale
+    path = str(tmp_path / "model.bin")
+    llama2c.write(stored.stored(model), path, "v2")
+    expected = header_of(model, 2, struct.pack("<i", group_size))
+    for name in parts_in_order() + ["output.weight"] * (not tied):
+        values = model.state_dict()[name].flatten().tolist()
+        is_norm = "norm" in name
+        expected += struct.pack(f"<{len(values)}f", *values) if is_norm else q8_0(values, group_size)
+    assert content_of(path) == expected
+
+
+def test_a_half_goes_to_the_even_neighbour():
+    groups = torch.tensor([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5, 126.5, -127.0]])
+    quantized, scales = llama2c.quantize(groups)
+    assert quantized.tolist() == [[127, 0, 2, 0, -2, 2, 126, -127]] and scales.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("value", [1e-45, 190e-45, 1e-40, 3e38])
+def test_groups_of_extreme_values_stay_in_range(value):
+    quantized, scales = llama2c.quantize(torch.tensor([[value, -value, 0.0, value / 2]]))
+    assert quantized.abs().max() <= 127 and scales.isfinite().all()
+    assert quantized[0, 1] == -quantized[0, 0] and quantized[0, 2] == 0
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("position", [4, *range(8, 40, 4)])
+@pytest.mark.parametrize("value", [0, -1, 2**31 - 1])
+def test_a_later_header_that_lies_is_refused(version, position, value, tmp_path):
+    path = str(tmp_path / "model.bin")
+    llama2c.write(stored.stored(random_model(n_kv_heads=2)), path, version)
+    content = bytearray(content_of(path))
+    struct.pack_into("<i", content, position, value)
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=r"model\.bin: "):
+        read_v0(path)
