@@ -160,7 +160,12 @@ def stored_quantized(path: str, offset: int, shape: tuple[int, ...], group_size:
             file.seek(offset)
             read_into(file, quantized, path)
             read_into(file, scales, path)
-        return (quantized.view(-1, group_size) * scales[:, None]).view(shape)
+        values = torch.empty(count // group_size, group_size)
+        tensors = quantized.view_as(values), scales[:, None], values
+        parts = (tensor.split(max(1, BLOCK // group_size)) for tensor in tensors)
+        for integers, steps, out in zip(*parts, strict=True):
+            torch.mul(integers, steps, out=out)
+        return values.view(shape)
 
     return StoredTensor(shape, torch.float32, read)
 

@@ -16,7 +16,7 @@ from model import ModelArgs, Transformer, parameter_shapes
 from tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BLOCK = 1 << 22  # values that are converted at a time, so that a conversion takes little memory
+BLOCK = 1 << 20  # values that are converted at a time, so that a conversion takes little memory
 
 
 @dataclass(frozen=True)
