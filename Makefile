@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test fuzz clean
 
 # Packages, synthetic stories, a vocabulary, some minutes of training, and three stories.
 quickstart: $(VENV)/installed
@@ -14,6 +14,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -n 2
+
+# 10,000 damaged files on each reader of a format.
+fuzz: $(VENV)/installed-dev
+	$(RUN) -m tests.fuzz --files=10000
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cria needs Python 3.11 or newer: make PYTHON=python3.11')"

@@ -11,6 +11,8 @@ What is read is recognised by its content. One tensor at a time is in memory.
 import dataclasses
 import math
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Literal
@@ -89,8 +91,10 @@ class ExportConfig:
 
     output: str = ""  # the file or folder to write; may be given bare
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""  # a model in any format; default: out/ckpt.pt
-    format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"  # auto: by output's suffix
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = "auto"  # as stored
+    # auto: by output's suffix; .pt: ckpt, .bin: v0, .gguf: gguf, none: hf
+    format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"
+    # auto: the model's own, where the format has it
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = "auto"
     tokenizer: str = ""  # the model's vocabulary; if empty, the one in or beside it
     max_seq_len: int | None = None  # the longest context; None: the model's (Meta's folders do not say)
     # llama2.c's options
@@ -180,6 +184,7 @@ def size_of(path: str) -> int:
 
 def main():
     config, given = configure(ExportConfig, positional=("output",))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
     print_overrides(config, given)
     stored = with_tokenizer(read_stored(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
     write_model(stored, config.output, config.target, config.dtype)

@@ -54,7 +54,7 @@ def read(path: str) -> StoredModel:
     for name in shards[0]:
         if name != "rope.freqs":
             axis = axis_of_embedding if name == "tok_embeddings.weight" else int(name.endswith(CUT_BY_COLUMNS))
-            tensors[name] = joined([shard[name] for shard in shards], axis)
+            tensors[name] = joined([shard[name] for shard in shards], axis, path)
     tied = same_values(tensors["output.weight"], tensors["tok_embeddings.weight"])
     if tied:
         del tensors["output.weight"]
@@ -86,13 +86,13 @@ def check_number_of_shards(path: str, params: dict, shards: list):
         raise ValueError(f"{path}: it has {len(shards)} of the {dim // rows} files consolidated.NN.pth")
 
 
-def joined(parts: list[StoredTensor], axis: int) -> StoredTensor:
+def joined(parts: list[StoredTensor], axis: int, path: str) -> StoredTensor:
     """The whole of a tensor's slices; read one slice at a time."""
     first = parts[0]
     if len(parts) == 1 or len(first.shape) < 2:
         return first
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
-        raise ValueError("the shards have slices of different shapes; they do not belong together")
+        raise ValueError(f"{path}: the shards have slices of different shapes; they do not belong together")
     length = first.shape[axis]
     shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
 

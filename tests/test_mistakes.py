@@ -188,6 +188,9 @@ def test_a_flipped_weight_is_loaded_or_refused_but_never_crashes(run_script, pla
         assert "Traceback" not in result.stderr and result.returncode in (0, 1)
 
 
+FORMATS = ("v0", "v1", "hf", "meta", "gguf", "ckpt")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of one megabyte."""
@@ -202,11 +205,11 @@ def small_disk(tmp_path):
     "command",
     [
         (*TRAIN, "--dim=64", "--out_dir={disk}"),
-        ("export.py", "{disk}/model.bin", "--checkpoint=big/ckpt.pt"),
+        *(("export.py", "{disk}/model.bin", f"--format={target}", "--checkpoint=big/ckpt.pt") for target in FORMATS),
         ("tinystories.py", "synthesize", "--num_stories=2000", "--data_dir={disk}"),
         (*PRETOKENIZE, "--input=big.txt", "--data_dir={disk}", "--tokenizer=tokenizer-512.model", "--vocab_size=512"),
     ],
-    ids=lambda command: command[0],
+    ids=lambda command: command[0] + command[2].partition("=")[2] * (command[0] == "export.py"),
 )
 def test_a_full_disk_leaves_nothing_half_written(run_script, place, stories, small_disk, command):
     if not (place / "big").exists():
@@ -216,7 +219,7 @@ def test_a_full_disk_leaves_nothing_half_written(run_script, place, stories, sma
     result = run_script(*(part.format(disk=small_disk) for part in command), cwd=place)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "No space left on device" in result.stderr or "disk full" in result.stderr
-    assert not list(small_disk.rglob("*.partial")) and not (small_disk / "model.bin").exists()
+    assert not list(small_disk.rglob("*.partial*")) and not (small_disk / "model.bin").exists()
 
 
 def test_a_checkpoint_survives_a_disk_that_fills_up(run_script, place, small_disk):
