@@ -234,7 +234,7 @@ def header_changed(path, **changes):
     "changes, said",
     [
         (dict(general__architecture="gptj0"), "architecture 'gptj0', not llama"),
-        (dict(llama__block_count=(4, 2**31)), r"it has no blk\.2"),
+        (dict(llama__block_count=(4, 2**30)), r"it has no blk\.2"),
         (dict(llama__block_count=(4, 1)), r"blk\.1.* is no part of a Llama"),
         (dict(llama__embedding_length=(4, 2**31)), "do not fit|must|dim"),
         (dict(llama__attention__head_count=(4, 5)), "n_heads=5: must divide"),
