@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import pickle
+import re
 import zipfile
 
 import torch
@@ -41,6 +42,15 @@ def save_checkpoint(path: str, checkpoint: dict):
         raise OSError(f"{path}: could not be written whole; is the disk full? ({reason})") from error
 
 
+def reason_of(error: Exception) -> str:
+    """Why torch.load refused a file, in a few words, and without its advice to trust the file."""
+    text = str(error) or "it is empty"
+    if "Weights only load failed" in text:
+        unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
+        return f"it holds more than data: {unsafe[1]}" if unsafe else "its pickle is no table of tensors"
+    return text.splitlines()[0][:100]
+
+
 def largest(tensor: torch.Tensor) -> float:
     """The largest magnitude in a tensor; no finite number if one of its values is none. Reads it
     once, at the speed of memory."""
@@ -59,8 +69,7 @@ def load_checkpoint(path: str) -> dict:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
-            reason = (str(error) or "it is empty").splitlines()[0][:100]
-            raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+            raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     check_checkpoint(checkpoint, path)
     tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
     if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):

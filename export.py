@@ -22,7 +22,7 @@ import tyro
 from atomic import write_atomically
 from configurator import configure, print_overrides, run_script
 from formats import ckpt, gguf, hugging_face, llama2c, meta
-from formats.stored import StoredModel
+from formats.stored import StoredModel, one_line
 from model import Transformer, parameter_shapes
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -48,7 +48,11 @@ def format_of(path: str) -> ModuleType:
 def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> StoredModel:
     """The model at path, in whatever format, with its own tokenizer or the one named, and its own
     context or another. Its tensors are still on the disk. Raises ValueError where anything is wrong."""
-    stored = format_of(path).read(path)
+    module = format_of(path)
+    try:
+        stored = module.read(path)
+    except ValueError as error:  # it may quote what is in the file
+        raise ValueError(one_line(str(error))) from error
     if max_seq_len:
         stored = dataclasses.replace(stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len))
     if tokenizer:
@@ -59,7 +63,10 @@ def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) 
 
 def checked_tokenizer(stored: StoredModel, named: str = "") -> Tokenizer | None:
     """The model's tokenizer, if it has one. Raises ValueError where it is another model's."""
-    tokenizer = stored.own_tokenizer()
+    try:
+        tokenizer = stored.own_tokenizer()
+    except ValueError as error:
+        raise ValueError(one_line(str(error))) from error
     if tokenizer is None:
         return None
     source = named or f"the tokenizer beside {stored.path}"

@@ -66,18 +66,17 @@ class ModelArgs:
     tie_embeddings: bool = True  # the classifier is the embedding matrix
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of"):
+        sizes = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")
+        for name in (*sizes, "n_kv_heads", "hidden_dim"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value < LARGEST_SIZE):
-                raise ValueError(f"{name}={value}: must be a whole number below {LARGEST_SIZE}")
+            if value is None and name not in sizes:
+                continue
+            if not isinstance(value, int) or not 1 <= value < LARGEST_SIZE:
+                raise ValueError(f"{name}={value}: must be a whole number, at least 1 and below {LARGEST_SIZE}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
-        for name in ("n_kv_heads", "hidden_dim", "ffn_dim_multiplier"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < LARGEST_SIZE:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive and below {LARGEST_SIZE}, or None")
+        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < LARGEST_SIZE:
+            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None")
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
         if self.n_heads % self.kv_heads:

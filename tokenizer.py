@@ -237,8 +237,16 @@ def load_tokenizer(path: str) -> Tokenizer:
         tokenizer = tokenizer_from(content) if ranks is None else Llama3Tokenizer(ranks)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks") from error
+    try:
+        return with_ends(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def with_ends(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer. Raises ValueError where it has no tokens to begin and end a text."""
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
-        raise ValueError(f"{path}: this vocabulary has no begin and end of text, so it cannot mark documents")
+        raise ValueError("this vocabulary has no begin and end of text, so it cannot mark documents")
     return tokenizer
 
 
@@ -292,15 +300,18 @@ def proto_from_bin(bin_pieces: list[tuple[float, bytes]]) -> bytes:
     return proto_from_pieces(pieces)
 
 
-def proto_from_pieces(pieces: list[tuple[str, float, int]], has_dummy_prefix: bool = True) -> bytes:
+def proto_from_pieces(
+    pieces: list[tuple[str, float, int]], bos: str = "<s>", eos: str = "</s>", has_dummy_prefix: bool = True
+) -> bytes:
     """The tokenizer.model of a byte-pair vocabulary that takes text as it is, from each token's
-    piece, score and kind; the first piece of kind CONTROL begins a text, the second ends it."""
+    piece, score and kind, and the pieces that begin and end a text."""
     model = sentencepiece_model_pb2.ModelProto()
     for piece, score, kind in pieces:
         model.pieces.add(piece=piece, score=score, type=kind)
     model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(pieces)
     model.trainer_spec.byte_fallback = True
+    model.trainer_spec.bos_piece, model.trainer_spec.eos_piece = bos, eos
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = has_dummy_prefix
     model.normalizer_spec.remove_extra_whitespaces = False

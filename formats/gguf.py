@@ -19,7 +19,17 @@ import torch
 
 from atomic import AtomicFile
 from formats import tokenizer_json
-from formats.stored import BLOCK, StoredModel, StoredTensor, blocks, check_range, read_into, stored_in_file
+from formats.stored import (
+    BLOCK,
+    StoredModel,
+    StoredTensor,
+    blocks,
+    check_range,
+    expanded,
+    one_line,
+    read_into,
+    stored_in_file,
+)
 from model import ModelArgs, RopeScaling, rope_frequencies
 from tokenizer import (
     CONTROL,
@@ -28,6 +38,7 @@ from tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
+    with_ends,
 )
 
 DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
@@ -56,15 +67,6 @@ TABLE = (
 ROPE_FACTORS = "rope_freqs.weight"  # by how much each frequency is divided: Llama 3.1's scaling
 OWN_SCALING = "cria.rope_scaling"  # the numbers behind those factors
 KNOWN_SCALINGS = tuple(RopeScaling("llama3", factor) for factor in (8.0, 32.0))  # Llama 3.1, 3.2
-
-
-def table(args: ModelArgs) -> Iterator[tuple[str, str]]:
-    """Our name and theirs of every tensor, in order."""
-    for ours, theirs in TABLE:
-        if ours == "output.weight" and args.tie_embeddings:
-            continue
-        for layer in range(args.n_layers if "{}" in ours else 1):
-            yield ours.format(layer), theirs.format(layer)
 
 
 # The container, read
@@ -208,7 +210,7 @@ def read(path: str) -> StoredModel:
     factors = theirs.pop(ROPE_FACTORS, None)
     args = args_of(pairs, theirs, factors, path)
     tensors = {}
-    for ours, name in table(args):
+    for ours, name in expanded(TABLE, args):
         if name not in theirs:
             raise ValueError(f"{path}: it has no {name}, which its header speaks of")
         tensors[ours] = theirs.pop(name)
@@ -295,15 +297,15 @@ def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
         kinds = pairs.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
         if model == "llama":
             pieces = list(zip(names, pairs["tokenizer.ggml.scores"], kinds, strict=True))
-            return SentencePieceTokenizer(
-                proto_from_pieces(pieces, bool(pairs.get("tokenizer.ggml.add_space_prefix", True)))
-            )
+            ends = [names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)] for end, i in (("bos", 1), ("eos", 2))]
+            has_prefix = bool(pairs.get("tokenizer.ggml.add_space_prefix", True))
+            return with_ends(SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix)))
         if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"):
             count = next((i for i, kind in enumerate(kinds) if kind == CONTROL), len(names))
             return Llama3Tokenizer([tokenizer_json.from_letters(name) for name in names[:count]], names[count:])
         raise ValueError(f"a vocabulary of type {model!r}, {pairs.get('tokenizer.ggml.pre')!r}, is not known here")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its vocabulary cannot be read ({str(error)[:100]})") from error
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})") from error
 
 
 # Writing
@@ -333,7 +335,8 @@ def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInf
     """Name, description and reader of every tensor to write, in order."""
     args, offset = stored.args, 0
     kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
-    entries = [(theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in table(args)]
+    names = expanded(TABLE, args)
+    entries = [(theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in names]
     if args.rope_scaling and args.rope_scaling.kind == "llama3":
         factors = scaling_factors(args, args.rope_scaling)
         entries.append((ROPE_FACTORS, tuple(factors.shape), lambda: factors))

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
 
 import torch
 
@@ -19,7 +18,7 @@ from atomic import AtomicFolder
 from formats import tokenizer_json
 from formats.safetensors_file import read_safetensors, size_of, write_safetensors
 from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, check_range, tokenizer_in
+from formats.stored import StoredModel, StoredTensor, check_range, expanded, one_line, tokenizer_in
 from formats.torch_file import read_torch_file
 from model import ModelArgs, RopeScaling
 from tokenizer import Tokenizer
@@ -49,15 +48,6 @@ PLAIN = {
 }
 
 
-def table(args: ModelArgs) -> Iterator[tuple[str, str]]:
-    """Our name and theirs of every tensor of a folder, in order."""
-    for ours, theirs in TABLE:
-        if ours == "output.weight" and args.tie_embeddings:
-            continue
-        for layer in range(args.n_layers if "{}" in ours else 1):
-            yield ours.format(layer), theirs.format(layer)
-
-
 def heads_in(args: ModelArgs, name: str) -> int | None:
     """How many heads turn by their position in this tensor's rows, if any do."""
     return {"wq": args.n_heads, "wk": args.kv_heads}.get(name.split(".")[-2])
@@ -85,7 +75,7 @@ def read(path: str) -> StoredModel:
     args = args_of(config, os.path.join(path, "config.json"))
     theirs = read_tensors(path)
     tensors = {}
-    for ours, name in table(args):
+    for ours, name in expanded(TABLE, args):
         if name not in theirs:
             raise ValueError(f"{path}: it has no {name}, which its config.json speaks of")
         tensors[ours] = reordered(theirs.pop(name), heads_in(args, ours))
@@ -201,7 +191,7 @@ def read_tokenizer(path: str) -> Tokenizer | None:
         with open(file, encoding="utf-8") as text:
             return tokenizer_json.from_json(text.read())
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(one_line(f"{file}: {error}")) from error
 
 
 # Writing
@@ -287,9 +277,8 @@ def tensors_of(stored: StoredModel, dtype: torch.dtype) -> list[tuple[str, Store
 
         return read
 
-    return [
-        (theirs, StoredTensor(stored.tensors[ours].shape, dtype, reader(ours))) for ours, theirs in table(stored.args)
-    ]
+    names = expanded(TABLE, stored.args)
+    return [(theirs, StoredTensor(stored.tensors[ours].shape, dtype, reader(ours))) for ours, theirs in names]
 
 
 def write_shards(folder: str, tensors: list[tuple[str, StoredTensor]]):

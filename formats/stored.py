@@ -5,7 +5,7 @@ A model as it lies in a file: what it is made of, and tensors that are read one 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +42,9 @@ class StoredModel:
 
     def __post_init__(self):
         check_weights(self.args, self.tensors, self.path)
+        for name, tensor in self.tensors.items():
+            if not tensor.dtype.is_floating_point:
+                raise ValueError(f"{self.path}: {name} is of {tensor.dtype}, no weights of a model")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +131,22 @@ def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str):
     if largest(tensor) > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(f"{name} has values too large for {kind}; use --dtype=float32 or bfloat16")
+
+
+def expanded(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
+    """Our name and theirs of every tensor of a model, in order, from a table in which {} stands for
+    the number of a layer. Without a classifier that is the embedding."""
+    for ours, theirs in table:
+        if ours == "output.weight" and args.tie_embeddings:
+            continue
+        for layer in range(args.n_layers if "{}" in ours else 1):
+            yield ours.format(layer), theirs.format(layer)
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """A text that may quote a damaged file, fit to be printed."""
+    printable = "".join(character if character.isprintable() else "�" for character in text)
+    return printable if len(printable) <= longest else printable[:longest] + "…"
 
 
 def tokenizer_in(*folders: str) -> Tokenizer | None:

@@ -19,6 +19,7 @@ from tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
+    with_ends,
 )
 
 
@@ -220,7 +221,8 @@ def from_merges(names: list[str], special: list[str], merges: list, content: dic
         is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", name)
         kind = UNKNOWN if name == unknown else CONTROL if name in special else BYTE if is_byte else NORMAL
         pieces.append((name, -float(rank.get(name, len(rank))) if kind == NORMAL else 0.0, kind))
-    return SentencePieceTokenizer(proto_from_pieces(pieces, has_dummy_prefix="Prepend" in normalizers))
+    proto = proto_from_pieces(pieces, has_dummy_prefix="Prepend" in normalizers)
+    return with_ends(SentencePieceTokenizer(proto))
 
 
 KEYS = {"type", "normalizers", "prepend", "pattern", "String", "content"}

@@ -10,6 +10,7 @@ import collections
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint import reason_of
 from formats.stored import StoredTensor, blocks, read_into
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
@@ -40,8 +42,7 @@ def read_torch_file(path: str):
             content = torch.load(file, map_location="meta", weights_only=True)
         return stored_tensors(content, path, records, {})
     except Exception as error:  # whatever a damaged file may lead the zip and pickle readers to raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120].removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+        raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
 
 
 def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
@@ -57,7 +58,7 @@ def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
             if signature != b"PK\3\4" or not is_plain or offset + record.file_size > size:
                 raise ValueError(f"its record {record.filename[:50]} is not whole")
             records[offset] = record
-            if not record.filename.rpartition("/")[0].endswith("data") and record.file_size:
+            if not re.search(r"/data/[^/]+$", record.filename):
                 archive.read(record)  # the pickle and the like: Python checks their sums here
     return records
 
@@ -81,8 +82,10 @@ def stored_tensor(tensor: torch.Tensor, path: str, records: dict[int, zipfile.Zi
     storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
     offset = getattr(storage, "_checkpoint_offset", None)
     record = records.get(offset)
-    if tensor.layout != torch.strided or record is None or storage.nbytes() > record.file_size:
+    if tensor.layout != torch.strided or record is None or storage.nbytes() != record.file_size:
         raise ValueError("a tensor has no record of its size")
+    if record.file_size % itemsize:
+        raise ValueError("a tensor's record is no whole number of values")
     span = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and not tensor.numel() <= span + 1 <= record.file_size // itemsize:
         raise ValueError("a tensor reaches beyond its record")

@@ -13,7 +13,7 @@ import torch
 
 from export import read_stored, write_model
 from formats import gguf
-from formats.stored import stored
+from formats.stored import expanded, stored
 from generation import choose, generate
 from tests.test_formats import LLAMA3, random_model
 from tests.test_hugging_face import slices_of, small_llama3
@@ -154,7 +154,7 @@ def test_the_gguf_package_reads_the_same_tensors(dtype, tokenizer, tmp_path):
     path = exported(tmp_path, stored(model, tokenizer=tokenizer), dtype)
     tensors = {tensor.name: tensor for tensor in reference.GGUFReader(path).tensors}
     again = read_stored(path)
-    for ours, theirs in gguf.table(model.args):
+    for ours, theirs in expanded(gguf.TABLE, model.args):
         tensor = tensors.pop(theirs)
         values = reference.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(values, again.read(ours).float().numpy())
@@ -176,7 +176,7 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
     writer.add_token_list([piece for piece, _, _ in tokenizer.pieces])
     writer.add_token_scores([score for _, score, _ in tokenizer.pieces])
     writer.add_token_types([kind for _, _, kind in tokenizer.pieces])
-    for ours, theirs in gguf.table(model.args):
+    for ours, theirs in expanded(gguf.TABLE, model.args):
         weight = model.get_parameter(ours).detach().numpy()
         if weight.ndim == 2:
             quantized = reference.quants.quantize(weight, reference.GGMLQuantizationType.Q8_0)
