@@ -209,9 +209,7 @@ def from_json(text: str) -> Tokenizer:
 
 def from_merges(names: list[str], special: list[str], merges: list, content: dict) -> SentencePieceTokenizer:
     """A SentencePiece vocabulary whose scores order the tokens as the merges do."""
-    normalizers = json_strings(content.get("normalizer"))
-    if not {"Replace", "▁"} <= normalizers or normalizers - {"Sequence", "Prepend", "Replace", "▁", " "} - KEYS:
-        raise ValueError("it normalizes a text in another way than Llama 2")
+    has_dummy_prefix = prefixes(content.get("normalizer"), content.get("pre_tokenizer") or {})
     rank: dict[str, int] = {}
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -221,11 +219,22 @@ def from_merges(names: list[str], special: list[str], merges: list, content: dic
         is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", name)
         kind = UNKNOWN if name == unknown else CONTROL if name in special else BYTE if is_byte else NORMAL
         pieces.append((name, -float(rank.get(name, len(rank))) if kind == NORMAL else 0.0, kind))
-    proto = proto_from_pieces(pieces, has_dummy_prefix="Prepend" in normalizers)
+    proto = proto_from_pieces(pieces, has_dummy_prefix=has_dummy_prefix)
     return with_ends(SentencePieceTokenizer(proto))
 
 
-KEYS = {"type", "normalizers", "prepend", "pattern", "String", "content"}
+def prefixes(normalizer: dict | None, pre_tokenizer: dict) -> bool:
+    """Whether a space is put before each text. Llama 2's vocabularies say by a normalizer, or by a
+    pre-tokenizer, that spaces become ▁. Raises ValueError for one that does anything else."""
+    if normalizer is None and pre_tokenizer.get("type") == "Metaspace":
+        always = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
+        if pre_tokenizer.get("replacement") == "▁" and pre_tokenizer.get("split") is False:
+            return pre_tokenizer.get("prepend_scheme", always) != "never"
+    strings = json_strings(normalizer)
+    known = {"type", "normalizers", "prepend", "pattern", "String", "content"}
+    if pre_tokenizer or not {"Replace", "▁"} <= strings <= {"Sequence", "Prepend", "Replace", "▁", " "} | known:
+        raise ValueError("it normalizes a text in another way than Llama 2")
+    return "Prepend" in strings
 
 
 def json_strings(value) -> set[str]:

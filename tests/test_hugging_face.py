@@ -154,6 +154,25 @@ def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shar
     assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(scheme, tokenizer, tmp_path):
+    """Its spaces are turned into ▁ by a pre-tokenizer. Where a text begins with a space, that one puts
+    no further one before it, and SentencePiece, with which the vocabulary was learned, does."""
+    path = exported(tmp_path, random_model(), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    file = tmp_path / "exported" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"normalizer": None}
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    again, theirs = hugging_face.read_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+    for text in ("Once upon a time", "two  spaces ", "Lily's\n\nball"):
+        assert again.encode(text) == theirs.encode(text, add_special_tokens=False)
+    content["pre_tokenizer"]["split"] = True
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="in another way than Llama 2"):
+        hugging_face.read_tokenizer(path)
+
+
 def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
     path = exported(tmp_path, random_model(), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
@@ -198,7 +217,7 @@ def test_a_vocabulary_that_changes_the_text_is_refused(stories, tmp_path):
         (dict(num_hidden_layers=2**30), "it has no model.layers.2"),
         (dict(hidden_size=2**30, head_dim=None), "do not fit the model"),
         (dict(vocab_size=511), "do not fit the model: tok_embeddings.weight"),
-        (dict(max_position_embeddings=2**40), "at most 1048576 positions"),
+        (dict(max_position_embeddings=2**30), "at most 1048576 positions"),
         (dict(num_attention_heads=5, head_dim=None), "n_heads=5: must divide dim=48"),
         (dict(rms_norm_eps="tiny"), "not the settings of a Llama"),
         (dict(tie_word_embeddings=False), "it has no lm_head.weight"),
