@@ -23,7 +23,7 @@ from atomic import write_atomically
 from configurator import configure, print_overrides, run_script
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, one_line
-from model import Transformer, parameter_shapes
+from model import MAX_POSITIONS, Transformer, parameter_shapes
 from tokenizer import Tokenizer, load_tokenizer
 
 FORMATS = (ckpt, gguf, hugging_face, meta, llama2c)  # as they are tried; model.bin has no sign of its own
@@ -53,7 +53,7 @@ def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) 
         stored = module.read(path)
     except ValueError as error:  # it may quote what is in the file
         raise ValueError(one_line(str(error))) from error
-    if max_seq_len:
+    if max_seq_len is not None:
         stored = dataclasses.replace(stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len))
     if tokenizer:
         named = load_tokenizer(tokenizer)
@@ -126,6 +126,8 @@ class ExportConfig:
             yield "say what to write: python export.py out/model.bin"
         elif not self.target:
             yield f"{self.output}: which format is that to be? Name it with --format="
+        if self.max_seq_len is not None and not 1 <= self.max_seq_len <= MAX_POSITIONS:
+            yield f"--max_seq_len={self.max_seq_len}: must be at least 1 and at most {MAX_POSITIONS}"
         if sum(map(bool, (self.from_, self.checkpoint, self.meta_llama, self.hf))) > 1:
             yield "name one model to read: --from, --checkpoint, --meta_llama and --hf say the same"
         if self.format != "auto" and self.version is not None and self.format != VERSIONS[self.version]:

@@ -230,6 +230,8 @@ def short_runs(text: str) -> Iterator[str]:
 def load_tokenizer(path: str) -> Tokenizer:
     """Read a tokenizer.model or tokenizer.bin, told apart by their content. Raises ValueError
     for a file that is neither, OSError for one that cannot be read."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder; or a device, which would never end
+        raise ValueError(f"{path}: not a file; name a tokenizer.model or tokenizer.bin")
     with open(path, "rb") as file:
         content = file.read()
     try:

@@ -66,6 +66,7 @@ def read(path: str) -> StoredModel:
 
 def read_shards(path: str) -> list[dict[str, StoredTensor]]:
     names = sorted(name for name in os.listdir(path) if re.fullmatch(r"consolidated\.\d\d\.pth", name))
+    names = [name for name in names if os.path.isfile(os.path.join(path, name))]
     expected = [f"consolidated.{number:02d}.pth" for number in range(max(1, len(names)))]
     if names != expected:
         raise ValueError(f"{path}: {min(set(expected) - set(names))} is missing")
