@@ -72,7 +72,7 @@ def only_writer(folder: str):
 class AtomicFolder:
     """A folder to fill in a with block, through the path that it gives: it is written beside and
     then renamed. An older folder of that name gives way if may_replace agrees to every name in it;
-    else ValueError is raised at the start."""
+    else ValueError is raised."""
 
     def __init__(self, path: str, may_replace: Callable[[str], bool]):
         self.path = os.path.abspath(path)
@@ -84,14 +84,16 @@ class AtomicFolder:
             raise ValueError(f"{self.path}: is a file; name a folder")
         if os.path.islink(self.path):
             raise ValueError(f"{self.path}: is a link; name the folder itself")
-        if os.path.isdir(self.path):
-            if os.path.samefile(self.path, os.getcwd()):
-                raise ValueError(f"{self.path}: is the folder you are in; name another")
-            others = [name for name in sorted(os.listdir(self.path)) if not self.may_replace(name)]
-            if others:
-                raise ValueError(f"{self.path}: holds other things ({others[0]}); name a new or an empty folder")
+        if os.path.isdir(self.path) and os.path.samefile(self.path, os.getcwd()):
+            raise ValueError(f"{self.path}: is the folder you are in; name another")
+        self.check_what_gives_way()
         os.makedirs(self.partial)
         return self.partial
+
+    def check_what_gives_way(self):
+        for name in sorted(os.listdir(self.path)) if os.path.isdir(self.path) else ():
+            if not (self.may_replace(name) and os.path.isfile(os.path.join(self.path, name))):
+                raise ValueError(f"{self.path}: holds other things ({name}); name a new or an empty folder")
 
     def __exit__(self, error_type, error, traceback):
         old = f"{self.partial}.old"
@@ -99,6 +101,8 @@ class AtomicFolder:
             if error_type is None:
                 for name in os.listdir(self.partial):
                     sync_file(os.path.join(self.partial, name))
+                sync_folder(self.partial)
+                self.check_what_gives_way()  # again: writing may have taken long
                 if os.path.isdir(self.path):
                     os.rename(self.path, old)
                 os.rename(self.partial, self.path)

@@ -86,7 +86,7 @@ def check_checkpoint(checkpoint, path: str):
     state = checkpoint["model"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()):
         raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
-    for name, kind in (("config", dict), ("iter_num", int)):
+    for name, kind in (("config", dict), ("iter_num", int), ("tokenizer_hash", str)):
         if not isinstance(checkpoint.get(name, kind()), kind):
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
     checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}

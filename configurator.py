@@ -73,14 +73,17 @@ def refuse(*problems: str, program: str = ""):
 
 
 def run_script(main):
-    """Call main(). A user's mistake (ValueError) or the system's refusal (OSError) ends with one
-    sentence and status 1, Ctrl-C with 130; CRIA_TRACEBACK=1 in the environment shows where."""
+    """Call main(). A user's mistake (ValueError), the system's refusal (OSError) or a lack of memory
+    ends with one sentence and status 1, Ctrl-C with 130; CRIA_TRACEBACK=1 in the environment shows where."""
     try:
         main()
-    except (KeyboardInterrupt, ValueError, OSError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not is_memory:
+            raise
         if os.environ.get("CRIA_TRACEBACK"):
             raise
-        sentence, status = str(error), 1
+        sentence, status = "out of memory" if is_memory else str(error), 1
         if isinstance(error, KeyboardInterrupt):
             sentence, status = "interrupted", 130
         elif isinstance(error, OSError) and error.strerror:

@@ -40,6 +40,8 @@ def format_of(path: str) -> ModuleType:
     for module in FORMATS:
         if module.recognises(path):
             return module
+    if os.path.isfile(path) and any(module.recognises(os.path.dirname(path) or ".") for module in (hugging_face, meta)):
+        raise ValueError(f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}")
     if os.path.isdir(path):
         raise ValueError(f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's")
     raise ValueError(f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged")
@@ -97,7 +99,8 @@ class ExportConfig:
     """Write a model in another format."""
 
     output: str = ""  # the file or folder to write; may be given bare
-    from_: Annotated[str, tyro.conf.arg(name="from")] = ""  # a model in any format; default: out/ckpt.pt
+    # a model in any format; None: out/ckpt.pt
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     # auto: by output's suffix; .pt: ckpt, .bin: v0, .gguf: gguf, none: hf
     format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"
     # auto: the model's own, where the format has it
@@ -105,14 +108,19 @@ class ExportConfig:
     tokenizer: str = ""  # the model's vocabulary; if empty, the one in or beside it
     max_seq_len: int | None = None  # the longest context; None: the model's (Meta's folders do not say)
     # llama2.c's options
-    checkpoint: str = ""  # the same as --from
-    meta_llama: str = ""  # the same as --from
-    hf: str = ""  # the same as --from
+    checkpoint: str | None = None  # the same as --from
+    meta_llama: str | None = None  # the same as --from
+    hf: str | None = None  # the same as --from
     version: Literal[-1, 0, 1, 2] | None = None  # 0, 1, 2: --format=v0, v1, v2; -1: --format=hf
 
     @property
+    def sources(self) -> list[str]:
+        named = (self.from_, self.checkpoint, self.meta_llama, self.hf)
+        return [path for path in named if path is not None] or ["out/ckpt.pt"]
+
+    @property
     def source(self) -> str:
-        return self.from_ or self.checkpoint or self.meta_llama or self.hf or "out/ckpt.pt"
+        return self.sources[0]
 
     @property
     def target(self) -> str:
@@ -128,7 +136,11 @@ class ExportConfig:
             yield f"{self.output}: which format is that to be? Name it with --format="
         if self.max_seq_len is not None and not 1 <= self.max_seq_len <= MAX_POSITIONS:
             yield f"--max_seq_len={self.max_seq_len}: must be at least 1 and at most {MAX_POSITIONS}"
-        if sum(map(bool, (self.from_, self.checkpoint, self.meta_llama, self.hf))) > 1:
+        elif os.path.basename(self.output) in ("tokenizer.model", "tokenizer.bin", "config.json"):
+            yield f"{self.output}: is a name that other files beside a model have; choose another"
+        if not all(self.sources):
+            yield "--from= is empty: name a model"
+        if len(self.sources) > 1:
             yield "name one model to read: --from, --checkpoint, --meta_llama and --hf say the same"
         if self.format != "auto" and self.version is not None and self.format != VERSIONS[self.version]:
             yield f"--version={self.version} is --format={VERSIONS[self.version]}, not {self.format}"
@@ -143,21 +155,48 @@ def write_model(stored: StoredModel, path: str, target: str, dtype: str = "auto"
     if reason := module.refusal(stored.args):
         raise ValueError(f"{path}: {reason}")
     dtype = pick_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], stored)
-    if os.path.isfile(path) and os.path.getsize(path) and (module is ckpt or not module.recognises(path)):
-        raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
-    if os.path.isdir(path) and module in (ckpt, gguf, llama2c):
-        raise ValueError(f"{path}: is a folder; name a file to write")
-    tokenizer = stored.own_tokenizer()
-    beside = {ckpt: "tokenizer.model", llama2c: "tokenizer.bin"}.get(module) if tokenizer else None
-    if beside:
-        beside = os.path.join(os.path.dirname(path), beside)
-        content = tokenizer.content if module is ckpt else tokenizer.to_bin()
-        if os.path.exists(beside) and load_tokenizer(beside).hash != tokenizer.hash:
-            raise ValueError(f"{beside}: is another model's, and this one's is to be there; write elsewhere")
+    check_what_gives_way(path, module)
+    beside = tokenizer_beside(stored, path, module) if module in (ckpt, llama2c) else None
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     module.write(stored, path, target, dtype)
-    if beside and not os.path.exists(beside):
-        write_atomically(beside, content)
+    if beside:
+        write_atomically(*beside)
+
+
+def check_what_gives_way(path: str, module: ModuleType):
+    """Raise ValueError where something is in the place of what is to be written, unless it is an
+    older model of the same format, and no checkpoint, in which there may be a training run's state."""
+    if module in (ckpt, gguf, llama2c) and (os.path.isdir(path) or path.endswith(os.sep)):
+        raise ValueError(f"{path}: is a folder; name a file to write")
+    if os.path.islink(path.rstrip(os.sep)):
+        raise ValueError(f"{path}: is a link; name the file or folder itself")
+    is_empty = not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path))
+    if is_empty or (os.path.isfile(path) and os.path.getsize(path) == 0):
+        return
+    try:
+        is_older = module is not ckpt and module.recognises(path) and module.read(path)
+    except (ValueError, OSError):
+        is_older = False
+    if os.path.isdir(path) and not is_older:
+        raise ValueError(f"{path}: holds other things than a model of this format; name a new or an empty folder")
+    if not is_older:
+        raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
+
+
+def tokenizer_beside(stored: StoredModel, path: str, module: ModuleType) -> tuple[str, bytes] | None:
+    """Where a model's vocabulary goes that is not in its file, and its content; None if it is there,
+    or not known. Raises ValueError where another one lies there, as it would be taken for the model's."""
+    tokenizer, folder = stored.own_tokenizer(), os.path.dirname(path)
+    for name in ("tokenizer.model", "tokenizer.bin"):
+        there = os.path.join(folder, name)
+        if os.path.lexists(there) and tokenizer is None:
+            raise ValueError(f"{there}: may be another model's; name this one's with --tokenizer, or write elsewhere")
+        if os.path.lexists(there) and load_tokenizer(there).hash != tokenizer.hash:
+            raise ValueError(f"{there}: is another model's, and this one's is to be there; write elsewhere")
+    if tokenizer is None:
+        return None
+    name, content = ("tokenizer.model", tokenizer.content) if module is ckpt else ("tokenizer.bin", tokenizer.to_bin())
+    return None if os.path.exists(os.path.join(folder, name)) else (os.path.join(folder, name), content)
 
 
 def pick_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: StoredModel) -> str:
@@ -193,7 +232,9 @@ def size_of(path: str) -> int:
 
 def main():
     config, given = configure(ExportConfig, positional=("output",))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
+    sys.stdout.reconfigure(errors="replace")  # of a path in another encoding
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
     print_overrides(config, given)
     stored = with_tokenizer(read_stored(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
     write_model(stored, config.output, config.target, config.dtype)

@@ -61,7 +61,8 @@ def generate(
     weight = model.tok_embeddings.weight
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    cache = KVCache(model.args, 1, device=weight.device, dtype=dtype) if use_cache else None
+    length = min(model.args.max_seq_len, len(prompt) + max_new_tokens)  # no more than will be filled
+    cache = KVCache(model.args, 1, length, weight.device, dtype) if use_cache else None
     tokens, start, cached = list(prompt), 0, 0  # cached: how many positions from start on are in the cache
     for _ in range(max_new_tokens):
         moved_start = window_start(len(tokens), model.args.max_seq_len)

@@ -40,10 +40,10 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope scaling of type {self.kind!r}: linear and llama3 are known")
-        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor < math.inf):
+        if not (0 < self.factor < 1e6 and 0 < self.low_freq_factor < self.high_freq_factor < 1e6):
             raise ValueError(f"{self}: factors must be positive, and low_freq_factor below high_freq_factor")
-        if not (math.isfinite(self.factor) and self.original_max_seq_len >= 1):
-            raise ValueError(f"{self}: must be finite")
+        if not 1 <= self.original_max_seq_len < LARGEST_SIZE:
+            raise ValueError(f"{self}: original_max_seq_len must be at least 1 and below {LARGEST_SIZE}")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class ModelArgs:
             raise ValueError(f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if not (0 < self.norm_eps < math.inf and 0 < self.rope_theta < math.inf):
-            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta}: must be positive and finite")
+        if not (1e-30 <= self.norm_eps <= 1 and 1 <= self.rope_theta <= 1e30):  # as far as float32 serves
+            raise ValueError(f"norm_eps={self.norm_eps}, rope_theta={self.rope_theta}: beyond 1e-30..1 and 1..1e30")
 
     @property
     def head_dim(self) -> int:

@@ -26,8 +26,9 @@ from formats.stored import StoredModel, stored
 from metrics import Metrics
 from model import ModelArgs, Transformer
 from optim import load_optimizer, make_optimizer
-from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
+LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
 # Options that a resumed run cannot change: they are the checkpoint's.
 ARCHITECTURE = (
     *("max_seq_len", "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"),
@@ -85,7 +86,15 @@ def resume(config, given: dict):
 def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
     """The options for a new run with the weights of a model in any format, and that model. Its
     architecture is the file's; only another context may be asked for."""
-    pretrained = read_stored(config.init_from, max_seq_len=config.max_seq_len if "max_seq_len" in given else None)
+    if os.path.realpath(config.init_from).startswith(os.path.join(os.path.realpath(config.out_dir), "")):
+        raise ValueError(f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}, where this run writes")
+    max_seq_len = config.max_seq_len if "max_seq_len" in given else None
+    pretrained = read_stored(config.init_from, config.tokenizer, max_seq_len)
+    if pretrained.args.max_seq_len > LONGEST_UNASKED and max_seq_len is None:
+        raise ValueError(
+            f"{config.init_from} has a context of {pretrained.args.max_seq_len} tokens; say how long the sequences "
+            "to train on are to be with --max_seq_len"
+        )
     check_architecture(config, given, pretrained.args, config.init_from)
     options = {name: getattr(pretrained.args, name) for name in ARCHITECTURE if name not in given}
     return dataclasses.replace(config, **options), pretrained
@@ -103,7 +112,10 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
     if checkpoint:
         check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
     elif pretrained:
-        check_tokenizer(data[0], hash_of_tokenizer(pretrained), pretrained.path, config)
+        expected = hash_of_tokenizer(pretrained)
+        if expected is None and world.is_main:
+            print(f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?")
+        check_tokenizer(data[0], expected, pretrained.path, config)
     dtype = pick_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     torch.manual_seed(config.seed)
@@ -136,8 +148,12 @@ def make_model(config, checkpoint: dict | None, pretrained: StoredModel | None, 
 
 def hash_of_tokenizer(pretrained: StoredModel) -> str | None:
     """That of the vocabulary a model was trained with, if it tells, or else of one in or beside it."""
-    if pretrained.tokenizer_hash is None and (tokenizer := pretrained.own_tokenizer()):
-        return tokenizer.hash if tokenizer.vocab_size == pretrained.args.vocab_size else None
+    try:
+        tokenizer = pretrained.own_tokenizer() if pretrained.tokenizer_hash is None else None
+    except ValueError:  # a vocabulary that we cannot read
+        return None
+    if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:
+        return tokenizer.hash
     return pretrained.tokenizer_hash
 
 
@@ -276,11 +292,12 @@ def open_out_dir(run: Run):
     config = run.config
     if config.init_from != "resume":
         set_aside(config.out_dir)
-    for path in glob.glob(glob.escape(run.path("")) + "*.partial"):  # of a run that was killed
-        os.remove(path)
+    for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
+        if re.fullmatch(r"(ckpt\w*\.pt|best\.pt|model\.bin|loss\.png|tokenizer\.\w+)\.\d+\.partial", name):
+            os.remove(run.path(name))
     run.metrics = Metrics(config.out_dir, run.iter_num)
     write_atomically(run.path("tokenizer.model"), run.tokenizer.content)
-    if isinstance(run.tokenizer, SentencePieceTokenizer):
+    with contextlib.suppress(ValueError):  # of a vocabulary that tokenizer.bin cannot say
         write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
     if refusal := llama2c.refusal(run.model.args):
         print(f"no model.bin will be written: {refusal}")

@@ -28,6 +28,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece has them
+LARGEST_FILE = 1 << 28  # bytes of a vocabulary
 MAX_TRAINING_LINE = 4096  # bytes; SentencePiece leaves out longer lines, so we cut them
 
 
@@ -106,8 +107,14 @@ class SentencePieceTokenizer(Tokenizer):
         return bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
 
     @functools.cached_property
+    def is_bpe(self) -> bool:
+        trainer = sentencepiece_model_pb2.ModelProto.FromString(self.content).trainer_spec
+        return trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+
+    @functools.cached_property
     def hash(self) -> str:
-        return hashlib.sha256(self.to_bin()).hexdigest()
+        further = b"" if self.has_dummy_prefix else b"no prefix"  # what tokenizer.bin takes for granted
+        return hashlib.sha256(self.pieces_as_bin() + further + (b"" if self.is_bpe else b"no BPE")).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.processor.encode(text)
@@ -116,8 +123,17 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.encode(texts, num_threads=num_threads)
 
     def to_bin(self) -> bytes:
-        """The content of llama2.c's tokenizer.bin: the longest length, then each token's score,
-        length and bytes, little-endian; begin and end of text as \\n<s>\\n and \\n</s>\\n."""
+        """The content of llama2.c's tokenizer.bin. Raises ValueError for a vocabulary that its readers
+        would take for another."""
+        if not self.is_bpe:
+            raise ValueError("tokenizer.bin is read as byte-pair encoding, and this vocabulary is of another kind")
+        if not self.has_dummy_prefix or (self.bos_id, self.eos_id) != (BOS_ID, EOS_ID):
+            raise ValueError("tokenizer.bin's readers begin a text with a space and with token 1, and end it with 2")
+        return self.pieces_as_bin()
+
+    def pieces_as_bin(self) -> bytes:
+        """The longest length, then each token's score, length and bytes, little-endian; begin and end
+        of text as \\n<s>\\n and \\n</s>\\n."""
         sp = self.processor
         special = {self.bos_id: "\n<s>\n", self.eos_id: "\n</s>\n"}
         pieces = [special.get(i, sp.id_to_piece(i)).replace("▁", " ").encode() for i in range(self.vocab_size)]
@@ -168,6 +184,11 @@ class Llama3Tokenizer(Tokenizer):
         stops = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
         self.stop_ids = frozenset(by_name[name] for name in stops if name in by_name)
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether it has other special tokens than Llama 3, of which content says nothing."""
+        return self.special != llama3_special_tokens()
+
     @functools.cached_property
     def content(self) -> bytes:
         """A line for each rank: the token in base 64, and its number."""
@@ -179,7 +200,7 @@ class Llama3Tokenizer(Tokenizer):
 
     @functools.cached_property
     def hash(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
+        return hashlib.sha256(self.content + repr(self.special).encode() * self.is_renamed).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of the text. The name of a special token in it is text like any other."""
@@ -232,6 +253,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     for a file that is neither, OSError for one that cannot be read."""
     if os.path.exists(path) and not os.path.isfile(path):  # a folder; or a device, which would never end
         raise ValueError(f"{path}: not a file; name a tokenizer.model or tokenizer.bin")
+    if os.path.exists(path) and os.path.getsize(path) > LARGEST_FILE:
+        raise ValueError(f"{path}: too large for a vocabulary")
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -312,7 +335,7 @@ def proto_from_pieces(
         model.pieces.add(piece=piece, score=score, type=kind)
     model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(pieces)
-    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.byte_fallback = any(kind == BYTE for _, _, kind in pieces)
     model.trainer_spec.bos_piece, model.trainer_spec.eos_piece = bos, eos
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = has_dummy_prefix

@@ -4,7 +4,7 @@ Train a Llama from scratch.
     python train.py --batch_size=8 --compile=False
     python train.py config/stories15M.py --max_iters=2000 --learning_rate=1e-3
     python train.py --init_from=resume
-    python train.py --init_from=Llama-3.2-1B --learning_rate=1e-5
+    python train.py --init_from=Llama-3.2-1B --max_seq_len=512 --learning_rate=1e-5
     torchrun --nproc_per_node=4 train.py
 
 Everything a run leaves is in out_dir: ckpt.pt (the newest), best.pt (the lowest validation loss),

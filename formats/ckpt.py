@@ -11,8 +11,9 @@ import torch
 from atomic import AtomicFile
 from checkpoint import NOT_TIED, check_checkpoint, write_model_args
 from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, check_range, same_values, tokenizer_in
+from formats.stored import StoredModel, StoredTensor, same_values, to_write, tokenizer_in
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
+from tokenizer import Llama3Tokenizer, Tokenizer
 
 DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
@@ -39,6 +40,8 @@ def refusal(args) -> None:
 def write(stored: StoredModel, path: str, name: str, dtype: str):
     """A checkpoint without training state, from which train.py goes on with fresh moments."""
     tokenizer = stored.own_tokenizer()
+    if reason := ranks_refusal(tokenizer):
+        raise ValueError(f"{path}: {reason}")
     checkpoint = {
         "model": weights(stored, TORCH_DTYPES[dtype]),
         "model_args": write_model_args(stored.args),
@@ -55,16 +58,15 @@ def write(stored: StoredModel, path: str, name: str, dtype: str):
 def weights(stored: StoredModel, dtype: torch.dtype) -> dict[str, StoredTensor]:
     """The model's state dict, a tied classifier in it a second time, to write in dtype."""
 
-    def reader(name):
-        def read():
-            tensor = stored.read(name)
-            check_range(tensor, dtype, name)
-            return tensor
-
-        return read
-
-    state = {name: StoredTensor(stored.tensors[name].shape, dtype, reader(name)) for name in stored.names()}
+    state = {name: to_write(stored, name, dtype) for name in stored.names()}
     return state | {"output.weight": state.get("output.weight", state["tok_embeddings.weight"])}
+
+
+def ranks_refusal(tokenizer: Tokenizer | None) -> str | None:
+    """Why a tokenizer.model cannot say this vocabulary, or None if it can."""
+    if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.is_renamed:
+        return "tokenizer.model has no place for special tokens other than Llama 3's own; use --format=hf or gguf"
+    return None
 
 
 def stored_scalar(value: float) -> StoredTensor:

@@ -21,6 +21,7 @@ from atomic import AtomicFile
 from formats import tokenizer_json
 from formats.stored import (
     BLOCK,
+    Source,
     StoredModel,
     StoredTensor,
     blocks,
@@ -129,7 +130,8 @@ class TensorInfo:
 
 def read_container(path: str) -> tuple[dict, dict[str, StoredTensor]]:
     """The key-value pairs and the tensors of a file. Raises ValueError where it is damaged."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    source = Source(path)
+    with source.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             cursor = Cursor(content)
             pairs, infos = read_header(cursor)
@@ -149,7 +151,7 @@ def read_container(path: str) -> tuple[dict, dict[str, StoredTensor]]:
     for name, info in infos.items():
         if start + info.offset + info.size > size:
             raise ValueError(f"{path}: it ends within {name[:100]}; it is damaged")
-    return pairs, {name: stored_tensor(path, start, info) for name, info in infos.items()}
+    return pairs, {name: stored_tensor(source, start, info) for name, info in infos.items()}
 
 
 def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
@@ -175,19 +177,18 @@ def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
     return pairs, infos
 
 
-def stored_tensor(path: str, start: int, info: TensorInfo) -> StoredTensor:
+def stored_tensor(source: Source, start: int, info: TensorInfo) -> StoredTensor:
     if info.kind != Q8_0:
-        return stored_in_file(path, start + info.offset, TORCH_TYPES[info.kind], info.shape)
-    return StoredTensor(info.shape, torch.float32, lambda: read_quantized(path, start + info.offset, info.shape))
+        return stored_in_file(source, start + info.offset, TORCH_TYPES[info.kind], info.shape)
+    return StoredTensor(info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape))
 
 
-def read_quantized(path: str, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+def read_quantized(source: Source, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     values = torch.empty(math.prod(shape) // GROUP, GROUP)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
+    with source.open(offset) as file:
         for part in values.split(BLOCK // GROUP):
             raw = torch.empty(len(part), BLOCK_SIZE, dtype=torch.uint8)
-            read_into(file, raw, path)
+            read_into(file, raw, source.path)
             scales = raw[:, :2].contiguous().view(torch.float16).float()  # (N, 1)
             torch.mul(raw[:, 2:].contiguous().view(torch.int8), scales, out=part)
     return values.view(shape)
@@ -265,6 +266,8 @@ def shortest_float(value: float) -> float:
 def scaling_of(pairs: dict, factors: StoredTensor | None, args: ModelArgs) -> RopeScaling | None:
     """The rotary scaling, of which the file has the type, or only the factors."""
     kind = pairs.get("llama.rope.scaling.type", "none")
+    if older := pairs.get("llama.rope.scale_linear"):
+        return RopeScaling("linear", shortest_float(older)) if older != 1 else None
     if kind == "linear" and factors is None:
         return RopeScaling("linear", shortest_float(pairs["llama.rope.scaling.factor"]))
     if kind != "none":
@@ -298,6 +301,7 @@ def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
         if model == "llama":
             pieces = list(zip(names, pairs["tokenizer.ggml.scores"], kinds, strict=True))
             ends = [names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)] for end, i in (("bos", 1), ("eos", 2))]
+            pieces = [(piece, score, CONTROL if piece in ends else kind) for piece, score, kind in pieces]
             has_prefix = bool(pairs.get("tokenizer.ggml.add_space_prefix", True))
             return with_ends(SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix)))
         if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"):

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+from functools import partial
 
 import torch
 
@@ -18,10 +19,10 @@ from atomic import AtomicFolder
 from formats import tokenizer_json
 from formats.safetensors_file import read_safetensors, size_of, write_safetensors
 from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, check_range, expanded, one_line, tokenizer_in
+from formats.stored import Source, StoredModel, StoredTensor, expanded, one_line, read_json, to_write, tokenizer_in
 from formats.torch_file import read_torch_file
 from model import ModelArgs, RopeScaling
-from tokenizer import Tokenizer
+from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, at most
@@ -44,7 +45,7 @@ TABLE = (
 # Keys of config.json that would change what the model computes, and the value that leaves it a Llama.
 PLAIN = {
     **{"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None},
-    **{"pretraining_tp": None, "partial_rotary_factor": 1.0},
+    "partial_rotary_factor": 1.0,
 }
 
 
@@ -71,9 +72,11 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str) -> StoredModel:
-    config = read_json(os.path.join(path, "config.json"))
-    args = args_of(config, os.path.join(path, "config.json"))
+    source = Source(os.path.join(path, "config.json"))
+    config = read_json(source.path)
+    args = args_of(config, source.path)
     theirs = read_tensors(path)
+    source.open().close()  # the folder may have been replaced meanwhile
     tensors = {}
     for ours, name in expanded(TABLE, args):
         if name not in theirs:
@@ -82,7 +85,7 @@ def read(path: str) -> StoredModel:
     for name in theirs:  # the classifier again although tied, and the angles that older files kept
         if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and args.tie_embeddings)):
             raise ValueError(f"{path}: {name} is no part of a Llama as its config.json describes it")
-    return StoredModel(path, args, tensors, lambda: read_tokenizer(path))
+    return StoredModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
 
 
 def reordered(tensor: StoredTensor, n_heads: int | None) -> StoredTensor:
@@ -91,24 +94,15 @@ def reordered(tensor: StoredTensor, n_heads: int | None) -> StoredTensor:
     return StoredTensor(tensor.shape, tensor.dtype, lambda: to_neighbours(tensor.read(), n_heads))
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or damaged ({str(error)[:100]})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a table of settings")
-    return content
-
-
 def args_of(config: dict, path: str) -> ModelArgs:
     """The architecture in a config.json, of transformers 4 or 5. Raises ValueError for another one."""
     if config.get("model_type") != "llama":
         raise ValueError(f"{path}: a model of type {config.get('model_type')!r}, not llama")
     for key, plain in PLAIN.items():
-        if config.get(key) not in (None, plain) and not (key == "pretraining_tp" and config[key] == 1):
+        if config.get(key) not in (None, plain):
             raise ValueError(f"{path}: {key}={config[key]!r} is more than a Llama of ours can say")
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        raise ValueError(f"{path}: tie_word_embeddings is neither true nor false")
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [key for key in required if type(config.get(key)) is not int]:
         raise ValueError(f"{path}: it has no {' and no '.join(missing)}, or no whole number there")
@@ -125,7 +119,7 @@ def args_of(config: dict, path: str) -> ModelArgs:
             rope_theta=theta,
             rope_scaling=scaling,
             max_seq_len=config.get("max_position_embeddings", 2048),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=config.get("tie_word_embeddings", False),
         )
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(f"{path}: not the settings of a Llama: {error}") from None
@@ -183,9 +177,12 @@ def read_shards(path: str, index: str, reader) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tokenizer(path: str) -> Tokenizer | None:
-    file = os.path.join(path, "tokenizer.json")
-    if (tokenizer := tokenizer_in(path)) or not os.path.isfile(file):
+def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
+    """SentencePiece's tokenizer.model, which has the scores; but tokenizer.json where tokens were
+    added to those, and for Llama 3's ranks, which have no names for the special tokens."""
+    file, tokenizer = os.path.join(path, "tokenizer.json"), tokenizer_in(path)
+    is_whole = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (None, tokenizer.vocab_size)
+    if is_whole or not os.path.isfile(file):
         return tokenizer
     try:
         with open(file, encoding="utf-8") as text:
@@ -212,8 +209,9 @@ def write(stored: StoredModel, path: str, name: str, dtype: str):
         if tokenizer:
             write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
             write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, args.max_seq_len))
-            with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-                file.write(tokenizer.content)
+            if not (isinstance(tokenizer, Llama3Tokenizer) and tokenizer.is_renamed):
+                with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
+                    file.write(tokenizer.content)
         write_shards(folder, tensors_of(stored, TORCH_DTYPES[dtype]))
 
 
@@ -269,16 +267,12 @@ def generation_config(tokenizer: Tokenizer | None) -> dict:
 def tensors_of(stored: StoredModel, dtype: torch.dtype) -> list[tuple[str, StoredTensor]]:
     """The folder's tensors under their names there, to write in dtype."""
 
-    def reader(ours):
-        def read():
-            tensor, n_heads = stored.read(ours), heads_in(stored.args, ours)
-            check_range(tensor, dtype, ours)
-            return to_halves(tensor, n_heads) if n_heads else tensor
-
-        return read
-
-    names = expanded(TABLE, stored.args)
-    return [(theirs, StoredTensor(stored.tensors[ours].shape, dtype, reader(ours))) for ours, theirs in names]
+    tensors = []
+    for ours, theirs in expanded(TABLE, stored.args):
+        n_heads = heads_in(stored.args, ours)
+        change = partial(to_halves, n_heads=n_heads) if n_heads else None
+        tensors.append((theirs, to_write(stored, ours, dtype, change)))
+    return tensors
 
 
 def write_shards(folder: str, tensors: list[tuple[str, StoredTensor]]):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from atomic import AtomicFile
-from formats.stored import BLOCK, StoredModel, StoredTensor, blocks, read_into, stored_in_file, tokenizer_in
+from formats.stored import BLOCK, Source, StoredModel, StoredTensor, blocks, read_into, stored_in_file, tokenizer_in
 from model import ModelArgs, parameter_shapes, rope_tables
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
@@ -90,14 +90,15 @@ def looks_like_v0(header: bytes) -> bool:
 
 def read(path: str) -> StoredModel:
     """Raises ValueError where the header or the size is wrong."""
+    source = Source(path)
     version, args, group_size, offset = read_header(path)
     check_size(path, args, version, group_size, offset)
     tensors = {}
     for name, shape in table(args, version):
         if group_size is None or len(shape) == 1:
-            tensors[name] = stored_in_file(path, offset, torch.float32, shape)
+            tensors[name] = stored_in_file(source, offset, torch.float32, shape)
         else:
-            tensors[name] = stored_quantized(path, offset, shape, group_size)
+            tensors[name] = stored_quantized(source, offset, shape, group_size)
         offset += size_of(shape, group_size)
     if version == 0:
         check_rope_tables(path, args, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
@@ -151,15 +152,14 @@ def check_rope_tables(path: str, args: ModelArgs, cos: StoredTensor, sin: Stored
             raise ValueError(f"{path}: its rotary tables are not those of rope_theta={ROPE_THETA:g}; it is damaged")
 
 
-def stored_quantized(path: str, offset: int, shape: tuple[int, ...], group_size: int) -> StoredTensor:
+def stored_quantized(source: Source, offset: int, shape: tuple[int, ...], group_size: int) -> StoredTensor:
     count = math.prod(shape)
 
     def read():
         quantized, scales = torch.empty(count, dtype=torch.int8), torch.empty(count // group_size)
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            read_into(file, quantized, path)
-            read_into(file, scales, path)
+        with source.open(offset) as file:
+            read_into(file, quantized, source.path)
+            read_into(file, scales, source.path)
         values = torch.empty(count // group_size, group_size)
         tensors = quantized.view_as(values), scales[:, None], values
         parts = (tensor.split(max(1, BLOCK // group_size)) for tensor in tensors)
@@ -180,7 +180,9 @@ def write(stored: StoredModel, path: str, name: str = "v0", dtype: str = "float3
     if reason := refusal(args):
         raise ValueError(f"{path}: {reason}")
     group_size = largest_group(args) if version == 2 else None
-    tables = dict(zip(("rope_cos", "rope_sin"), rope_tables(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True))
+    tables = {}
+    if version == 0:
+        tables["rope_cos"], tables["rope_sin"] = rope_tables(args.head_dim, args.max_seq_len, ROPE_THETA)
     with AtomicFile(path) as file:
         file.write(header_of(args, version, group_size))
         for name, _ in table(args, version):

@@ -13,10 +13,9 @@ import re
 import torch
 
 from atomic import AtomicFolder
-from formats.ckpt import weights
-from formats.hugging_face import read_json
+from formats.ckpt import ranks_refusal, weights
 from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, same_values, tokenizer_in
+from formats.stored import StoredModel, StoredTensor, read_json, same_values, tokenizer_in
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs, RopeScaling
 from tokenizer import Llama3Tokenizer, Tokenizer
@@ -25,11 +24,14 @@ DTYPES = {"meta": ("float32", "float16", "bfloat16")}
 CUT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 # What use_scaled_rope means; params.json has no place for other numbers.
 SCALED_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+# Shapes of Llama 3.2, whose params.json is silent about the factor in which it differs from 3.1.
+LLAMA_3_2 = ((2048, 16), (3072, 28))
+ADVICE_3_2 = 'add "rope_scaling_factor": 32.0 to the file'
 # What params.json says nothing of: how many positions each generation was trained on.
 CONTEXT = {"llama2": 4096, "llama3": 8192, "llama3.1": 131072}
 ARCHITECTURE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier")
 NUMBERS = (*ARCHITECTURE, "norm_eps", "rope_theta")
-WITHOUT_EFFECT = ("use_scaled_rope", "max_seq_len", "max_batch_size", "rope_scaling_factor", "rope_high_freq_factor")
+OTHER_KEYS = ("use_scaled_rope", "max_seq_len", "max_batch_size", "rope_scaling_factor", "rope_high_freq_factor")
 
 
 # Reading
@@ -47,7 +49,7 @@ def read(path: str) -> StoredModel:
     if embedding is None or len(embedding.shape) != 2 or "output.weight" not in shards[0]:
         raise ValueError(f"{path}: consolidated.00.pth has no matrix tok_embeddings.weight, or no output.weight")
     axis_of_embedding = 0 if embedding.shape[1] == params.get("dim") else 1
-    if params.get("vocab_size") == -1:  # Llama 2: as many as the tokenizer has
+    if params.get("vocab_size", -1) == -1:  # Llama 2: as many as the tokenizer has
         params["vocab_size"] = embedding.shape[0] * (1 if axis_of_embedding else len(shards))
     check_number_of_shards(path, params, shards)
     tensors = {}
@@ -110,12 +112,16 @@ def args_of(params: dict, path: str, tied: bool) -> ModelArgs:
     """The architecture in a params.json. Raises ValueError for another than Llama's."""
     if missing := [key for key in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps") if key not in params]:
         raise ValueError(f"{path}: it has no {' and no '.join(missing)}")
-    if unknown := [key for key in params if key not in (*NUMBERS, *WITHOUT_EFFECT)]:
+    if unknown := [key for key in params if key not in (*NUMBERS, *OTHER_KEYS)]:
         raise ValueError(f"{path}: {unknown[0]} is more than a Llama of ours can say")
     for key in NUMBERS:
         if type(params.get(key)) not in (int, float, type(None)):
             raise ValueError(f"{path}: {key}={params[key]!r} is no number")
     scaled = params.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise ValueError(f"{path}: use_scaled_rope is neither true nor false")
+    if scaled and "rope_scaling_factor" not in params and (params["dim"], params["n_layers"]) in LLAMA_3_2:
+        raise ValueError(f'{path}: Llama 3.2 scales its positions by 32, but this does not say so: {ADVICE_3_2}')
     scaling = None
     generation = "llama3.1" if scaled else "llama3" if params.get("rope_theta") == 500000 else "llama2"
     try:
@@ -150,6 +156,8 @@ def write(stored: StoredModel, path: str, name: str, dtype: str):
     if reason := refusal(stored.args):
         raise ValueError(f"{path}: {reason}")
     tokenizer = stored.own_tokenizer()
+    if reason := ranks_refusal(tokenizer):
+        raise ValueError(f"{path}: {reason}")
     with AtomicFolder(path, is_ours) as folder:
         with open(os.path.join(folder, "params.json"), "w", encoding="utf-8") as file:
             json.dump(params_of(stored.args, tokenizer), file)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from formats.stored import StoredTensor, blocks, stored_in_file
+from formats.stored import Source, StoredTensor, blocks, stored_in_file
 
 LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -28,8 +28,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_safetensors(path: str) -> dict[str, StoredTensor]:
     """The tensors of a file by name. Raises ValueError where the header is damaged or does not fit
     the file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    source, size = Source(path), os.path.getsize(path)
+    with source.open() as file:
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else size
         if length > min(LARGEST_HEADER, size - LENGTH.size):
@@ -49,7 +49,7 @@ def read_safetensors(path: str) -> dict[str, StoredTensor]:
     if data + position != size:
         raise ValueError(f"{path}: {size} bytes, but its header says {data + position}; it is damaged")
     return {
-        name: stored_in_file(path, data + begin, dtype, shape) for name, (dtype, shape, begin, _) in tensors.items()
+        name: stored_in_file(source, data + begin, dtype, shape) for name, (dtype, shape, begin, _) in tensors.items()
     }
 
 

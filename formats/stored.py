@@ -3,6 +3,7 @@ A model as it lies in a file: what it is made of, and tensors that are read one 
 """
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    identity: object = None  # differs, or is None, for tensors of other values; known without reading
+    identity: object = None  # where both have one and it differs, so do their values; known without reading
 
 
 @dataclass
@@ -43,8 +44,8 @@ class StoredModel:
     def __post_init__(self):
         check_weights(self.args, self.tensors, self.path)
         for name, tensor in self.tensors.items():
-            if not tensor.dtype.is_floating_point:
-                raise ValueError(f"{self.path}: {name} is of {tensor.dtype}, no weights of a model")
+            if tensor.dtype not in (*DTYPES.values(), torch.float64):
+                raise ValueError(f"{self.path}: {name} is of {tensor.dtype}, which is not read here")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,17 +91,60 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     return digests[0] == digests[1]
 
 
-def stored_in_file(path: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> StoredTensor:
-    """A tensor whose little-endian values lie in a file from offset on."""
-    return StoredTensor(shape, dtype, lambda: read_values(path, offset, dtype, shape))
+class Source:
+    """A file whose tensors are read later: it must still be the file that it was, so that no model
+    is made of the halves of two."""
 
+    def __init__(self, path: str):
+        self.path, self.stamp = path, self.stamp_of(os.stat(path))
 
-def read_values(path: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    with open(path, "rb", buffering=0) as file:
+    @staticmethod
+    def stamp_of(status: os.stat_result) -> tuple:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def open(self, offset: int = 0):
+        """The open file at offset. Raises ValueError where it was changed or replaced."""
+        file = open(self.path, "rb", buffering=0)
+        if self.stamp_of(os.fstat(file.fileno())) != self.stamp:
+            file.close()
+            raise ValueError(f"{self.path}: it was changed while it was read; run again")
         file.seek(offset)
-        read_into(file, tensor, path)
-    return tensor
+        return file
+
+
+def stored_in_file(source: Source, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor whose little-endian values lie in a file from offset on."""
+
+    def read():
+        tensor = torch.empty(shape, dtype=dtype)
+        with source.open(offset) as file:
+            read_into(file, tensor, source.path)
+        return tensor
+
+    return StoredTensor(shape, dtype, read)
+
+
+def to_write(stored: StoredModel, name: str, dtype: torch.dtype, change: Callable | None = None) -> StoredTensor:
+    """A tensor of a model, to be written in dtype, with its rows in another order if change says so."""
+
+    def read():
+        tensor = stored.read(name)
+        check_range(tensor, dtype, name)
+        return change(tensor) if change else tensor
+
+    return StoredTensor(stored.tensors[name].shape, dtype, read)
+
+
+def read_json(path: str) -> dict:
+    """The settings in a file. Raises ValueError where it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, or damaged ({str(error)[:100]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a table of settings")
+    return content
 
 
 def read_into(file, tensor: torch.Tensor, path: str):

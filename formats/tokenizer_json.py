@@ -15,6 +15,7 @@ from tokenizer import (
     LLAMA3_PATTERN,
     NORMAL,
     UNKNOWN,
+    USER_DEFINED,
     Llama3Tokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -74,15 +75,17 @@ def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
 def refusal(tokenizer: Tokenizer) -> str | None:
     """Why other programs would cut a text into other tokens, or None if they would not."""
     if isinstance(tokenizer, SentencePieceTokenizer):
+        if not tokenizer.is_bpe:
+            return "this vocabulary is no byte-pair encoding, which is all the format can say; use --format=ckpt"
         if tokenizer.changes_text:
             return (
                 "this vocabulary normalizes a text before it cuts it, which the format cannot say; use one of "
-                "tinystories.py train_vocab, or --format=ckpt or v0"
+                "tinystories.py train_vocab, or --format=ckpt"
             )
         known = {NORMAL, UNKNOWN, CONTROL, BYTE}
         for piece, _, kind in tokenizer.pieces:
             if kind not in known:
-                return f"this vocabulary has a user-defined or unused piece, {piece!r}; use --format=ckpt or v0"
+                return f"this vocabulary has a user-defined or unused piece, {piece!r}; use --format=ckpt"
     return None
 
 
@@ -117,6 +120,7 @@ def added(number: int, name: str) -> dict:
 
 def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
     special = [added(i, piece) for i, (piece, _, kind) in enumerate(tokenizer.pieces) if kind in (UNKNOWN, CONTROL)]
+    has_bytes = any(kind == BYTE for _, _, kind in tokenizer.pieces)
     prepend = [{"type": "Prepend", "prepend": "▁"}] * tokenizer.has_dummy_prefix
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.has_dummy_prefix
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -130,7 +134,7 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
             "type": "BPE",
             **{"dropout": None, "unk_token": unknown_of(tokenizer)},
             **{"continuing_subword_prefix": None, "end_of_word_suffix": None},
-            **{"fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
+            **{"fuse_unk": True, "byte_fallback": has_bytes, "ignore_merges": False},
             "vocab": {piece: i for i, (piece, _, _) in enumerate(tokenizer.pieces)},
             "merges": sentencepiece_merges(tokenizer.pieces),
         },
@@ -195,29 +199,48 @@ def from_json(text: str) -> Tokenizer:
         names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
         if model["type"] != "BPE" or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("not a byte-pair vocabulary whose ids are 0, 1, 2, ...")
-        if model.get("byte_fallback"):
-            return from_merges(names, [entry["content"] for entry in special], model["merges"], content)
-        if LLAMA3_PATTERN not in json_strings(content.get("pre_tokenizer")):
+        if model.get("byte_fallback") or "▁" in model["vocab"]:
+            return from_merges(names, special, model["merges"], content)
+        if content.get("normalizer") or not cuts_as_llama3(content.get("pre_tokenizer")):
             raise ValueError("it cuts words in another way than Llama 3")
         in_model = [name for name in names if name in model["vocab"]]
         if in_model != names[: len(in_model)]:
             raise ValueError("special tokens stand among the others")
+        made = [vocab[left + right] for left, right in map(pair_of, model["merges"])]
+        if made != sorted(made):
+            raise ValueError("it merges in another order than that of the tokens")
         return Llama3Tokenizer([from_letters(name) for name in in_model], names[len(in_model) :])
     except (KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise ValueError(f"not a tokenizer.json ({str(error)[:100]})") from error
 
 
-def from_merges(names: list[str], special: list[str], merges: list, content: dict) -> SentencePieceTokenizer:
+def cuts_as_llama3(pre_tokenizer: dict) -> bool:
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return False
+    split, letters = steps
+    plain = not letters.get("add_prefix_space", True) and not letters.get("use_regex", True)
+    whole = split.get("behavior") == "Isolated" and not split.get("invert")
+    return plain and whole and split["pattern"] == {"Regex": LLAMA3_PATTERN}
+
+
+def pair_of(merge: str | list) -> tuple[str, str]:
+    """The two tokens of a merge, of which older files make one text."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def from_merges(names: list[str], added_tokens: list, merges: list, content: dict) -> SentencePieceTokenizer:
     """A SentencePiece vocabulary whose scores order the tokens as the merges do."""
     has_dummy_prefix = prefixes(content.get("normalizer"), content.get("pre_tokenizer") or {})
     rank: dict[str, int] = {}
     for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        rank.setdefault(left + right, len(rank))
+        rank.setdefault("".join(pair_of(merge)), len(rank))
+    added_kinds = {entry["content"]: CONTROL if entry.get("special") else USER_DEFINED for entry in added_tokens}
     unknown, pieces = content["model"].get("unk_token"), []
     for name in names:
         is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", name)
-        kind = UNKNOWN if name == unknown else CONTROL if name in special else BYTE if is_byte else NORMAL
+        kind = UNKNOWN if name == unknown else added_kinds.get(name, BYTE if is_byte else NORMAL)
         pieces.append((name, -float(rank.get(name, len(rank))) if kind == NORMAL else 0.0, kind))
     proto = proto_from_pieces(pieces, has_dummy_prefix=has_dummy_prefix)
     return with_ends(SentencePieceTokenizer(proto))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import reason_of
-from formats.stored import StoredTensor, blocks, read_into
+from formats.stored import Source, StoredTensor, blocks, read_into
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {
@@ -37,10 +37,11 @@ def read_torch_file(path: str):
     """What torch.save wrote, with a StoredTensor for each tensor. Raises ValueError where it is
     damaged or holds more than data."""
     try:
+        source = Source(path)
         records = records_of(path)
         with open(path, "rb") as file:
             content = torch.load(file, map_location="meta", weights_only=True)
-        return stored_tensors(content, path, records, {})
+        return stored_tensors(content, source, records, {})
     except Exception as error:  # whatever a damaged file may lead the zip and pickle readers to raise
         raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
 
@@ -63,22 +64,22 @@ def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
     return records
 
 
-def stored_tensors(content, path: str, records: dict[int, zipfile.ZipInfo], seen: dict):
+def stored_tensors(content, source: Source, records: dict[int, zipfile.ZipInfo], seen: dict):
     """content with a StoredTensor in the place of each tensor on the meta device. What is there
     more than once is converted once: a few bytes of pickle can speak of it billions of times."""
     if isinstance(content, torch.Tensor):
-        return stored_tensor(content, path, records)
+        return stored_tensor(content, source, records)
     if not isinstance(content, (dict, list, tuple)):
         return content
     if id(content) not in seen:
         seen[id(content)] = None  # of a container within itself
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        inside = {key: stored_tensors(value, path, records, seen) for key, value in pairs}
+        inside = {key: stored_tensors(value, source, records, seen) for key, value in pairs}
         seen[id(content)] = inside if isinstance(content, dict) else list(inside.values())
     return seen[id(content)]
 
 
-def stored_tensor(tensor: torch.Tensor, path: str, records: dict[int, zipfile.ZipInfo]) -> StoredTensor:
+def stored_tensor(tensor: torch.Tensor, source: Source, records: dict[int, zipfile.ZipInfo]) -> StoredTensor:
     storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
     offset = getattr(storage, "_checkpoint_offset", None)
     record = records.get(offset)
@@ -92,20 +93,19 @@ def stored_tensor(tensor: torch.Tensor, path: str, records: dict[int, zipfile.Zi
     place = tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
     def read():
-        values = read_record(path, offset, record).view(tensor.dtype)
+        values = read_record(source, offset, record).view(tensor.dtype)
         return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
 
     return StoredTensor(tuple(tensor.shape), tensor.dtype, read, (record.CRC, record.file_size, *place))
 
 
-def read_record(path: str, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:
+def read_record(source: Source, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:
     """The bytes of a record, on the CPU, checked against their sum."""
     values = torch.empty(record.file_size, dtype=torch.uint8)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        read_into(file, values, path)
+    with source.open(offset) as file:
+        read_into(file, values, source.path)
     if zlib.crc32(values.numpy()) != record.CRC:
-        raise ValueError(f"{path}: its record {record.filename} has not the sum that was written; it is damaged")
+        raise ValueError(f"{source.path}: its record {record.filename} has not the sum that was written; it is damaged")
     return values
 
 

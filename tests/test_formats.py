@@ -311,9 +311,9 @@ def test_another_models_tokenizer_is_neither_taken_nor_overwritten(place, run_ex
         (["x.bin", "--from=out"], 1, "out: a folder without config.json"),
         (["out/ckpt.pt"], 2, "out/ckpt.pt: is also what is read"),
         (["notes.txt", "--format=v0"], 1, "notes.txt: is there already and would be lost"),
-        (["full", "--format=hf"], 1, "holds other things (thesis.tex)"),
+        (["full", "--format=hf"], 1, "full: holds other things than a model"),
         (["full", "--format=gguf"], 1, "full: is a folder; name a file"),
-        ([".", "--format=hf"], 1, "is the folder you are in"),
+        ([".", "--format=hf"], 1, ".: holds other things than a model"),
         (["x.story"], 2, "x.story: which format is that to be? Name it with --format="),
         (["x.bin", "--format=gguf", "--version=0"], 2, "--version=0 is --format=v0, not gguf"),
         (["x.bin", "--from=a", "--checkpoint=b"], 2, "name one model to read"),
@@ -390,3 +390,71 @@ def test_a_config_of_settings_survives_json(tokenizer, tmp_path):
     config = json.loads((tmp_path / "model.hf" / "config.json").read_text())
     assert config["rms_norm_eps"] == 1.1e-6
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 12345.678
+
+
+@pytest.mark.parametrize("target", ["v0", "v2", "hf", "gguf", "ckpt", "meta"])
+def test_a_model_replaced_while_it_is_read_is_refused_not_mixed(target, tokenizer, tmp_path):
+    """train.py replaces out/model.bin while somebody samples from it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    source = through(target, tmp_path / "a", random_model(), tokenizer)
+    other = through(target, tmp_path / "b", random_model(rope_theta=10000.0), tokenizer)
+    source.read("norm.weight")
+    os.rename(source.path, tmp_path / "old")
+    os.rename(other.path, source.path)
+    with pytest.raises(ValueError, match="was changed while it was read; run again"):
+        source.model()
+
+
+def test_files_that_came_meanwhile_are_not_lost(place):
+    """The check is made again when the folder is whole."""
+    source = read_stored("out/ckpt.pt")
+    write_model(source, "folder", "hf")
+    first = next(iter(source.tensors))
+    tensor = source.tensors[first]
+
+    def read():
+        (place / "folder" / "thesis.tex").write_text("42")
+        return tensor.read()
+
+    source.tensors[first] = StoredTensor(tensor.shape, tensor.dtype, read)
+    with pytest.raises(ValueError, match=r"holds other things \(thesis\.tex\)"):
+        write_model(source, "folder", "hf")
+    assert (place / "folder" / "thesis.tex").read_text() == "42" and sorted(os.listdir()) == ["folder", "out"]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "magic alone", "a link", "a folder in the folder"])
+def test_what_only_looks_like_a_model_of_the_format_does_not_give_way(kind, place, run_export):
+    target = {"tokens": "x.bin", "magic alone": "x.gguf", "a link": "x.bin", "a folder in the folder": "x"}[kind]
+    if kind == "tokens":
+        torch.tensor([45, 12, 900, 14] * 100, dtype=torch.int32).numpy().tofile(target)
+    elif kind == "magic alone":
+        (place / target).write_bytes(b"GGUF, my notes")
+    elif kind == "a link":
+        os.symlink("elsewhere.bin", target)
+    else:
+        (place / "x" / "config.json").mkdir(parents=True)
+    status, _, error = run_export(target)
+    assert status == 1 and len(error.splitlines()) == 1 and error.startswith(f"export.py: {target}: ")
+    assert os.path.lexists(target) and not os.path.exists("tokenizer.bin")
+
+
+def test_fine_tuning_into_the_models_own_folder_is_refused(run_script, data_dir, place):
+    before = (place / "out" / "ckpt.pt").read_bytes()
+    result = run_script("train.py", "--init_from=out/ckpt.pt", "--out_dir=out", f"--data_dir={data_dir}", cwd=place)
+    assert result.returncode == 1 and "--init_from=out/ckpt.pt: lies in --out_dir=out" in result.stderr
+    assert (place / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_a_long_context_is_not_taken_for_a_run_unasked(run_script, data_dir, tokenizer, tmp_path):
+    path = through("hf", tmp_path, random_model(max_seq_len=131072), tokenizer).path
+    result = run_script("train.py", f"--init_from={path}", f"--data_dir={data_dir}", cwd=tmp_path)
+    assert result.returncode == 1 and "a context of 131072 tokens; say how long" in result.stderr
+
+
+def test_a_model_of_unknown_vocabulary_is_not_put_beside_a_tokenizer(place, run_export):
+    """A sampler would take that one for the model's."""
+    assert run_export("d/a.bin")[0] == 0
+    os.remove("out/tokenizer.model")
+    status, _, error = run_export("d/b.bin")
+    assert status == 1 and "d/tokenizer.bin: may be another model's" in error and not (place / "d" / "b.bin").exists()

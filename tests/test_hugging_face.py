@@ -2,10 +2,12 @@
 Hugging Face folders, against transformers itself: theirs here and ours there.
 """
 
+import io
 import json
 import random
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 
@@ -14,7 +16,7 @@ from formats import hugging_face
 from formats.stored import stored
 from model import RopeScaling
 from tests.test_formats import LLAMA3, logits_of, random_model
-from tokenizer import Llama3Tokenizer, load_tokenizer
+from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
 
 LINEAR = dict(rope_scaling=RopeScaling("linear", 4.0))
 
@@ -184,19 +186,9 @@ def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
 
 
 def test_a_vocabulary_that_changes_the_text_is_refused(stories, tmp_path):
-    import io
-
-    import sentencepiece
-
-    from tokenizer import SentencePieceTokenizer
-
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(stories), model_writer=content, model_type="bpe", vocab_size=512, byte_fallback=True,
-        minloglevel=2,
-    )  # fmt: skip
+    tokenizer = sentencepiece_of(stories, model_type="bpe", remove_extra_whitespaces=True)
     with pytest.raises(ValueError, match=r"normalizes a text before it cuts it.*train_vocab"):
-        exported(tmp_path, random_model(), SentencePieceTokenizer(content.getvalue()))
+        exported(tmp_path, random_model(), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,3 +286,67 @@ def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_pa
     (tmp_path / "exported" / "tokenizer.model").unlink()
     again = hugging_face.read_tokenizer(path)
     assert again.hash == tokenizer.hash and again.special == tokenizer.special
+
+
+def sentencepiece_of(stories, **options) -> SentencePieceTokenizer:
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(stories), model_writer=content, vocab_size=512, minloglevel=2,
+        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True) | options,
+    )  # fmt: skip
+    return SentencePieceTokenizer(content.getvalue())
+
+
+def test_a_vocabulary_of_another_algorithm_is_refused_and_has_another_identity(stories, tmp_path):
+    tokenizer = sentencepiece_of(stories, model_type="unigram")
+    with pytest.raises(ValueError, match="no byte-pair encoding"):
+        exported(tmp_path, random_model(), tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer\.bin is read as byte-pair encoding"):
+        tokenizer.to_bin()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_bin(stories, tmp_path):
+    tokenizer = sentencepiece_of(stories, model_type="bpe", add_dummy_prefix=False)
+    path = exported(tmp_path, random_model(), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    again = hugging_face.read_tokenizer(path)
+    for text in stories[:20]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
+        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+    with pytest.raises(ValueError, match="begin a text with a space"):
+        tokenizer.to_bin()
+
+
+def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
+    base = small_llama3()
+    tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
+    model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
+    path = exported(tmp_path, model, tokenizer)
+    assert tokenizer.hash != base.hash and read_stored(path).own_tokenizer().special == tokenizer.special
+    for target in ("ckpt", "meta"):
+        with pytest.raises(ValueError, match="no place for special tokens other than"):
+            write_model(stored(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
+
+
+@pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])
+def test_a_tokenizer_json_that_cuts_otherwise_is_refused(change, tmp_path):
+    tokenizer = small_llama3()
+    path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    file = tmp_path / "exported" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    steps = content["pre_tokenizer"]["pretokenizers"]
+    if change == "normalizer":
+        content["normalizer"] = {"type": "Lowercase"}
+    elif change == "prefix":
+        steps[1]["add_prefix_space"] = True
+    elif change == "digits":
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    else:
+        content["model"]["merges"].reverse()
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: it (cuts words|merges) in another"):
+        hugging_face.read_tokenizer(path)

@@ -235,3 +235,12 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, lla
         assert answer.json()["tokens"] == ids
     (tmp_path / "hf" / "tokenizer.model").unlink()
     assert read_stored(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
+
+
+def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
+    """Its params.json does not say that its positions are scaled by 32."""
+    params = LLAMA3_8B | {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}
+    with pytest.raises(ValueError, match=r'add "rope_scaling_factor": 32\.0'):
+        meta.args_of(params, "params.json", tied=True)
+    args = meta.args_of(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)
+    assert args.rope_scaling.factor == 32.0
