@@ -12,7 +12,7 @@ import requests
 import torch
 
 from export import read_stored, write_model
-from formats import gguf
+from formats import gguf, gguf_file
 from formats.stored import expanded, stored
 from generation import choose, generate
 from tests.test_formats import LLAMA3, random_model
@@ -217,13 +217,13 @@ def header_changed(path, **changes):
     """Put other values of the same length into a file's key-value pairs."""
     content = open(path, "rb").read()
     for key, value in changes.items():
-        encoded = gguf.packed_string(key.replace("__", "."))
+        encoded = gguf_file.packed_string(key.replace("__", "."))
         at = content.index(encoded) + len(encoded)
         old = struct.unpack_from("<I", content, at)[0]
         size = 8 + struct.unpack_from("<Q", content, at + 4)[0]
-        if old in gguf.SCALARS:
-            size = struct.calcsize(gguf.SCALARS[old])
-        new = gguf.packed_value(value)
+        if old in gguf_file.SCALARS:
+            size = struct.calcsize(gguf_file.SCALARS[old])
+        new = gguf_file.packed_value(value)
         assert len(new) == 4 + size, "the alignment of what follows would be another"
         content = content[:at] + new + content[at + 4 + size :]
     with open(path, "wb") as file:
