@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from formats.stored import BLOCK, Source, StoredTensor, blocks, check_range, read_into, stored_in_file
+from formats.stored import BLOCK, Source, StoredTensor, check_range, read_into, stored_in_file, write_values
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 GROUP = 32  # values in a block of Q8_0
@@ -187,8 +187,7 @@ def write_tensor(file, tensor: torch.Tensor, kind: int, name: str):
             file.write(quantize(rows.float().reshape(-1, GROUP), name))
         return
     check_range(tensor, TORCH_TYPES[kind], name)
-    for block in blocks(tensor, TORCH_TYPES[kind]):
-        file.write(block)
+    write_values(file, tensor, TORCH_TYPES[kind])
 
 
 def quantize(groups: torch.Tensor, name: str) -> np.ndarray:

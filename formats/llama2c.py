@@ -18,7 +18,16 @@ import numpy as np
 import torch
 
 from atomic import AtomicFile
-from formats.stored import BLOCK, Source, StoredModel, StoredTensor, blocks, read_into, stored_in_file, tokenizer_in
+from formats.stored import (
+    BLOCK,
+    Source,
+    StoredModel,
+    StoredTensor,
+    read_into,
+    stored_in_file,
+    tokenizer_in,
+    write_values,
+)
 from model import ModelArgs, parameter_shapes, rope_tables
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
@@ -211,8 +220,7 @@ def largest_group(args: ModelArgs) -> int:
 def write_tensor(file, tensor: torch.Tensor, group_size: int | None):
     """float32; or of a matrix, if there is a group size, int8 values, then scales. Some rows at a time."""
     if group_size is None or tensor.dim() == 1:
-        for block in blocks(tensor, torch.float32):
-            file.write(block)
+        write_values(file, tensor, torch.float32)
         return
     scales, rows = [], max(1, BLOCK // tensor.shape[1])
     for start in range(0, len(tensor), rows):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from formats.stored import Source, StoredTensor, blocks, stored_in_file
+from formats.stored import Source, StoredTensor, stored_in_file, write_values
 
 LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -81,8 +81,7 @@ def write_safetensors(file, tensors: Iterable[tuple[str, StoredTensor]]):
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # values begin at a multiple of 8 bytes
     file.write(LENGTH.pack(len(encoded)) + encoded)
     for _, tensor in tensors:
-        for block in blocks(tensor.read(), tensor.dtype):
-            file.write(block)
+        write_values(file, tensor.read(), tensor.dtype)
 
 
 def size_of(tensor: StoredTensor) -> int:

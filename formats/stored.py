@@ -162,12 +162,13 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[np.ndarray]:
-    """The values of a tensor in order, as bytes in dtype, some rows at a time."""
+def write_values(file, tensor: torch.Tensor, dtype: torch.dtype):
+    """Write the values of a tensor in order, in dtype, some rows at a time. A function of its own, so
+    that no part of a tensor is held when the next one is read."""
     tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
     rows = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, len(tensor), rows):
-        yield as_bytes(tensor[start : start + rows].to(dtype).contiguous())
+    for part in tensor.split(rows):
+        file.write(as_bytes(part.to(dtype).contiguous()))
 
 
 def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import reason_of
-from formats.stored import Source, StoredTensor, blocks, read_into
+from formats.stored import Source, StoredTensor, read_into, write_values
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {
@@ -152,8 +152,7 @@ def write_torch_file(file, content):
             size = math.prod(tensor.shape) * tensor.dtype.itemsize
             info = aligned(archive, f"archive/data/{storage.key}", size)
             with archive.open(info, "w", force_zip64=size >= 1 << 31) as record:
-                for block in blocks(tensor.read(), tensor.dtype):
-                    record.write(block)
+                write_values(record, tensor.read(), tensor.dtype)
         archive.writestr("archive/version", "3\n")
 
 
