@@ -145,11 +145,3 @@ def load_weights(model: Transformer, state: dict, path: str):
     check_weights(model.args, state, path)
     tied = {"output.weight": state["tok_embeddings.weight"]} if model.args.tie_embeddings else {}
     model.load_state_dict(state | tied)
-
-
-def load_model(path: str) -> tuple[Transformer, dict]:
-    """The model of a checkpoint, for evaluation, and the checkpoint."""
-    checkpoint = load_checkpoint(path)
-    model = Transformer.empty(checkpoint["model_args"])
-    load_weights(model, checkpoint["model"], path)
-    return model.eval(), checkpoint

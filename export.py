@@ -136,7 +136,7 @@ class ExportConfig:
             yield f"{self.output}: which format is that to be? Name it with --format="
         if self.max_seq_len is not None and not 1 <= self.max_seq_len <= MAX_POSITIONS:
             yield f"--max_seq_len={self.max_seq_len}: must be at least 1 and at most {MAX_POSITIONS}"
-        elif os.path.basename(self.output) in ("tokenizer.model", "tokenizer.bin", "config.json"):
+        if os.path.basename(self.output) in ("tokenizer.model", "tokenizer.bin", "config.json"):
             yield f"{self.output}: is a name that other files beside a model have; choose another"
         if not all(self.sources):
             yield "--from= is empty: name a model"
@@ -177,10 +177,11 @@ def check_what_gives_way(path: str, module: ModuleType):
         is_older = module is not ckpt and module.recognises(path) and module.read(path)
     except (ValueError, OSError):
         is_older = False
-    if os.path.isdir(path) and not is_older:
+    if is_older:
+        return
+    if os.path.isdir(path):
         raise ValueError(f"{path}: holds other things than a model of this format; name a new or an empty folder")
-    if not is_older:
-        raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
+    raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
 
 
 def tokenizer_beside(stored: StoredModel, path: str, module: ModuleType) -> tuple[str, bytes] | None:

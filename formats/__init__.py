@@ -6,5 +6,5 @@ its reader and its writer share, and offers
     recognises(path)                  whether path holds this format, by content
     read(path) -> StoredModel         checks all but the values; reads no weights but to see whether two are tied
     refusal(args) -> str | None       why the format cannot say a model
-    write(stored, path, name, dtype)  whole or not at all; one tensor at a time is in memory
+    write(stored, path, target, dtype)  whole or not at all; one tensor at a time is in memory
 """

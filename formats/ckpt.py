@@ -10,8 +10,7 @@ import torch
 
 from atomic import AtomicFile
 from checkpoint import NOT_TIED, check_checkpoint, write_model_args
-from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, same_values, to_write, tokenizer_in
+from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, same_values, to_write, tokenizer_in
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from tokenizer import Llama3Tokenizer, Tokenizer
 
@@ -37,7 +36,7 @@ def refusal(args) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, name: str, dtype: str):
+def write(stored: StoredModel, path: str, target: str, dtype: str):
     """A checkpoint without training state, from which train.py goes on with fresh moments."""
     tokenizer = stored.own_tokenizer()
     if reason := ranks_refusal(tokenizer):

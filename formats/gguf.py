@@ -4,7 +4,7 @@ vocabulary, and the tensors. The rotary layout is ours. The container is gguf_fi
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -26,12 +26,7 @@ from formats.gguf_file import (
     read_container,
     write_tensor,
 )
-from formats.stored import (
-    StoredModel,
-    StoredTensor,
-    expanded,
-    one_line,
-)
+from formats.stored import StoredModel, StoredTensor, expanded, one_line
 from model import ModelArgs, RopeScaling, rope_frequencies
 from tokenizer import (
     CONTROL,
@@ -191,7 +186,7 @@ def refusal(args: ModelArgs) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, name: str, dtype: str):
+def write(stored: StoredModel, path: str, target: str, dtype: str):
     """Write the file. In q8_0, a matrix whose rows are no multiple of 32 stays float16."""
     tokenizer = stored.own_tokenizer()
     if tokenizer is None:
@@ -207,7 +202,7 @@ def write(stored: StoredModel, path: str, name: str, dtype: str):
             pad(file)
 
 
-def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInfo, object]]:
+def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInfo, Callable]]:
     """Name, description and reader of every tensor to write, in order."""
     args, offset = stored.args, 0
     kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}

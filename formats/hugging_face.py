@@ -18,8 +18,17 @@ import torch
 from atomic import AtomicFolder
 from formats import tokenizer_json
 from formats.safetensors_file import read_safetensors, size_of, write_safetensors
-from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import Source, StoredModel, StoredTensor, expanded, one_line, read_json, to_write, tokenizer_in
+from formats.stored import (
+    TORCH_DTYPES,
+    Source,
+    StoredModel,
+    StoredTensor,
+    expanded,
+    one_line,
+    read_json,
+    to_write,
+    tokenizer_in,
+)
 from formats.torch_file import read_torch_file
 from model import ModelArgs, RopeScaling
 from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
@@ -198,7 +207,7 @@ def refusal(args: ModelArgs) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, name: str, dtype: str):
+def write(stored: StoredModel, path: str, target: str, dtype: str):
     """Write the folder that from_pretrained loads, in transformers 4 and 5 alike."""
     args, tokenizer = stored.args, stored.own_tokenizer()
     if tokenizer and (reason := tokenizer_json.refusal(tokenizer)):

@@ -182,10 +182,10 @@ def stored_quantized(source: Source, offset: int, shape: tuple[int, ...], group_
 # Writing
 
 
-def write(stored: StoredModel, path: str, name: str = "v0", dtype: str = "float32"):
+def write(stored: StoredModel, path: str, target: str = "v0", dtype: str = "float32"):
     """Write the model. Raises ValueError for one that the format cannot say or whose weights are not
     finite."""
-    args, version = stored.args, int(name.removeprefix("v"))
+    args, version = stored.args, int(target.removeprefix("v"))
     if reason := refusal(args):
         raise ValueError(f"{path}: {reason}")
     group_size = largest_group(args) if version == 2 else None

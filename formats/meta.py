@@ -14,8 +14,7 @@ import torch
 
 from atomic import AtomicFolder
 from formats.ckpt import ranks_refusal, weights
-from formats.stored import DTYPES as TORCH_DTYPES
-from formats.stored import StoredModel, StoredTensor, read_json, same_values, tokenizer_in
+from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, read_json, same_values, tokenizer_in
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs, RopeScaling
 from tokenizer import Llama3Tokenizer, Tokenizer
@@ -105,7 +104,7 @@ def joined(parts: list[StoredTensor], axis: int, path: str) -> StoredTensor:
             whole.narrow(axis, number * length, length).copy_(part.read())
         return whole
 
-    return StoredTensor(shape, first.dtype, read, tuple(part.identity for part in parts))
+    return StoredTensor(shape, first.dtype, read, *zip(*((part.place, part.checksum) for part in parts), strict=True))
 
 
 def args_of(params: dict, path: str, tied: bool) -> ModelArgs:
@@ -151,7 +150,7 @@ def refusal(args: ModelArgs) -> str | None:
     return None
 
 
-def write(stored: StoredModel, path: str, name: str, dtype: str):
+def write(stored: StoredModel, path: str, target: str, dtype: str):
     """Write the folder, in one shard, to be read by Meta's code of the tokenizer's generation."""
     if reason := refusal(stored.args):
         raise ValueError(f"{path}: {reason}")

@@ -24,7 +24,7 @@ from formats.stored import Source, StoredTensor, read_into, write_values
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {
     **{torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"},
-    **{torch.float64: "DoubleStorage", torch.int64: "LongStorage"},
+    torch.float64: "DoubleStorage",
 }
 
 
@@ -90,13 +90,14 @@ def stored_tensor(tensor: torch.Tensor, source: Source, records: dict[int, zipfi
     span = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and not tensor.numel() <= span + 1 <= record.file_size // itemsize:
         raise ValueError("a tensor reaches beyond its record")
-    place = tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    view = tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
     def read():
         values = read_record(source, offset, record).view(tensor.dtype)
         return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
 
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, read, (record.CRC, record.file_size, *place))
+    place, checksum = (source.path, offset, *view), (record.CRC, record.file_size, *view)
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, read, place, checksum)
 
 
 def read_record(source: Source, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:

@@ -18,7 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import configurator
 from atomic import write_atomically
+from checkpoint import load_checkpoint, load_weights
+from model import Transformer
 from synthetic import story
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -103,6 +106,31 @@ def run_script(tmp_path_factory):
         )
 
     return run
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(sample, "--seed=1", ...) runs a script's main() in this process; returns (status,
+    standard output, standard error)."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__), *arguments])
+        status = 0
+        try:
+            configurator.run_script(script.main)
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def load_model(path: str) -> tuple[Transformer, dict]:
+    """The model of a checkpoint, as a run goes on with it, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model = Transformer.empty(checkpoint["model_args"])
+    load_weights(model, checkpoint["model"], path)
+    return model.eval(), checkpoint
 
 
 @pytest.fixture(scope="session")

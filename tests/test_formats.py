@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import weakref
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 
 import export
 from checkpoint import save_checkpoint, write_model_args
-from configurator import run_script as run_main
 from export import FORMATS, format_of, read_stored, write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, StoredTensor, stored
@@ -235,19 +233,9 @@ def place(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_export(monkeypatch, capsys):
+def run_export(run_here):
     """run_export("model.bin", "--from=x") runs the command here; returns (status, output, error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
-        status = 0
-        try:
-            run_main(export.main)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run_here, export)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +331,14 @@ def test_a_folder_that_was_exported_is_replaced_whole(target, place, run_export)
     assert run_export("folder", f"--format={target}", "--dtype=float16")[0] == 0
     assert sorted(os.listdir("folder")) == before and read_stored("folder").dtype == torch.float16
     assert sorted(os.listdir()) == ["folder", "out"]
+
+
+@pytest.mark.parametrize("target", ["v0", "v1", "v2", "gguf"])
+def test_a_file_that_was_exported_is_replaced(target, place, run_export):
+    (place / "x").mkdir()
+    assert run_export("x/model", f"--format={target}")[0] == 0
+    assert run_export("x/model", f"--format={target}", "--max_seq_len=32")[0] == 0
+    assert read_stored("x/model").args.max_seq_len == 32
 
 
 @pytest.mark.parametrize("target", TARGETS)

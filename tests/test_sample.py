@@ -1,4 +1,4 @@
-import sys
+import functools
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 import sample
 from atomic import write_atomically
 from checkpoint import save_checkpoint, write_model_args
-from configurator import run_script as run_main
 from formats import llama2c
 from formats.stored import stored
 from generation import choose, generate
@@ -36,19 +35,9 @@ def out_dir(model, tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def run_sample(monkeypatch, capsys):
+def run_sample(run_here):
     """run_sample("--seed=1", ...) runs the script in this process: (status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--max_new_tokens=40", *arguments])
-        status = 0
-        try:
-            run_main(sample.main)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run_here, sample, "--device=cpu", "--max_new_tokens=40")
 
 
 def text_of(output: str) -> str:

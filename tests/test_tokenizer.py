@@ -76,7 +76,9 @@ def test_every_token_is_streamed_as_soon_as_it_is_drawn(tokenizer):
             yield token
 
     drawn = []
-    for count, _ in zip(range(1, 3), tokenizer.decode_stream(draw()), strict=False):
+    stream = tokenizer.decode_stream(draw())
+    for count in (1, 2):
+        next(stream)
         assert len(drawn) == count
 
 

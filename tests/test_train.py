@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint
 from dataset import TokenWindows
 from formats import llama2c
 from model import ModelArgs, Transformer
+from tests.conftest import load_model
 from train import check_against_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
