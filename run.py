@@ -87,7 +87,7 @@ def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
     """The options for a new run with the weights of a model in any format, and that model. Its
     architecture is the file's; only another context may be asked for."""
     if os.path.realpath(config.init_from).startswith(os.path.join(os.path.realpath(config.out_dir), "")):
-        raise ValueError(f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}, where this run writes")
+        raise ValueError(f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}; name another --out_dir")
     max_seq_len = config.max_seq_len if "max_seq_len" in given else None
     pretrained = read_stored(config.init_from, config.tokenizer, max_seq_len)
     if pretrained.args.max_seq_len > LONGEST_UNASKED and max_seq_len is None:
