@@ -3,6 +3,8 @@ Where and how precisely to compute: the device, the number format, its peak spee
 """
 
 import contextlib
+import ctypes
+import platform
 import re
 
 import torch
@@ -59,3 +61,12 @@ def peak_flops(device: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def keep_freed_memory():
+    """Have the C library keep what this process frees. A training step frees and takes the same large
+    tensors again; by default glibc hands each back to the kernel, which clears every page anew."""
+    if platform.libc_ver()[0] == "glibc":
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        set_option(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

@@ -15,10 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import causal_attention
 from loss import linear_cross_entropy
 
-# Below this length plain matrix products beat the fused attention kernel on a CPU.
-PLAIN_ATTENTION_MAX_LEN = 512
+# Up to this length plain matrix products beat the fused attention kernel on a CPU; beyond it they
+# would, but keep too much.
+PLAIN_ATTENTION_MAX_LEN = 2048
 
 
 LARGEST_SIZE = 2**31  # of a dimension; what is beyond is damage
@@ -189,14 +191,14 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def plain_attention(q, k, v, causal: bool, dropout: float):
-    """Attention as two matrix products; q (B, n_heads, T, head_dim), k and v (B, n_heads, S, head_dim)."""
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, n_heads, T, S)
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(v)
-    return F.dropout(weights, dropout) @ v  # (B, n_heads, T, head_dim)
+def project(x, *layers: nn.Linear):
+    """What each of the layers, which have no biases, makes of x (B, T, C). In training it is one
+    product with all their weights, which costs less than several; to copy the weights together
+    for a few tokens would cost more."""
+    if not torch.is_grad_enabled():
+        return [layer(x) for layer in layers]
+    together = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return together.split([layer.out_features for layer in layers], dim=-1)
 
 
 class Attention(nn.Module):
@@ -212,10 +214,10 @@ class Attention(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x, cos, sin, cache: KVCache | None, start_pos: int):
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_heads, head_dim)
-        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.wq, self.wk, self.wv))
+        # (B, T, n_heads, head_dim) and twice (B, T, n_kv_heads, head_dim)
+        scale = self.head_dim**-0.5  # of the scores
+        q, k = apply_rope(q, cos * scale, sin * scale), apply_rope(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, start_pos, k, v)  # (B, n_kv_heads, S, head_dim)
@@ -231,10 +233,10 @@ class Attention(nn.Module):
         length, seen = q.shape[2], k.shape[2]
         if length < seen and length > 1:  # several new positions after cached ones: causal from the end
             mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        if q.device.type == "cpu" and seen <= PLAIN_ATTENTION_MAX_LEN:
-            return plain_attention(q, k, v, length > 1, dropout)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+        if q.device.type == "cpu" and length == seen <= PLAIN_ATTENTION_MAX_LEN and not dropout:
+            return causal_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, dropout_p=dropout, scale=1.0)
 
 
 class FeedForward(nn.Module):
@@ -248,7 +250,8 @@ class FeedForward(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x):
-        y = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, ffn_dim) -> (B, T, C)
+        gate, value = project(x, self.w1, self.w3)  # (B, T, ffn_dim)
+        y = self.w2(F.silu(gate) * value)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -25,7 +25,7 @@ from formats import llama2c
 from formats.stored import StoredModel, stored
 from metrics import Metrics
 from model import ModelArgs, Transformer
-from optim import load_optimizer, make_optimizer
+from optim import Together, load_optimizer, make_optimizer
 from tokenizer import Tokenizer, load_tokenizer
 
 LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
@@ -48,7 +48,7 @@ class Run:
     train_windows: TokenWindows
     val_windows: TokenWindows
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Together
     scaler: torch.amp.GradScaler
     metrics: Metrics | None = None  # of the main process
     forward: torch.nn.Module | None = None  # the model, compiled where that works
@@ -120,7 +120,8 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     torch.manual_seed(config.seed)
     model = make_model(config, checkpoint, pretrained, path).to(device)
-    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
     run = Run(config, world, device, dtype, *data, model, optimizer, scaler)
     if run.train_windows.unused > 0.1:
@@ -215,6 +216,12 @@ def resumed_config(config, given: dict, checkpoint: dict, path: str):
     saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in options}
     saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in given}
     resumed = dataclasses.replace(config, **saved)
+    trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")
+    if resumed.optimizer != trained_with:
+        raise ValueError(
+            f"--optimizer={resumed.optimizer}: the moments in {path} are {trained_with}'s; leave the option out, or "
+            f"begin a new run with these weights: --init_from={path} and another --out_dir"
+        )
     if problems := list(resumed.problems()):
         raise ValueError("; ".join(problems))
     return resumed

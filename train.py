@@ -31,13 +31,15 @@ import generation
 from atomic import only_writer
 from configurator import configure, print_overrides, run_script
 from dataset import evaluation_batches, mix, prefetch, training_batches
-from device import autocast, peak_flops, pick_device
+from device import autocast, keep_freed_memory, peak_flops, pick_device
 from distributed import join_world, leave_world
 from evaluation import evaluate
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
 from run import ARCHITECTURE, Run, fine_tune, open_out_dir, resume, save, save_best, set_up
 
+# Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
+COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}
 SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
 
 
@@ -78,6 +80,7 @@ class TrainConfig:
     rope_theta: float = 10000.0  # base of the rotary positions; model.bin knows only 10000
     dropout: float = 0.0  # share of activations zeroed in training
     # adamw optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
     learning_rate: float = 5e-4  # the highest
     max_iters: int = 100000  # steps in the run
@@ -86,9 +89,11 @@ class TrainConfig:
     beta2: float = 0.95  # decay of the gradient's square
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: any
     # learning rate decay settings
-    decay_lr: bool = True  # go down a cosine after the warm-up
+    decay_lr: bool = True  # come down after the warm-up
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"  # how: along a cosine; or late (warm up, stay, decay)
+    wsd_cooldown: float = 0.2  # share of the steps in which wsd comes down
     warmup_iters: int = 1000  # steps of linear rise
-    min_lr: float = 0.0  # where the cosine ends
+    min_lr: float = 0.0  # where the decay ends
     # system
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -108,6 +113,8 @@ class TrainConfig:
         for name in ("out_dir", "init_from"):
             if not getattr(self, name):
                 yield f"--{name}= is empty: leave it out, or name one"
+        if not 0 < self.wsd_cooldown <= 1:
+            yield f"--wsd_cooldown={self.wsd_cooldown:g}: must be above 0 and at most 1"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
@@ -135,7 +142,7 @@ def compiled(run: Run) -> torch.nn.Module:
     began = time.perf_counter()
     tokens = torch.zeros(2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device)
     try:
-        model = torch.compile(run.model)
+        model = torch.compile(run.model, options=COMPILE_OPTIONS if run.device == "cpu" else None)
         with autocast(run.device, run.dtype):
             model(*tokens.unbind())[1].backward()
     except torch.OutOfMemoryError:
@@ -175,7 +182,8 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
 
 def learning_rate(run: Run) -> float:
     config = run.config
-    schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.max_iters, config.decay_lr)
+    kind = config.lr_schedule if config.decay_lr else "constant"
+    schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.max_iters, kind, config.wsd_cooldown)
     return learning_rate_at(run.iter_num, *schedule)
 
 
@@ -354,6 +362,7 @@ def main():
     elif config.init_from != "scratch":
         config, pretrained = fine_tune(config, given)
     world, device = join_world(pick_device(config.device))
+    keep_freed_memory()
     if world.is_main:
         print_overrides(config, given)
     writes = world.is_main and not config.eval_only

@@ -37,7 +37,7 @@ def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
 
 
 def test_the_learning_rate_without_decay_stays_at_its_peak():
-    rates = [learning_rate_at(step, **SCHEDULE, decay=False) for step in (999, 1000, 50_000, 100_000, 10**9)]
+    rates = [learning_rate_at(step, **SCHEDULE, kind="constant") for step in (999, 1000, 50_000, 100_000, 10**9)]
     assert rates == [5e-4] * 5
 
 
@@ -57,8 +57,8 @@ def random_model(**overrides) -> Transformer:
     return Transformer(ModelArgs(**(TINY | overrides)))
 
 
-def optimizer_of(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1):
-    return make_optimizer(model, learning_rate, betas, weight_decay)
+def optimizer_of(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, name="adamw"):
+    return make_optimizer(model, name, learning_rate, betas, weight_decay)
 
 
 def take_step(model, optimizer, seed: int):
