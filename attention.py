@@ -10,6 +10,7 @@ Shapes: B batch, H heads, T time, D head_dim.
 """
 
 import torch
+import torch.nn.functional as F
 
 SMALLEST_BLOCK = 64  # rows; the products of smaller ones are slow
 MOST_BLOCKS = 8
@@ -23,40 +24,41 @@ def block_ends(length: int) -> list[tuple[int, int]]:
 
 class CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, dropout: float):
         wide = torch.promote_types(q.dtype, torch.float32)  # of the softmax
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # or every block would be copied
         positions = torch.arange(q.shape[2], device=q.device)
-        weights, outputs = [], []
+        weights, kept, outputs = [], [], []  # kept: the weights after dropout
         for start, stop in block_ends(q.shape[2]):
             scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)
             is_past = positions[:stop] <= positions[start:stop, None]
             scores = torch.where(is_past, scores, float("-inf"))
             weights.append(scores.to(wide).softmax(-1).to(q.dtype))
-            outputs.append(weights[-1] @ v[:, :, :stop])  # (B, H, rows, D)
+            kept.append(F.dropout(weights[-1], dropout))
+            outputs.append(kept[-1] @ v[:, :, :stop])  # (B, H, rows, D)
         output = torch.cat(outputs, dim=2)
-        ctx.save_for_backward(q, k, v, output, *weights)
+        ctx.save_for_backward(q, k, v, output, *weights, *(kept if dropout else ()))
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, output, *weights = ctx.saved_tensors
+        q, k, v, output, *saved = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
         grad = grad.contiguous()
-        # A softmax's backward pass takes each row's sum of weights * weights_grad; it is that of
-        # output * grad, which is far shorter (FlashAttention, arXiv 2205.14135, appendix B.2).
+        # A softmax's backward pass takes each row's sum of its weights times their gradients; output
+        # times grad has the same, and is far shorter (FlashAttention, arXiv 2205.14135, appendix B).
         row_sums = (output.to(wide) * grad.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
         ends = block_ends(q.shape[2])
         q_grads, k_parts, v_parts = [], [[] for _ in ends], [[] for _ in ends]
-        for (start, stop), block in zip(ends, weights, strict=True):
+        for (start, stop), weights, kept in zip(ends, saved[: len(ends)], saved[-len(ends) :], strict=True):
             block_grad = grad[:, :, start:stop]
-            weights_grad = (block_grad @ v[:, :, :stop].transpose(-2, -1)).to(wide)  # (B, H, rows, stop)
-            scores_grad = (block.to(wide) * (weights_grad - row_sums[:, :, start:stop])).to(q.dtype)
+            kept_grad = (block_grad @ v[:, :, :stop].transpose(-2, -1)).to(wide)  # (B, H, rows, stop)
+            scores_grad = (kept.to(wide) * kept_grad - weights.to(wide) * row_sums[:, :, start:stop]).to(q.dtype)
             q_grads.append(scores_grad @ k[:, :, :stop])
             collect(k_parts, scores_grad.transpose(-2, -1) @ q[:, :, start:stop], ends)
-            collect(v_parts, block.transpose(-2, -1) @ block_grad, ends)
+            collect(v_parts, kept.transpose(-2, -1) @ block_grad, ends)
         k_grads, v_grads = ([sum(block).to(k.dtype) for block in parts] for parts in (k_parts, v_parts))
-        return torch.cat(q_grads, dim=2), torch.cat(k_grads, dim=2), torch.cat(v_grads, dim=2)
+        return torch.cat(q_grads, dim=2), torch.cat(k_grads, dim=2), torch.cat(v_grads, dim=2), None
 
 
 def collect(parts: list[list], grad, ends: list[tuple[int, int]]):
@@ -67,7 +69,8 @@ def collect(parts: list[list], grad, ends: list[tuple[int, int]]):
             block.append(grad[:, :, start:stop].to(wide))
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, dropout: float = 0.0):
     """softmax(q @ k.T) @ v, where each position sees itself and those before it; q, k, v and the
-    result are (B, H, T, D). The scores are not scaled: it costs less to scale q."""
-    return CausalAttention.apply(q, k, v)
+    result are (B, H, T, D). dropout: the share of the weights zeroed. The scores are not scaled: it
+    costs less to scale q."""
+    return CausalAttention.apply(q, k, v, dropout)

@@ -234,8 +234,8 @@ class Attention(nn.Module):
         if length < seen and length > 1:  # several new positions after cached ones: causal from the end
             mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
-        if q.device.type == "cpu" and length == seen <= PLAIN_ATTENTION_MAX_LEN and not dropout:
-            return causal_attention(q, k, v)
+        if q.device.type == "cpu" and length == seen <= PLAIN_ATTENTION_MAX_LEN:
+            return causal_attention(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, dropout_p=dropout, scale=1.0)
 
 

@@ -52,6 +52,22 @@ def test_a_warm_up_longer_than_the_run_only_rises():
     assert rates == pytest.approx([(step + 1) / 1000 for step in range(10)])
 
 
+@pytest.mark.parametrize("floor", [0.0, 5e-5])
+def test_wsd_stays_at_its_peak_and_comes_down_in_the_last_fifth(floor):
+    rates = [learning_rate_at(step, 5e-4, floor, 10, 100, "wsd") for step in range(101)]
+    assert rates[9:81] == [5e-4] * 72
+    assert rates[80:] == sorted(set(rates[80:]), reverse=True)
+    assert rates[85] == pytest.approx(floor + (5e-4 - floor) * (1 - math.sqrt(5 / 20)))
+    assert rates[100] == floor
+    assert learning_rate_at(150, 5e-4, floor, 10, 100, "wsd") == floor
+
+
+def test_a_warm_up_that_reaches_into_the_cooldown_of_wsd_shortens_it():
+    rates = [learning_rate_at(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
+    assert rates[89] == rates[90] == 1.0 and rates[100] == 0.0
+    assert rates[95] == pytest.approx(1 - math.sqrt(0.5))
+
+
 def random_model(**overrides) -> Transformer:
     torch.manual_seed(0)
     return Transformer(ModelArgs(**(TINY | overrides)))
@@ -195,3 +211,80 @@ def test_a_state_that_is_not_this_models_is_refused(foreign):
         load_optimizer(optimizer, foreign(), "ckpt.pt")
     assert not optimizer.state
     assert all(math.isfinite(group["lr"]) for group in optimizer.param_groups)
+
+
+def muon_of(model, learning_rate=1e-2):
+    return optimizer_of(model, learning_rate, name="muon")
+
+
+def is_hidden_matrix(name: str) -> bool:
+    return name.startswith("layers.") and "norm" not in name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else_once(tied):
+    model = random_model(tie_embeddings=tied)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = muon_of(model).param_groups
+    members = [[names[parameter] for parameter in group["params"]] for group in groups]
+    assert sorted(sum(members, [])) == sorted(names.values())
+    of_muon, of_adamw = members[0], members[1] + members[2]
+    assert of_muon and all(map(is_hidden_matrix, of_muon)) and not any(map(is_hidden_matrix, of_adamw))
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+
+
+def test_muon_steps_by_orthogonal_matrices_of_adamws_size():
+    """Muon's update has singular values near 1, times 0.2 * sqrt(longer side) (arXiv 2502.16982)."""
+    model = random_model(dim=32, n_layers=1, n_heads=4)
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer_of(model, 1e-2, weight_decay=0.0, name="muon").step()
+    for name, weight in model.state_dict().items():
+        if is_hidden_matrix(name):
+            update = (before[name] - weight).double() / (1e-2 * 0.2 * math.sqrt(max(weight.shape)))
+            values = torch.linalg.svdvals(update)
+            assert values.median().item() == pytest.approx(1, abs=0.35), name
+
+
+def test_adamw_steps_what_muon_does_not_as_it_would_alone():
+    both, alone = random_model(), random_model()
+    take_step(both, muon_of(both), 0)
+    take_step(alone, optimizer_of(alone), 0)
+    for (name, mine), expected in zip(both.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, expected) != is_hidden_matrix(name), name
+
+
+def test_a_loaded_muon_goes_on_as_if_never_saved():
+    model = random_model()
+    optimizer = muon_of(model)
+    for seed in range(3):
+        take_step(model, optimizer, seed)
+    resumed = random_model()
+    resumed.load_state_dict(model.state_dict())
+    loaded = muon_of(resumed)
+    load_optimizer(loaded, copy.deepcopy(optimizer.state_dict()), "ckpt.pt")
+    for seed in range(3, 6):
+        take_step(model, optimizer, seed)
+        take_step(resumed, loaded, seed)
+    for mine, expected in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+    assert str(loaded.state_dict()) == str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("saved, ours", [("adamw", "muon"), ("muon", "adamw")])
+def test_moments_of_the_other_optimizer_are_refused(saved, ours):
+    model = random_model()
+    optimizer = optimizer_of(model, name=saved)
+    take_step(model, optimizer, 0)
+    with pytest.raises(ValueError, match="ckpt.pt: its optimizer state does not fit the model"):
+        load_optimizer(optimizer_of(model, name=ours), optimizer.state_dict(), "ckpt.pt")
+
+
+def test_muon_moments_of_another_shape_are_refused():
+    small, large = random_model(), random_model(hidden_dim=24)
+    optimizer = muon_of(small)
+    take_step(small, optimizer, 0)
+    with pytest.raises(ValueError, match="a moment is .*, not"):
+        load_optimizer(muon_of(large), optimizer.state_dict(), "ckpt.pt")

@@ -58,8 +58,9 @@ def same_tensors(a: dict, b: dict) -> bool:
 def same_state(a: Path, b: Path) -> bool:
     """Whether two checkpoints have the same weights and moments, bit for bit."""
     a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
-    moments = ([state["exp_avg_sq"] for state in c["optimizer"]["state"].values()] for c in (a, b))
-    return same_tensors(a["model"], b["model"]) and all(map(torch.equal, *moments))
+    ours, theirs = a["optimizer"]["state"], b["optimizer"]["state"]
+    same_moments = all(same_tensors(ours[number], theirs[number]) for number in ours)
+    return same_tensors(a["model"], b["model"]) and ours.keys() == theirs.keys() and same_moments
 
 
 def test_a_run_leaves_all_that_is_promised(train, tmp_path):
@@ -76,10 +77,14 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     assert same_tensors(best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_40_steps_are_20_and_resume_and_20_bit_for_bit_with_dropout(train, tmp_path, dtype):
+@pytest.mark.parametrize(
+    "choices",
+    [["--dtype=float32"], ["--dtype=bfloat16"], ["--optimizer=muon", "--lr_schedule=wsd"]],
+    ids=["float32", "bfloat16", "muon and wsd"],
+)
+def test_40_steps_are_20_and_resume_and_20_bit_for_bit_with_dropout(train, tmp_path, choices):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    options = (*TINY, f"--dtype={dtype}", "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
+    options = (*TINY, *choices, "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
     assert train(*options, f"--out_dir={straight}").returncode == 0
     resumed.mkdir()
     shutil.copy(straight / "ckpt_000020.pt", resumed / "ckpt.pt")
@@ -102,6 +107,22 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
     for name in ("whole", "two processes"):
         assert losses[name] == pytest.approx(losses["accumulated"], abs=1e-5)
         assert norms[name] == pytest.approx(norms["accumulated"], abs=1e-4)
+
+
+def test_muon_trains_alike_on_any_number_of_processes(train, data_dir, tmp_path):
+    """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
+    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
+    assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
+    assert torchrun(2, *options, f"--out_dir={tmp_path / 'two'}").returncode == 0
+    assert records(tmp_path / "one", "loss")[-1] < records(tmp_path / "one", "loss")[0] - 1
+    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-2)
+
+
+def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_path):
+    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    result = train("--init_from=resume", "--optimizer=muon", f"--out_dir={tmp_path}")
+    assert result.returncode == 1 and "are adamw's" in result.stderr and "--init_from=" in result.stderr
+    assert train("--init_from=resume", "--optimizer=adamw", f"--out_dir={tmp_path}").returncode == 0
 
 
 def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_path):

@@ -1,0 +1,300 @@
+"""
+Measure what the README claims.
+
+    python bench.py train                        training speed and memory beside others' loops
+    python bench.py train --preset=15M --json=bench.json
+    python bench.py cost                         training cost as models, contexts and batches grow
+    python bench.py data                         pretokenizing and reading batches
+
+Every variant lives in a process of its own. They take turns, round after round, so that a machine
+that slows down slows all of them; quoted are medians, and the ratio to plain of the same round.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+import bench_data
+import peers
+import train
+from atomic import write_atomically
+from configurator import configure, refuse, run_script
+from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
+from distributed import World, join_world
+from model import Transformer, flops_per_token
+from optim import make_optimizer
+from run import Run
+from turns import Measured, Variant, measure
+
+PRESETS = {
+    "260K": ["config/stories260K.py"],
+    "15M": ["config/stories15M.py"],
+    "15M-32000": ["config/stories15M.py", "--vocab_size=32000"],
+    "42M": ["config/stories42M.py"],
+    "110M": ["config/stories110M.py"],
+}
+TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # in a micro-batch, by the kind of device
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Tokens per second and peak memory of a training step, beside the same model as others train it."""
+
+    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = "all"  # the size of the model
+    batch_size: int = 0  # sequences in a micro-batch; 0: 2048 tokens' worth on a CPU, 32768 on a GPU
+    rounds: int = 5  # how often each variant has its turn
+    seconds: float = 4.0  # how long a turn lasts, at least one step
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    json: str = ""  # also write the records here
+
+    def problems(self):
+        if self.batch_size < 0:
+            yield f"--batch_size={self.batch_size}: must be 0 or more"
+        yield from timing_problems(self)
+
+
+@dataclass(frozen=True)
+class CostBench:
+    """Our training step as models, contexts, batches and processes grow."""
+
+    rounds: int = 3  # how often each setting has its turn
+    seconds: float = 4.0  # how long a turn lasts, at least one step
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    json: str = ""  # also write the records here
+
+    def problems(self):
+        yield from timing_problems(self)
+
+
+def timing_problems(config):
+    if config.rounds < 1:
+        yield f"--rounds={config.rounds}: must be 1 or more"
+    if config.seconds <= 0:
+        yield f"--seconds={config.seconds:g}: must be above 0"
+    if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
+        yield f"--json={config.json}: there is no folder {os.path.dirname(config.json)}"
+
+
+def ours(options: list[str], device: str):
+    """Our own training step, as train.py runs it."""
+    config, _ = configure(train.TrainConfig, options)
+    world, device = join_world(device)
+    if device == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    model = Transformer(config.model_args()).to(device)
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
+    dtype = pick_dtype(config.dtype, device)
+    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
+    run = Run(config, World() if world.is_main else world, device, dtype, None, None, None, model, optimizer, scaler)
+    forward = train.compiled(run)
+    run.world = world
+    if world.size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    batches = random_batches(config, device)
+
+    def step() -> int:
+        train.training_step(run, forward, batches)
+        run.iter_num += 1
+        return config.sequences_per_step * config.max_seq_len
+
+    return step
+
+
+def plain(options: list[str], device: str, compile: bool, of="plain"):
+    """The loop of peers.py, or transformers' model in it."""
+    config, _ = configure(train.TrainConfig, options)
+    build = {"plain": peers.plain_step, "transformers": peers.transformers_step}[of]
+    train_on, batches = build(config.model_args(), device, compile), random_batches(config, device)
+
+    def step() -> int:
+        train_on(*next(batches))
+        return config.batch_size * config.max_seq_len
+
+    return step
+
+
+def ceiling(device: str, dtype: str, size: int):
+    """The device's own matrix product, the most that any training step could do."""
+    torch.set_float32_matmul_precision("high")
+    left, right = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
+    out = torch.empty_like(left)
+
+    def step() -> int:
+        torch.mm(left, right, out=out)
+        return 2 * size**3
+
+    return step
+
+
+def random_batches(config, device: str):
+    """Batches of tokens drawn beforehand: reading them costs nothing."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (8, 2, config.batch_size, config.max_seq_len)
+    batches = torch.randint(config.vocab_size, shape, generator=draw).to(device)
+    while True:
+        yield from (batch.unbind() for batch in batches)
+
+
+def options_of(preset: str, device: str, batch_size: int, max_seq_len: int | None = None) -> list[str]:
+    """The preset's options for a step of one micro-batch, without dropout, which peers do not have."""
+    options = [*PRESETS[preset], "--dropout=0", "--gradient_accumulation_steps=1"]
+    options += [f"--max_seq_len={max_seq_len}"] if max_seq_len else []
+    length = configure(train.TrainConfig, options)[0].max_seq_len
+    return [*options, f"--batch_size={batch_size or max(1, TOKENS[device.partition(':')[0]] // length)}"]
+
+
+def ceilings(device: str) -> list[Variant]:
+    size = 8192 if device.startswith("cuda") else 2048
+    kinds = dict.fromkeys(["float32", pick_dtype("auto", device)])
+    return [Variant(f"ceiling {dtype}", ceiling, dict(device=device, dtype=dtype, size=size)) for dtype in kinds]
+
+
+def train_variants(options: list[str], device: str) -> list[Variant]:
+    on_gpu, both = device.startswith("cuda"), dict(options=options, device=device)
+    variants = [Variant("plain", plain, both | dict(compile=on_gpu))]
+    if not on_gpu:
+        variants.append(Variant("plain, compiled", plain, both | dict(compile=True)))
+    if find_spec("transformers"):
+        variants.append(Variant("transformers", plain, both | dict(compile=on_gpu, of="transformers")))
+    return [*variants, Variant("ours", ours, both)]
+
+
+def run_train(config: TrainBench):
+    device = pick_device(config.device)
+    records = []
+    print(machine(device))
+    for preset in PRESETS if config.preset == "all" else [config.preset]:
+        options = options_of(preset, device, config.batch_size)
+        measured = measure(train_variants(options, device) + ceilings(device), config.rounds, config.seconds)
+        records += report(preset, options, device, measured)
+    write_records(config.json, records)
+
+
+def report(preset: str, options: list[str], device: str, measured: dict[str, Measured]) -> list[dict]:
+    """Print a preset's table; returns its records."""
+    settings, _ = configure(train.TrainConfig, options)
+    args, length = settings.model_args(), settings.max_seq_len
+    most = {name.split()[1]: measured.pop(name).rate for name in list(measured) if name.startswith("ceiling")}
+    known = peak_flops(device)
+    share_of, share = (known, "MFU") if known else (max(most.values()), "of ceiling")
+    products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in most.items())
+    print(f"\n{preset}: {count(args)} parameters, vocabulary {args.vocab_size}, ", end="")
+    print(f"micro-batch {settings.batch_size} x {length} tokens; matrix products: {products}\n")
+    print(f"| variant | tokens/s | x plain | spread | peak memory | {share} |\n|---|---:|---:|---:|---:|---:|")
+    records = []
+    for name, figures in measured.items():
+        ratios = [mine / base for mine, base in zip(figures.rates, measured["plain"].rates, strict=True)]
+        ratio, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
+        used = figures.rate * flops_per_token(args, length) / share_of
+        memory = f"{figures.peak_memory / 2**20:,.0f} MB"
+        print(f"| {name} | {figures.rate:,.0f} | {ratio:.2f} | {spread} | {memory} | {used:.0%} |", flush=True)
+        records.append({
+            "preset": preset, "variant": name, "tokens_per_second": figures.rate, "ratio_to_plain": ratio,
+            "peak_memory_bytes": figures.peak_memory, "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "share_of_ceiling": used, "batch_size": settings.batch_size, "max_seq_len": length, "device": device,
+        })  # fmt: skip
+    return records
+
+
+def count(args) -> str:
+    with torch.device("meta"):
+        number = Transformer(args).num_parameters()
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
+
+
+def machine(device: str) -> str:
+    """What this was measured on, in a line."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    return f"{device}: {name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {platform.system()}"
+
+
+def cpu_name() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name = fields.get("model name", platform.machine())
+        kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in fields.get("flags", "")]
+        return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')}; {' '.join(kinds)})"
+    return platform.processor() or platform.machine()
+
+
+COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes)
+    *((preset, 256, 8, 1) for preset in PRESETS),
+    *(("15M", length, 2048 // length or 1, 1) for length in (512, 1024, 2048, 4096)),
+    *(("15M", 256, batch, 1) for batch in (1, 32)),
+    *(("15M-32000", 256, batch, 1) for batch in (32,)),
+    *(("110M", 1024, batch, 1) for batch in (2,)),
+    *((preset, 256, 4, 2) for preset in ("15M", "110M")),
+]
+
+
+def run_cost(config: CostBench):
+    device, records = pick_device(config.device), []
+    print(machine(device))
+    print("\n| preset | length | sequences | processes | tokens/s | of ceiling | peak memory of a process |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for preset, length, batch, processes in COSTS:
+        options = [*options_of(preset, device, batch, length), f"--gradient_accumulation_steps={processes}"]
+        variant = Variant(preset, ours, dict(options=options, device=device), processes)
+        measured = measure([variant, ceilings(device)[-1]], config.rounds, config.seconds)
+        figures, most = measured.values()
+        args = configure(train.TrainConfig, options)[0].model_args()
+        used = figures.rate * flops_per_token(args, length) / (peak_flops(device) or most.rate)
+        print(
+            f"| {preset} | {length} | {batch} | {processes} | {figures.rate:,.0f} | {used:.0%} "
+            f"| {figures.peak_memory / 2**20:,.0f} MB |",
+            flush=True,
+        )
+        records.append({
+            "preset": preset, "max_seq_len": length, "batch_size": batch, "processes": processes,
+            "tokens_per_second": figures.rate, "share_of_ceiling": used, "peak_memory_bytes": figures.peak_memory,
+        })  # fmt: skip
+    write_records(config.json, records)
+
+
+def write_records(path: str, records: list[dict]):
+    if path:
+        write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
+        print(f"\nwrote {path}")
+
+
+def run_data(config: bench_data.DataBench):
+    print(machine("cpu"))
+    records = bench_data.pretokenizing(config)
+    variant = Variant("15M", ours, dict(options=options_of("15M", "cpu", 8), device="cpu"))
+    step = 8 * 256 / measure([variant], rounds=3, seconds=4.0)["15M"].rate
+    records += bench_data.sampling(config, batch_size=8, seq_len=256, step_seconds=step)
+    write_records(config.json, records)
+
+
+BENCHES = {
+    "train": (TrainBench, run_train),
+    "cost": (CostBench, run_cost),
+    "data": (bench_data.DataBench, run_data),
+}
+
+
+def main():
+    which = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if which in ("-h", "--help"):
+        return print(__doc__.strip())
+    if which not in BENCHES:
+        refuse(f"{which}: what to measure must come first and be one of {', '.join(BENCHES)}")
+    config_class, run = BENCHES[which]
+    config, _ = configure(config_class, sys.argv[2:], program=f"bench.py {which}")
+    run(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,158 @@
+"""
+How fast text becomes tokens, and tokens become batches.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from corpus import find_files, read_pieces
+from dataset import TokenWindows, token_dtype, tokens_folder, training_batches, write_meta
+from synthetic import story
+from tokenizer import load_tokenizer, train_sentencepiece
+
+TO_LEARN_FROM = 4 * 2**20  # characters
+
+
+@dataclass(frozen=True)
+class DataBench:
+    """Tokens per second and memory of pretokenizing one JSON shard, and the time of a batch."""
+
+    input: str = ""  # text to repeat until the shard is full, a file or folder; empty: synthetic stories
+    megabytes: int = 150  # size of the shard
+    vocab_size: int = 4096  # learned from the text; synthetic stories have words for 1024
+    rounds: int = 3  # how often it is done
+    json: str = ""  # also write the records here
+
+    def problems(self):
+        for name in ("megabytes", "rounds"):
+            if getattr(self, name) < 1:
+                yield f"--{name}={getattr(self, name)}: must be 1 or more"
+        if self.json and not os.path.isdir(os.path.dirname(self.json) or "."):
+            yield f"--json={self.json}: there is no folder {os.path.dirname(self.json)}"
+
+
+def pretokenizing(config: DataBench) -> list[dict]:
+    """Print and return the figures of python tinystories.py pretokenize, and, beside it, of the
+    shortest loop: a SentencePiece processor that encodes one story after the other."""
+    records = []
+    with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
+        stories = distinct_stories(config)
+        shard, tokenizer_path = os.path.join(folder, "shard.json"), os.path.join(folder, "tokenizer.model")
+        write_shard(shard, stories, config.megabytes * 10**6)
+        with open(tokenizer_path, "wb") as file:
+            file.write(train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size))
+        ours, plain, peaks = [], [], []
+        for round in range(config.rounds):
+            rate, peak = run_pretokenize(config, folder, shard, tokenizer_path, round)
+            ours.append(rate)
+            peaks.append(peak)
+            plain.append(one_by_one(tokenizer_path, stories))
+    for name, rates in (("one by one", plain), ("ours", ours)):
+        rate = statistics.median(rates)
+        print(f"pretokenize, {name}: {rate / 1e6:.2f} M tokens/s ({min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f})")
+        records.append({"preset": "data", "variant": f"pretokenize {name}", "tokens_per_second": rate})
+    print(f"pretokenize, ours: peak memory {max(peaks) / 2**20:,.0f} MB for a shard of {config.megabytes} MB")
+    records[-1] |= {"ratio_to_plain": statistics.median(ours) / statistics.median(plain)}
+    records[-1] |= {"peak_memory_bytes": max(peaks)}
+    return records
+
+
+def distinct_stories(config: DataBench) -> list[str]:
+    if config.input:
+        return [piece.text for file in find_files(config.input) for piece in read_pieces(file)]
+    rng = random.Random(0)
+    return [story(rng) for _ in range(20_000)]
+
+
+def take(texts: list[str], characters: int):
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters < 0:
+            return
+
+
+def write_shard(path: str, stories: list[str], size: int):
+    """TinyStories' own format: a list of records with the text under story."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[")
+        number = 0
+        while file.tell() < size:
+            file.write((", " if number else "") + json.dumps({"story": stories[number % len(stories)]}))
+            number += 1
+        file.write("]")
+
+
+def run_pretokenize(config: DataBench, folder: str, shard: str, tokenizer: str, round: int) -> tuple[float, int]:
+    """Tokens per second of the whole command, and its peak memory in bytes."""
+    data_dir = os.path.join(folder, f"round{round}")
+    command = [sys.executable, "tinystories.py", "pretokenize", f"--input={shard}", f"--tokenizer={tokenizer}"]
+    command += [f"--data_dir={data_dir}", f"--vocab_size={config.vocab_size}"]
+    began, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None:
+        peak = max(peak, peak_memory_of(process.pid))
+        time.sleep(0.02)
+    if process.returncode:
+        raise ValueError(f"pretokenize failed: {process.stdout.read().decode().strip()}")
+    took = time.perf_counter() - began
+    with open(os.path.join(tokens_folder(data_dir, "custom", config.vocab_size), "meta.json")) as file:
+        return sum(json.load(file)["tokens"].values()) / took, peak
+
+
+def peak_memory_of(process: int) -> int:
+    """Bytes resident at most so far; 0 where the system does not tell, or the process is gone."""
+    try:
+        with open(f"/proc/{process}/status") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0
+
+
+def one_by_one(tokenizer_path: str, stories: list[str]) -> float:
+    """Tokens per second of a loop over some stories, file reading and writing not counted."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    some = list(take(stories, TO_LEARN_FROM))
+    began = time.perf_counter()
+    tokens = sum(len(tokenizer.encode(text)) for text in some)
+    return tokens / (time.perf_counter() - began)
+
+
+def sampling(config: DataBench, batch_size: int, seq_len: int, step_seconds: float) -> list[dict]:
+    """Print and return what a batch costs beside the training step that uses it."""
+    with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
+        windows = random_windows(folder, config.vocab_size, seq_len)
+        batches = training_batches(windows, 0, batch_size, range(0, 10**9, batch_size))
+        times = []
+        for _ in range(500):
+            began = time.perf_counter()
+            next(batches)
+            times.append(time.perf_counter() - began)
+    seconds = statistics.median(times)
+    share = seconds / step_seconds
+    print(
+        f"a batch of {batch_size} x {seq_len} tokens: {seconds * 1e3:.2f} ms, {share:.2%} of the "
+        f"{step_seconds * 1e3:.0f} ms of a step (15M), and a thread of its own reads it"
+    )
+    return [{"preset": "15M", "variant": "sampler", "seconds_per_batch": seconds, "share_of_step": share}]
+
+
+def random_windows(folder: str, vocab_size: int, seq_len: int, tokens: int = 20_000_000) -> TokenWindows:
+    """Windows over a shard of random tokens."""
+    dtype = token_dtype(vocab_size)
+    np.random.default_rng(0).integers(vocab_size, size=tokens).astype(dtype).tofile(os.path.join(folder, "00000.bin"))
+    shard = {"file": "00000.bin", "tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}
+    write_meta(
+        folder,
+        {"vocab_size": vocab_size, "tokenizer_hash": "none", "dtype": dtype.str, "complete": True, "shards": [shard]},
+    )
+    return TokenWindows(folder, "train", seq_len)

@@ -1,0 +1,141 @@
+"""
+Fair timing: variants in processes of their own that take turns, round after round, so that a machine
+that slows down slows all of them alike.
+"""
+
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from distributed import leave_world
+
+WARM_UP = 3  # steps; the first ones compile, allocate and fill caches
+
+
+class Variant(NamedTuple):
+    name: str
+    build: object  # build(**arguments) returns step(), which returns how much it did: tokens, operations
+    arguments: dict
+    processes: int = 1
+
+
+class Measured(NamedTuple):
+    rates: list[float]  # units of work per second, one a round
+    peak_memory: int  # bytes, of one process
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def work(pipe, variant: Variant, rank: int, port: int):
+    """A variant's own process: build it, then take a turn whenever the pipe says how long."""
+    device = variant.arguments["device"]
+    if variant.processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
+        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank)
+        os.environ |= {name: str(value) for name, value in where.items()} | {"WORLD_SIZE": str(variant.processes)}
+    try:
+        step = variant.build(**variant.arguments)
+        for _ in range(WARM_UP):
+            step()
+        pipe.send("")
+        while steps := pipe.recv():
+            synchronize(device)
+            began = time.perf_counter()
+            units = sum(step() for _ in range(steps))
+            synchronize(device)
+            pipe.send((units, time.perf_counter() - began, peak_memory(device)))
+        leave_world()
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {str(error).strip()}")
+
+
+def synchronize(device: str):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: what PyTorch took of a GPU, or the largest resident size of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Turns:
+    """The processes of one variant, waiting for their turn."""
+
+    def __init__(self, variant: Variant):
+        self.variant, self.steps = variant, 1
+        context, port = multiprocessing.get_context("spawn"), free_port()
+        self.pipes = []
+        for rank in range(variant.processes):
+            ours, theirs = context.Pipe()
+            context.Process(target=work, args=(theirs, variant, rank, port), daemon=True).start()
+            theirs.close()
+            self.pipes.append(ours)
+        for pipe in self.pipes:
+            if problem := self.receive(pipe):
+                raise ValueError(f"{variant.name}: {problem}")
+
+    def receive(self, pipe):
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise ValueError(f"{self.variant.name}: its process died (out of memory?)") from None
+
+    def take(self, seconds: float) -> tuple[float, int]:
+        """(units per second, peak memory in bytes) of one turn."""
+        for pipe in self.pipes:
+            pipe.send(self.steps)
+        answers = [self.receive(pipe) for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, str):
+                raise ValueError(f"{self.variant.name}: {answer}")
+        units, took, memory = answers[0]
+        self.steps = max(1, round(self.steps * seconds / max(took, 1e-9)))
+        return units / took, memory
+
+    def end(self):
+        for pipe in self.pipes:
+            pipe.send(0)
+            pipe.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def measure(variants: list[Variant], rounds: int, seconds: float) -> dict[str, Measured]:
+    """Every variant's rates, a turn each in every round."""
+    turns = []
+    try:
+        for variant in variants:
+            print(f"  starting {variant.name} ...", file=sys.stderr, flush=True)
+            turns.append(Turns(variant))
+            turns[-1].take(seconds)  # finds how many steps a turn has
+        taken = [[turn.take(seconds) for turn in turns] for _ in range(rounds)]
+    finally:
+        for turn in turns:
+            turn.end()
+    columns = zip(*taken, strict=True)
+    return {
+        variant.name: Measured([rate for rate, _ in column], max(memory for _, memory in column))
+        for variant, column in zip(variants, columns, strict=True)
+    }
