@@ -33,12 +33,13 @@ from optim import make_optimizer
 from run import Run
 from turns import Measured, Variant, measure
 
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 PRESETS = {
-    "260K": ["config/stories260K.py"],
-    "15M": ["config/stories15M.py"],
-    "15M-32000": ["config/stories15M.py", "--vocab_size=32000"],
-    "42M": ["config/stories42M.py"],
-    "110M": ["config/stories110M.py"],
+    "260K": [f"{CONFIGS}/stories260K.py"],
+    "15M": [f"{CONFIGS}/stories15M.py"],
+    "15M-32000": [f"{CONFIGS}/stories15M.py", "--vocab_size=32000"],
+    "42M": [f"{CONFIGS}/stories42M.py"],
+    "110M": [f"{CONFIGS}/stories110M.py"],
 }
 TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # in a micro-batch, by the kind of device
 

@@ -97,8 +97,9 @@ def run_pretokenize(config: DataBench, folder: str, shard: str, tokenizer: str, 
     data_dir = os.path.join(folder, f"round{round}")
     command = [sys.executable, "tinystories.py", "pretokenize", f"--input={shard}", f"--tokenizer={tokenizer}"]
     command += [f"--data_dir={data_dir}", f"--vocab_size={config.vocab_size}"]
+    here = os.path.dirname(os.path.abspath(__file__))
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None:
         peak = max(peak, peak_memory_of(process.pid))
         time.sleep(0.02)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention import causal_attention
 from loss import linear_cross_entropy
@@ -274,6 +275,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
+        self.recompute = False  # in training: keep only what flows between blocks, compute the rest again
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -322,7 +324,10 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[start_pos:end], self.rope_sin[start_pos:end]
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, start_pos)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, cos, sin, None, 0, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache, start_pos)
         x = self.norm(x)
         if targets is None:
             return self.output(x), None

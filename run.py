@@ -120,6 +120,7 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     torch.manual_seed(config.seed)
     model = make_model(config, checkpoint, pretrained, path).to(device)
+    model.recompute = config.recompute
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")

@@ -99,6 +99,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = True  # compile the model with torch.compile
+    recompute: bool = False  # less memory for more time: keep only what flows between blocks (long contexts)
 
     def problems(self):
         at_least = {1: ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")}

@@ -1,7 +1,12 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from device import autocast, peak_flops, pick_device, pick_dtype
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -118,3 +123,23 @@ def test_a_device_we_do_not_know_has_no_peak(name, machine):
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_only_cuda_devices_have_a_peak(device):
     assert peak_flops(device) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to keep memory")
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_that_is_freed_is_kept_and_not_cleared_again(keep):
+    """Each page that the kernel hands out anew is a page fault."""
+    code = f"""
+import resource, torch
+from device import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24).add_(1)  # 64 MB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(min(faults() for _ in range(3)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (int(result.stdout) < 100) == keep

@@ -137,6 +137,34 @@ def test_both_ways_of_attention_have_the_same_gradients(monkeypatch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
+def gradients_and_bytes_kept(model: Transformer, tokens) -> tuple[list, int]:
+    """The gradients of a training step, and what its forward pass kept for them beside the weights."""
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(3)  # of dropout
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_gives_the_same_gradients_and_keeps_far_less(dropout, attention):
+    model = random_model(n_layers=4, dropout=dropout).train()
+    tokens = random_tokens(3, 40)
+    expected, kept = gradients_and_bytes_kept(model, tokens)
+    model.recompute = True
+    gradients, kept_now = gradients_and_bytes_kept(model, tokens)
+    assert all(map(torch.equal, gradients, expected))
+    assert kept_now < kept / 3
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits():
     model, tokens = random_model(), random_tokens(2, 41)
     targets = tokens[:, 1:].clone()

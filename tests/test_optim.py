@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -227,7 +228,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else_once(tied):
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = muon_of(model).param_groups
     members = [[names[parameter] for parameter in group["params"]] for group in groups]
-    assert sorted(sum(members, [])) == sorted(names.values())
+    assert sorted(itertools.chain(*members)) == sorted(names.values())
     of_muon, of_adamw = members[0], members[1] + members[2]
     assert of_muon and all(map(is_hidden_matrix, of_muon)) and not any(map(is_hidden_matrix, of_adamw))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
@@ -278,7 +279,7 @@ def test_moments_of_the_other_optimizer_are_refused(saved, ours):
     model = random_model()
     optimizer = optimizer_of(model, name=saved)
     take_step(model, optimizer, 0)
-    with pytest.raises(ValueError, match="ckpt.pt: its optimizer state does not fit the model"):
+    with pytest.raises(ValueError, match=r"ckpt\.pt: its optimizer state does not fit the model"):
         load_optimizer(optimizer_of(model, name=ours), optimizer.state_dict(), "ckpt.pt")
 
 
@@ -286,5 +287,5 @@ def test_muon_moments_of_another_shape_are_refused():
     small, large = random_model(), random_model(hidden_dim=24)
     optimizer = muon_of(small)
     take_step(small, optimizer, 0)
-    with pytest.raises(ValueError, match="a moment is .*, not"):
+    with pytest.raises(ValueError, match=r"a moment is .*, not"):
         load_optimizer(muon_of(large), optimizer.state_dict(), "ckpt.pt")
