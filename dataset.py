@@ -45,8 +45,12 @@ class ShardWriter(AtomicFile):
         return self
 
     def write(self, ids):
-        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.tokens += len(ids)
+        self.write_bytes(np.asarray(ids, dtype=self.dtype).tobytes())
+
+    def write_bytes(self, ids: bytes):
+        """ids as they are in the file."""
+        self.file.write(ids)
+        self.tokens += len(ids) // self.dtype.itemsize
 
 
 def split_point(path: str, dtype: np.dtype, bos_id: int, val_fraction: float) -> int:

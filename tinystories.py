@@ -34,6 +34,7 @@ from corpus import find_files, read_pieces
 from dataset import META_FILE, ShardWriter, split_point, token_dtype, tokens_folder, write_meta
 from download import download, plain_reason, unpack
 from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from words import Encoder
 
 ARCHIVE = "TinyStories_all_data.tar.gz"
 STORIES = "TinyStories_all_data"
@@ -327,22 +328,25 @@ def tokenize_file(job: dict, folder: str, num_threads: int, on_progress=lambda: 
         on_progress()
 
     with ShardWriter(path, tokenizer.vocab_size) as writer:
+        encoder = Encoder(tokenizer, writer.dtype)
         batch, characters = [], 0
         for piece in read_pieces(job["source"], job["separator"], progress):
             batch.append(piece)
             characters += len(piece.text)
             if characters > BATCH_CHARACTERS:
-                write_batch(writer, tokenizer, batch, num_threads)
+                write_batch(writer, encoder, batch, num_threads)
                 batch, characters = [], 0
-        write_batch(writer, tokenizer, batch, num_threads)
+        write_batch(writer, encoder, batch, num_threads)
     cut = split_point(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
     return {"file": job["file"], "tokens": writer.tokens, "train": [0, cut], "val": [cut, writer.tokens], "job": job}
 
 
-def write_batch(writer: ShardWriter, tokenizer: Tokenizer, batch: list, num_threads: int):
-    encoded = tokenizer.encode_batch([piece.text for piece in batch], num_threads)
+def write_batch(writer: ShardWriter, encoder: Encoder, batch: list, num_threads: int):
+    encoded = encoder.encode([piece.text for piece in batch], num_threads)
     for piece, ids in zip(batch, encoded, strict=True):
-        writer.write([tokenizer.bos_id, *ids] if piece.starts_document else ids)
+        if piece.starts_document:
+            writer.write([encoder.tokenizer.bos_id])
+        writer.write_bytes(ids)
 
 
 STAGES = {
