@@ -27,7 +27,7 @@ import train
 from atomic import write_atomically
 from configurator import configure, refuse, run_script
 from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
-from distributed import World, join_world
+from distributed import join_world
 from model import Transformer, flops_per_token
 from optim import make_optimizer
 from run import Run
@@ -96,9 +96,8 @@ def ours(options: list[str], device: str):
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     dtype = pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    run = Run(config, World() if world.is_main else world, device, dtype, None, None, None, model, optimizer, scaler)
+    run = Run(config, world, device, dtype, None, None, None, model, optimizer, scaler)
     forward = train.compiled(run)
-    run.world = world
     if world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     batches = random_batches(config, device)

@@ -36,6 +36,7 @@ class Measured(NamedTuple):
 
 def work(pipe, variant: Variant, rank: int, port: int):
     """A variant's own process: build it, then take a turn whenever the pipe says how long."""
+    sys.stdout = sys.stderr  # standard output is for the tables
     device = variant.arguments["device"]
     if variant.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
