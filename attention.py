@@ -2,9 +2,9 @@
 Causal attention as plain matrix products, without the half that lies in the future.
 
 The queries are taken in blocks of rows, and each block meets only the keys up to its own last
-position: of eight blocks, 7/16 of the work is never done. What the backward pass needs is kept,
-the attention weights of the blocks; nothing is computed twice. On a CPU this is several times
-faster than the fused kernel.
+position: of eight blocks, 7/16 of the work is never done, of two a quarter. What the backward pass needs is kept,
+the attention weights of the blocks; nothing is computed twice. On a CPU, in bfloat16 and at the
+lengths that small models train with, this takes half the time of the fused kernel.
 
 Shapes: B batch, H heads, T time, D head_dim.
 """
@@ -12,7 +12,7 @@ Shapes: B batch, H heads, T time, D head_dim.
 import torch
 import torch.nn.functional as F
 
-SMALLEST_BLOCK = 64  # rows; the products of smaller ones are slow
+SMALLEST_BLOCK = 128  # rows; smaller ones are slow as products, and many to compile
 MOST_BLOCKS = 8
 
 

@@ -87,8 +87,7 @@ def ours(options: list[str], device: str):
     """Our own training step, as train.py runs it."""
     config, _ = configure(train.TrainConfig, options)
     world, device = join_world(device)
-    if device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     model = Transformer(config.model_args()).to(device)
@@ -110,11 +109,11 @@ def ours(options: list[str], device: str):
     return step
 
 
-def plain(options: list[str], device: str, compile: bool, of="plain"):
+def plain(options: list[str], device: str, compile: bool, dtype: str, of="plain"):
     """The loop of peers.py, or transformers' model in it."""
     config, _ = configure(train.TrainConfig, options)
     build = {"plain": peers.plain_step, "transformers": peers.transformers_step}[of]
-    train_on, batches = build(config.model_args(), device, compile), random_batches(config, device)
+    train_on, batches = build(config.model_args(), device, compile, dtype), random_batches(config, device)
 
     def step() -> int:
         train_on(*next(batches))
@@ -160,12 +159,16 @@ def ceilings(device: str) -> list[Variant]:
 
 
 def train_variants(options: list[str], device: str) -> list[Variant]:
-    on_gpu, both = device.startswith("cuda"), dict(options=options, device=device)
-    variants = [Variant("plain", plain, both | dict(compile=on_gpu))]
+    """Plain is float32 as it is on a CPU, and bfloat16 and compiled on a GPU."""
+    on_gpu, both, best = device.startswith("cuda"), dict(options=options, device=device), pick_dtype("auto", device)
+    textbook = both | dict(compile=on_gpu, dtype=best if on_gpu else "float32")
+    variants = [Variant("plain", plain, textbook)]
     if not on_gpu:
-        variants.append(Variant("plain, compiled", plain, both | dict(compile=True)))
+        variants.append(Variant("plain, compiled", plain, textbook | dict(compile=True)))
+        if best != "float32":
+            variants.append(Variant(f"plain, compiled, {best}", plain, textbook | dict(compile=True, dtype=best)))
     if find_spec("transformers"):
-        variants.append(Variant("transformers", plain, both | dict(compile=on_gpu, of="transformers")))
+        variants.append(Variant("transformers", plain, textbook | dict(of="transformers")))
     return [*variants, Variant("ours", ours, both)]
 
 

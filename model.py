@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from attention import causal_attention
 from loss import linear_cross_entropy
 
-# Up to this length plain matrix products beat the fused attention kernel on a CPU; beyond it they
-# would, but keep too much.
-PLAIN_ATTENTION_MAX_LEN = 2048
+# Up to this length attention in blocks beats the fused kernel on a CPU; beyond it the gain is small
+# and what it keeps is large.
+PLAIN_ATTENTION_MAX_LEN = 1024
 
 
 LARGEST_SIZE = 2**31  # of a dimension; what is beyond is damage
@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[start_pos:end], self.rope_sin[start_pos:end]
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
-            if self.recompute and self.training:
+            if self.recompute and self.training and cache is None:
                 x = checkpoint(layer, x, cos, sin, None, 0, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, cache, start_pos)

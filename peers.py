@@ -6,12 +6,11 @@ fused attention, whole logits, cross-entropy, AdamW, clipping; float32 on a CPU,
 a GPU. Nothing in it comes from our model.py.
 """
 
-import contextlib
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from device import autocast
 from model import ModelArgs
 
 
@@ -75,28 +74,24 @@ class PlainLlama(nn.Module):
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
-    def forward(self, tokens):
+    def forward(self, tokens, targets):
+        """The mean cross-entropy of targets; both (B, T)."""
         x = self.embedding(tokens)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.head(self.norm(x))  # (B, T, V)
+        logits = self.head(self.norm(x))  # (B, T, V)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
 
-def plain_step(args: ModelArgs, device: str, compile: bool):
+def plain_step(args: ModelArgs, device: str, compile: bool, dtype: str):
     """step(inputs, targets), which trains once on a micro-batch and returns the loss."""
     torch.manual_seed(0)
     model = PlainLlama(args).to(device)
-    forward = torch.compile(model) if compile else model
-
-    def loss_of(inputs, targets):
-        logits = forward(inputs)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-
-    return textbook_step(model, loss_of, device)
+    return textbook_step(model, torch.compile(model) if compile else model, device, dtype)
 
 
-def transformers_step(args: ModelArgs, device: str, compile: bool):
+def transformers_step(args: ModelArgs, device: str, compile: bool, dtype: str):
     """step(inputs, targets) of transformers' LlamaForCausalLM. Raises ImportError where it is not
     installed."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,19 +118,15 @@ def transformers_step(args: ModelArgs, device: str, compile: bool):
     def loss_of(inputs, targets):
         return forward(input_ids=inputs, labels=inputs).loss  # it shifts the labels itself
 
-    return textbook_step(model, loss_of, device)
+    return textbook_step(model, loss_of, device, dtype)
 
 
-def textbook_step(model, loss_of, device: str):
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device.startswith("cuda")
-    )
-    on_gpu = device.startswith("cuda")
+def textbook_step(model, loss_of, device: str, dtype: str):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.set_float32_matmul_precision("high")
-    precision = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
     def step(inputs, targets):
-        with precision:
+        with autocast(device, dtype):
             loss = loss_of(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

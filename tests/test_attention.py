@@ -76,7 +76,7 @@ def test_dropout_zeroes_its_share_of_the_weights_and_scales_the_others():
 
 
 def test_the_gradients_with_dropout_are_those_of_the_same_mask():
-    inputs, output_grad = draw(100)
+    inputs, output_grad = draw(300)
     mask = {}
 
     def masked_reference(q, k, v):
@@ -90,7 +90,7 @@ def test_the_gradients_with_dropout_are_those_of_the_same_mask():
 
     # With the identity for values the output is the weights themselves: so the mask is read off.
     q, k, _ = inputs
-    identity = torch.eye(100, dtype=torch.float64).expand(2, 3, 100, 100)
+    identity = torch.eye(300, dtype=torch.float64).expand(2, 3, 300, 300)
     whole = causal_attention(q, k, identity)
     mask["kept"] = torch.where(whole > 0, dropped(q, k, identity) / whole.clamp(min=1e-300), 0).detach()
     assert (mask["kept"][whole > 0] == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
