@@ -79,8 +79,7 @@ def timing_problems(config):
         yield f"--rounds={config.rounds}: must be 1 or more"
     if config.seconds <= 0:
         yield f"--seconds={config.seconds:g}: must be above 0"
-    if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
-        yield f"--json={config.json}: there is no folder {os.path.dirname(config.json)}"
+    yield from bench_data.path_problems(config.json)
 
 
 def ours(options: list[str], device: str):
@@ -155,7 +154,9 @@ def options_of(preset: str, device: str, batch_size: int, max_seq_len: int | Non
 def ceilings(device: str) -> list[Variant]:
     size = 8192 if device.startswith("cuda") else 2048
     kinds = dict.fromkeys(["float32", pick_dtype("auto", device)])
-    return [Variant(f"ceiling {dtype}", ceiling, dict(device=device, dtype=dtype, size=size)) for dtype in kinds]
+    names = {"float32": "TF32"} if device.startswith("cuda") else {}
+    arguments = dict(device=device, size=size)
+    return [Variant(f"ceiling {names.get(dtype, dtype)}", ceiling, arguments | dict(dtype=dtype)) for dtype in kinds]
 
 
 def train_variants(options: list[str], device: str) -> list[Variant]:
@@ -180,14 +181,14 @@ def run_train(config: TrainBench):
         options = options_of(preset, device, config.batch_size)
         measured = measure(train_variants(options, device) + ceilings(device), config.rounds, config.seconds)
         records += report(preset, options, device, measured)
-    write_records(config.json, records)
+        write_records(config.json, records)
 
 
 def report(preset: str, options: list[str], device: str, measured: dict[str, Measured]) -> list[dict]:
     """Print a preset's table; returns its records."""
     settings, _ = configure(train.TrainConfig, options)
     args, length = settings.model_args(), settings.max_seq_len
-    most = {name.split()[1]: measured.pop(name).rate for name in list(measured) if name.startswith("ceiling")}
+    most = {name.removeprefix("ceiling "): figures.rate for name, figures in measured.items() if "ceiling" in name}
     known = peak_flops(device)
     share_of, share = (known, "MFU") if known else (max(most.values()), "of ceiling")
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in most.items())
@@ -196,6 +197,8 @@ def report(preset: str, options: list[str], device: str, measured: dict[str, Mea
     print(f"| variant | tokens/s | x plain | spread | peak memory | {share} |\n|---|---:|---:|---:|---:|---:|")
     records = []
     for name, figures in measured.items():
+        if "ceiling" in name:
+            continue
         ratios = [mine / base for mine, base in zip(figures.rates, measured["plain"].rates, strict=True)]
         ratio, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
         used = figures.rate * flops_per_token(args, length) / share_of
@@ -248,6 +251,8 @@ def run_cost(config: CostBench):
     print("\n| preset | length | sequences | processes | tokens/s | of ceiling | peak memory of a process |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for preset, length, batch, processes in COSTS:
+        if device.startswith("cuda") and processes > torch.cuda.device_count():
+            continue
         options = [*options_of(preset, device, batch, length), f"--gradient_accumulation_steps={processes}"]
         variant = Variant(preset, ours, dict(options=options, device=device), processes)
         measured = measure([variant, ceilings(device)[-1]], config.rounds, config.seconds)
@@ -263,13 +268,12 @@ def run_cost(config: CostBench):
             "preset": preset, "max_seq_len": length, "batch_size": batch, "processes": processes,
             "tokens_per_second": figures.rate, "share_of_ceiling": used, "peak_memory_bytes": figures.peak_memory,
         })  # fmt: skip
-    write_records(config.json, records)
+        write_records(config.json, records)
 
 
 def write_records(path: str, records: list[dict]):
     if path:
         write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
-        print(f"\nwrote {path}")
 
 
 def run_data(config: bench_data.DataBench):

@@ -28,7 +28,7 @@ class DataBench:
 
     input: str = ""  # text to repeat until the shard is full, a file or folder; empty: synthetic stories
     megabytes: int = 150  # size of the shard
-    vocab_size: int = 4096  # learned from the text; synthetic stories have words for 1024
+    vocab_size: int = 1024  # learned from the text; synthetic stories have words for about 2000
     rounds: int = 3  # how often it is done
     json: str = ""  # also write the records here
 
@@ -36,27 +36,40 @@ class DataBench:
         for name in ("megabytes", "rounds"):
             if getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name)}: must be 1 or more"
-        if self.json and not os.path.isdir(os.path.dirname(self.json) or "."):
-            yield f"--json={self.json}: there is no folder {os.path.dirname(self.json)}"
+        if self.vocab_size < 1:
+            yield f"--vocab_size={self.vocab_size}: must be 1 or more"
+        yield from path_problems(self.json)
+
+
+def path_problems(path: str):
+    """Why records could not be written there."""
+    folder = os.path.dirname(path) or "."
+    if path and not os.path.isdir(folder):
+        yield f"--json={path}: there is no folder {folder}"
+    elif path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        yield f"--json={path}: a file cannot be written there"
 
 
 def pretokenizing(config: DataBench) -> list[dict]:
-    """Print and return the figures of python tinystories.py pretokenize, and, beside it, of the
-    shortest loop: a SentencePiece processor that encodes one story after the other."""
+    """Print and return the figures of python tinystories.py pretokenize, the whole command, beside
+    those of SentencePiece alone."""
     records = []
     with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
         stories = distinct_stories(config)
         shard, tokenizer_path = os.path.join(folder, "shard.json"), os.path.join(folder, "tokenizer.model")
-        write_shard(shard, stories, config.megabytes * 10**6)
         with open(tokenizer_path, "wb") as file:
             file.write(train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size))
-        ours, plain, peaks = [], [], []
+        write_shard(shard, stories, config.megabytes * 10**6)
+        ours, plain, at_once, peaks = [], [], [], []
         for round in range(config.rounds):
             rate, peak = run_pretokenize(config, folder, shard, tokenizer_path, round)
             ours.append(rate)
             peaks.append(peak)
-            plain.append(one_by_one(tokenizer_path, stories))
-    for name, rates in (("one by one", plain), ("ours", ours)):
+            plain.append(sentencepiece_alone(tokenizer_path, stories, 0))
+            at_once.append(sentencepiece_alone(tokenizer_path, stories, os.cpu_count()))
+    words = len({word for text in stories for word in text.split(" ")})
+    print(f"{len(stories):,} stories with {words:,} distinct words, repeated to {config.megabytes} MB")
+    for name, rates in (("one by one", plain), ("a list at a time", at_once), ("ours", ours)):
         rate = statistics.median(rates)
         print(f"pretokenize, {name}: {rate / 1e6:.2f} M tokens/s ({min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f})")
         records.append({"preset": "data", "variant": f"pretokenize {name}", "tokens_per_second": rate})
@@ -68,7 +81,10 @@ def pretokenizing(config: DataBench) -> list[dict]:
 
 def distinct_stories(config: DataBench) -> list[str]:
     if config.input:
-        return [piece.text for file in find_files(config.input) for piece in read_pieces(file)]
+        stories = [piece.text for file in find_files(config.input) for piece in read_pieces(file)]
+        if not stories:
+            raise ValueError(f"--input={config.input}: there is no text in it")
+        return stories
     rng = random.Random(0)
     return [story(rng) for _ in range(20_000)]
 
@@ -119,13 +135,14 @@ def peak_memory_of(process: int) -> int:
         return 0
 
 
-def one_by_one(tokenizer_path: str, stories: list[str]) -> float:
-    """Tokens per second of a loop over some stories, file reading and writing not counted."""
+def sentencepiece_alone(tokenizer_path: str, stories: list[str], threads: int) -> float:
+    """Tokens per second of SentencePiece over some stories, one after the other or, with threads, as
+    a list; reading and writing are not counted."""
     tokenizer = load_tokenizer(tokenizer_path)
     some = list(take(stories, TO_LEARN_FROM))
     began = time.perf_counter()
-    tokens = sum(len(tokenizer.encode(text)) for text in some)
-    return tokens / (time.perf_counter() - began)
+    encoded = tokenizer.encode_batch(some, threads) if threads else map(tokenizer.encode, some)
+    return sum(map(len, encoded)) / (time.perf_counter() - began)
 
 
 def sampling(config: DataBench, batch_size: int, seq_len: int, step_seconds: float) -> list[dict]:

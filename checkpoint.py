@@ -77,6 +77,11 @@ def load_checkpoint(path: str) -> dict:
     return checkpoint
 
 
+# Of what a checkpoint may hold beside the model and the optimizer's state.
+KINDS = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int}
+KINDS["best_val_loss"] = (torch.Tensor, float, int)
+
+
 def check_checkpoint(checkpoint, path: str):
     """Raise ValueError unless this is a training checkpoint, its tensors (or what stands for them,
     with shapes) those of its model_args. Gives the weights our names, makes model_args a ModelArgs."""
@@ -86,8 +91,8 @@ def check_checkpoint(checkpoint, path: str):
     state = checkpoint["model"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()):
         raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
-    for name, kind in (("config", dict), ("iter_num", int), ("tokenizer_hash", str)):
-        if not isinstance(checkpoint.get(name, kind()), kind):
+    for name, kind in KINDS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
     checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}
     checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])

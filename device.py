@@ -32,7 +32,7 @@ def pick_device(name: str) -> str:
         raise ValueError(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
     if not there[kind] or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
         raise ValueError(f"--device={name}: this machine has no such device, try --device=auto")
-    return name
+    return name if kind == "cuda" else kind
 
 
 def pick_dtype(name: str, device: str) -> str:

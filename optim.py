@@ -74,20 +74,24 @@ def load_optimizer(optimizer, state: dict, path: str):
     try:
         ours = optimizer.state_dict()["param_groups"]
         groups = [{**mine, "params": saved["params"]} for mine, saved in zip(ours, state["param_groups"], strict=True)]
+        known = {number for group in groups for number in group["params"]}
+        if state["state"] and state["state"].keys() != known:
+            raise ValueError("it has no moments for some of the parameters")
         for mine, saved in zip(optimizer.param_groups, groups, strict=True):
             moments = ("momentum_buffer",) if "momentum" in mine else ("exp_avg", "exp_avg_sq")
             for parameter, number in zip(mine["params"], saved["params"], strict=True):
                 check_moments(state["state"].get(number), moments, parameter)
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit the model ({error})") from error
 
 
 def check_moments(saved: dict | None, names: tuple[str, ...], parameter):
     """Raise ValueError or KeyError unless a parameter's saved state, if any, is of its shape."""
-    for name in names if saved else ():
-        if saved[name].shape != parameter.shape:
-            raise ValueError(f"a moment is {tuple(saved[name].shape)}, not {tuple(parameter.shape)}")
+    for name in names if saved is not None else ():
+        if saved[name].shape != parameter.shape or not saved[name].is_floating_point():
+            found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
+            raise ValueError(f"a moment is {found}, not {tuple(parameter.shape)} of floating-point numbers")
 
 
 def learning_rate_at(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from atomic import write_atomically
 from checkpoint import FORMAT, load_checkpoint, load_weights, save_checkpoint, write_model_args
+from configurator import parse
 from dataset import TokenWindows, read_meta, tokens_folder
 from device import pick_dtype
 from distributed import World
@@ -213,8 +214,13 @@ def resumed_config(config, given: dict, checkpoint: dict, path: str):
     of_this_call = {"out_dir", "init_from", "eval_only", *given}
     if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
         of_this_call |= {"device", "compile"}
-    options = {field.name for field in dataclasses.fields(config)} - of_this_call
-    saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in options}
+    types = {field.name: field.type for field in dataclasses.fields(config) if field.name not in of_this_call}
+    saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in types}
+    for name, value in saved.items():
+        try:
+            saved[name] = parse(types[name], value, from_file=True)
+        except ValueError as error:
+            raise ValueError(f"{path}: its option {name} is {value!r}, not {error}; give --{name}") from None
     saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in given}
     resumed = dataclasses.replace(config, **saved)
     trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")
@@ -235,7 +241,10 @@ def restore(run: Run, checkpoint: dict, path: str):
     else:
         run.say(f"{path} has no optimizer state: its moments begin anew")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            run.scaler.load_state_dict(checkpoint["scaler"])
+        except KeyError as error:
+            raise ValueError(f"{path}: its scaler has no {error}") from None
     run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
     run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
     saved = checkpoint.get("config", {})

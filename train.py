@@ -350,7 +350,7 @@ def out_of_memory_in_words():
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            advice = "halve --batch_size and double --gradient_accumulation_steps"
+            advice = "halve --batch_size and double --gradient_accumulation_steps, or give --recompute=True"
             raise ValueError(f"out of memory: {advice}") from error
         raise
 

@@ -3,7 +3,9 @@ Fair timing: variants in processes of their own that take turns, round after rou
 that slows down slows all of them alike.
 """
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import statistics
@@ -46,7 +48,7 @@ def work(pipe, variant: Variant, rank: int, port: int):
         step = variant.build(**variant.arguments)
         for _ in range(WARM_UP):
             step()
-        pipe.send("")
+        pipe.send(None)
         while steps := pipe.recv():
             synchronize(device)
             began = time.perf_counter()
@@ -62,13 +64,15 @@ def work(pipe, variant: Variant, rank: int, port: int):
 
 def synchronize(device: str):
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device: str) -> int:
     """Bytes: what PyTorch took of a GPU, or the largest resident size of this process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -89,31 +93,35 @@ class Turns:
             context.Process(target=work, args=(theirs, variant, rank, port), daemon=True).start()
             theirs.close()
             self.pipes.append(ours)
-        for pipe in self.pipes:
-            if problem := self.receive(pipe):
-                raise ValueError(f"{variant.name}: {problem}")
+        self.receive()
 
-    def receive(self, pipe):
-        try:
-            return pipe.recv()
-        except EOFError:
-            raise ValueError(f"{self.variant.name}: its process died (out of memory?)") from None
+    def receive(self) -> list:
+        """What each process says, asked as they are ready: one that fails may leave another waiting
+        for it. Raises ValueError for a failure."""
+        said, waiting = {}, list(self.pipes)
+        while waiting:
+            for pipe in multiprocessing.connection.wait(waiting):
+                try:
+                    said[pipe] = pipe.recv()
+                except EOFError:
+                    said[pipe] = "its process died (out of memory?)"
+                if isinstance(said[pipe], str):
+                    raise ValueError(f"{self.variant.name}: {said[pipe]}")
+                waiting.remove(pipe)
+        return [said[pipe] for pipe in self.pipes]
 
     def take(self, seconds: float) -> tuple[float, int]:
         """(units per second, peak memory in bytes) of one turn."""
         for pipe in self.pipes:
             pipe.send(self.steps)
-        answers = [self.receive(pipe) for pipe in self.pipes]
-        for answer in answers:
-            if isinstance(answer, str):
-                raise ValueError(f"{self.variant.name}: {answer}")
-        units, took, memory = answers[0]
+        units, took, memory = self.receive()[0]
         self.steps = max(1, round(self.steps * seconds / max(took, 1e-9)))
         return units / took, memory
 
     def end(self):
         for pipe in self.pipes:
-            pipe.send(0)
+            with contextlib.suppress(OSError):  # it may be gone
+                pipe.send(0)
             pipe.close()
 
 

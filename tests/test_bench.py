@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
+from bench_data import TO_LEARN_FROM, DataBench, distinct_stories, take
 from model import ModelArgs, Transformer
 from peers import PlainLlama
+from tokenizer import train_sentencepiece
 from turns import Variant, measure
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, vocab_size=50, multiple_of=8, max_seq_len=24)
@@ -91,6 +93,7 @@ def test_the_data_bench_reports_what_it_measured(run_script, tmp_path):
         (["train", "--rounds=0"], "--rounds=0: must be 1 or more"),
         (["train", "--seconds=0"], "--seconds=0: must be above 0"),
         (["train", "--json=nowhere/x.json"], "there is no folder nowhere"),
+        (["train", "--json=/tmp"], "--json=/tmp: a file cannot be written there"),
         (["data", "--megabytes=0"], "--megabytes=0: must be 1 or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -128,6 +131,30 @@ def test_variants_are_measured_in_their_own_processes_and_compared_in_every_roun
 def test_a_variant_that_fails_is_named_with_its_reason():
     with pytest.raises(ValueError, match="mine: RuntimeError: no such thing"):
         measure([Variant("mine", broken, dict(device="cpu", message="no such thing"))], 1, 0.1)
+
+
+def second_fails(device: str):
+    """The first process waits for the second, which fails."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("no second device")
+    time.sleep(600)
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it():
+    with pytest.raises(ValueError, match="pair: ValueError: no second device"):
+        measure([Variant("pair", second_fails, dict(device="cpu"), processes=2)], 1, 0.1)
+
+
+def test_a_text_without_stories_is_refused(run_script, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    result = run_script("bench.py", "data", f"--input={tmp_path / 'empty.txt'}")
+    assert result.returncode == 1 and "there is no text in it" in result.stderr
+
+
+def test_the_default_vocabulary_can_be_learned_from_the_default_text():
+    config = DataBench()
+    stories = distinct_stories(config)
+    assert train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size)
 
 
 def test_a_variant_whose_process_dies_ends_the_measurement():

@@ -139,7 +139,7 @@ def faults():
     torch.ones(2**24).add_(1)  # 64 MB, 16,384 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(min(faults() for _ in range(3)))
+print(min(faults() for _ in range(20)))  # a block that is freed fits the next one sooner or later
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert (int(result.stdout) < 100) == keep

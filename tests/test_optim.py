@@ -274,6 +274,38 @@ def test_a_loaded_muon_goes_on_as_if_never_saved():
     assert str(loaded.state_dict()) == str(optimizer.state_dict())
 
 
+def test_muon_under_a_scaler_steps_as_without_and_skips_a_step_that_overflows():
+    plain, scaled = random_model(), random_model()
+    alone, optimizer = muon_of(plain), muon_of(scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    tokens = torch.randint(19, (4, 7), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        take_step(plain, alone, 0)
+        scaler.scale(scaled(tokens[:, :-1], tokens[:, 1:])[1]).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, plain.parameters(), scaled.parameters()))
+    for parameter in scaled.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(torch.equal, plain.parameters(), scaled.parameters()))
+    assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_state_that_lacks_some_moments_is_refused(name):
+    model = random_model()
+    optimizer = optimizer_of(model, name=name)
+    take_step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    del state["state"][0]
+    with pytest.raises(ValueError, match="no moments for some of the parameters"):
+        load_optimizer(optimizer_of(model, name=name), state, "ckpt.pt")
+
+
 @pytest.mark.parametrize("saved, ours", [("adamw", "muon"), ("muon", "adamw")])
 def test_moments_of_the_other_optimizer_are_refused(saved, ours):
     model = random_model()

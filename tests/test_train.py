@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model as model_module
+import train as train_module
 from checkpoint import load_checkpoint
 from dataset import TokenWindows
 from formats import llama2c
@@ -216,6 +218,23 @@ def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path)
     result = train("--init_from=resume", "--eval_only=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, monkeypatch):
+    kept, recomputed = tmp_path / "kept", tmp_path / "recomputed"
+    options = (*TINY, "--dropout=0.2", "--max_iters=3", f"--data_dir={data_dir}")
+    assert train(*options, f"--out_dir={kept}").returncode == 0
+    blocks, recompute = [], model_module.checkpoint
+
+    def count(block, *inputs, **how):
+        blocks.append(block)
+        return recompute(block, *inputs, **how)
+
+    monkeypatch.setattr(model_module, "checkpoint", count)
+    status, _, errors = run_here(train_module, *options, "--recompute=True", f"--out_dir={recomputed}")
+    assert status == 0, errors
+    assert len(blocks) == 3 * 4 * 2  # steps, micro-batches, blocks
+    assert same_state(kept / "ckpt.pt", recomputed / "ckpt.pt")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")

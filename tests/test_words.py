@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import words
 from tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -69,6 +70,20 @@ def test_a_vocabulary_whose_tokens_may_depend_on_more_than_a_word_is_left_to_sen
     tokenizer = learned(stories, **options)
     assert not cuts_at_spaces(tokenizer)
     texts = stories[:50] + odd_texts(300)
+    assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
+
+
+@pytest.mark.parametrize("kind", [2, 3, 5], ids=["unknown", "control", "unused"])
+def test_a_vocabulary_whose_space_is_no_token_is_left_to_sentencepiece(stories, kind):
+    """Without it, unknown characters of neighbouring words are joined into one unknown token."""
+    model = ModelProto.FromString(learned(stories, byte_fallback=False).content)
+    space = next(piece for piece in model.pieces if piece.piece == "▁")
+    space.type = kind
+    if kind == 2:
+        model.pieces[0].type = 1  # there may be one unknown token only
+    tokenizer = SentencePieceTokenizer(model.SerializeToString())
+    texts = ["é 中", "a é 中 b", *odd_texts(300)]
+    assert not cuts_at_spaces(tokenizer)
     assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
