@@ -79,7 +79,6 @@ def load_checkpoint(path: str) -> dict:
 
 # Of what a checkpoint may hold beside the model and the optimizer's state.
 KINDS = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int}
-KINDS["best_val_loss"] = (torch.Tensor, float, int)
 
 
 def check_checkpoint(checkpoint, path: str):

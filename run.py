@@ -250,7 +250,10 @@ def restore(run: Run, checkpoint: dict, path: str):
     saved = checkpoint.get("config", {})
     measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
     if all(saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure):
-        run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+        try:
+            run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{path}: its best_val_loss is no number") from None
 
 
 def state_of(run: Run) -> dict:
