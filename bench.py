@@ -29,8 +29,7 @@ from configurator import configure, refuse, run_script
 from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
 from distributed import join_world
 from model import Transformer, flops_per_token
-from optim import make_optimizer
-from run import Run
+from run import equip
 from turns import Measured, Variant, measure
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
@@ -87,14 +86,8 @@ def ours(options: list[str], device: str):
     config, _ = configure(train.TrainConfig, options)
     world, device = join_world(device)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    model = Transformer(config.model_args()).to(device)
-    betas = (config.beta1, config.beta2)
-    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
-    dtype = pick_dtype(config.dtype, device)
-    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    run = Run(config, world, device, dtype, None, None, None, model, optimizer, scaler)
+    run = equip(config, world, device, (None, None, None), Transformer(config.model_args()))
     forward = train.compiled(run)
     if world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
@@ -238,10 +231,12 @@ def cpu_name() -> str:
 COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes)
     *((preset, 256, 8, 1) for preset in PRESETS),
     *(("15M", length, 2048 // length or 1, 1) for length in (512, 1024, 2048, 4096)),
-    *(("15M", 256, batch, 1) for batch in (1, 32)),
-    *(("15M-32000", 256, batch, 1) for batch in (32,)),
-    *(("110M", 1024, batch, 1) for batch in (2,)),
-    *((preset, 256, 4, 2) for preset in ("15M", "110M")),
+    ("15M", 256, 1, 1),
+    ("15M", 256, 32, 1),
+    ("15M-32000", 256, 32, 1),
+    ("110M", 1024, 2, 1),
+    ("15M", 256, 4, 2),
+    ("110M", 256, 4, 2),
 ]
 
 

@@ -18,6 +18,7 @@ from corpus import find_files, read_pieces
 from dataset import TokenWindows, token_dtype, tokens_folder, training_batches, write_meta
 from synthetic import story
 from tokenizer import load_tokenizer, train_sentencepiece
+from turns import largest_resident_size
 
 TO_LEARN_FROM = 4 * 2**20  # characters
 
@@ -117,22 +118,13 @@ def run_pretokenize(config: DataBench, folder: str, shard: str, tokenizer: str, 
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None:
-        peak = max(peak, peak_memory_of(process.pid))
+        peak = max(peak, largest_resident_size(process.pid))
         time.sleep(0.02)
     if process.returncode:
         raise ValueError(f"pretokenize failed: {process.stdout.read().decode().strip()}")
     took = time.perf_counter() - began
     with open(os.path.join(tokens_folder(data_dir, "custom", config.vocab_size), "meta.json")) as file:
         return sum(json.load(file)["tokens"].values()) / took, peak
-
-
-def peak_memory_of(process: int) -> int:
-    """Bytes resident at most so far; 0 where the system does not tell, or the process is gone."""
-    try:
-        with open(f"/proc/{process}/status") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
-    except OSError:
-        return 0
 
 
 def sentencepiece_alone(tokenizer_path: str, stories: list[str], threads: int) -> float:

@@ -117,15 +117,8 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
         if expected is None and world.is_main:
             print(f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?")
         check_tokenizer(data[0], expected, pretrained.path, config)
-    dtype = pick_dtype(config.dtype, device)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     torch.manual_seed(config.seed)
-    model = make_model(config, checkpoint, pretrained, path).to(device)
-    model.recompute = config.recompute
-    betas = (config.beta1, config.beta2)
-    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    run = Run(config, world, device, dtype, *data, model, optimizer, scaler)
+    run = equip(config, world, device, data, make_model(config, checkpoint, pretrained, path))
     if run.train_windows.unused > 0.1:
         run.say(
             f"note: {run.train_windows.unused:.0%} of the training tokens are not read, in many short shards; "
@@ -134,6 +127,17 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
     if checkpoint:
         restore(run, checkpoint, path)
     return run
+
+
+def equip(config, world: World, device: str, data: tuple, model: Transformer) -> Run:
+    """A run of this model on the device, with what it takes to train it."""
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
+    dtype, model = pick_dtype(config.dtype, device), model.to(device)
+    model.recompute = config.recompute
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
+    return Run(config, world, device, dtype, *data, model, optimizer, scaler)
 
 
 def make_model(config, checkpoint: dict | None, pretrained: StoredModel | None, path: str) -> Transformer:

@@ -73,12 +73,20 @@ def peak_memory(device: str) -> int:
     """Bytes: what PyTorch took of a GPU, or the largest resident size of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    if peak := largest_resident_size("self"):
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def largest_resident_size(process: int | str) -> int:
+    """Bytes, so far; 0 where the system does not tell (only Linux does), or the process is gone."""
+    try:
+        with open(f"/proc/{process}/status") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0
 
 
 class Turns:
