@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from generation import choose, generate, truncate_top_k, truncate_top_p, window_start
+from generation import (
+    SCORED_AT_ONCE,
+    choose,
+    generate,
+    log_probabilities,
+    penalize_repeats,
+    truncate_min_p,
+    truncate_top_k,
+    truncate_top_p,
+    until_stop,
+    window_start,
+)
 from model import ModelArgs, Transformer
 
 INF = math.inf
@@ -67,6 +78,22 @@ def test_ends_before_the_first_stop_token(position):
     free = list(generate(model, [1], 60, GREEDY))
     stop = {free[position], V + 1}
     assert list(generate(model, [1], 60, GREEDY, stop)) == free[: free.index(free[position])]
+
+
+@pytest.mark.parametrize("least", [0, 1, 5, 40])
+def test_does_not_end_by_itself_before_min_new_tokens(least):
+    model = random_model()
+    first = next(generate(model, [1], 1, GREEDY))
+    told = list(generate(model, [1], 60, GREEDY, stop=set(range(V - 1)), min_new_tokens=least))
+    assert told == [V - 1] * least  # the one token that ends nothing
+    assert list(generate(model, [1], 60, GREEDY, stop={first}, min_new_tokens=least))[:1] != [first]
+
+
+def test_a_penalty_keeps_a_greedy_text_from_repeating_itself():
+    model = random_model()
+    free = list(generate(model, [1], 15, GREEDY))
+    penalized = list(generate(model, [1], 15, GREEDY, repetition_penalty=1e9))
+    assert len(set(free)) < 15 and len({1, *penalized}) == 16
 
 
 def drawn(seed: int) -> list[int]:
@@ -138,6 +165,77 @@ def test_top_p_brings_back_nothing_that_top_k_left_out():
     assert kept(truncate_top_p(truncate_top_k(logits, 2), 0.999999)) == [{0, 1}]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
+def test_min_p_keeps_what_transformers_keeps(p):
+    logits = torch.randn(20, V, generator=torch.Generator().manual_seed(0)) * 3
+    theirs = pytest.importorskip("transformers").MinPLogitsWarper(min_p=p)(None, logits)
+    assert torch.equal(truncate_min_p(logits, p), theirs)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 10.0])
+def test_repetition_penalty_is_that_of_transformers(penalty):
+    draw = torch.Generator().manual_seed(0)
+    logits, seen = torch.randn(20, V, generator=draw) * 3, torch.randint(V, (20, 30), generator=draw)
+    theirs = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+    assert torch.equal(penalize_repeats(logits, seen, penalty), theirs)
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    """By definition: up to the stop string that is complete first, and of those the longest."""
+    for end in range(len(text) + 1):
+        if begins := [end - len(stop) for stop in stops if text[:end].endswith(stop)]:
+            return text[: min(begins)], True
+    return text, False
+
+
+@pytest.mark.parametrize(
+    "text, stops",
+    [
+        ("Once upon a time. The end", ["The end"]),
+        ("Once upon a time.", ["The end"]),
+        ("aaab", ["aab"]),
+        ("ababac", ["abac", "xx"]),
+        ("one\n\ntwo\n\nthree", ["\n\n"]),
+        ("so he said", ["said", "he s", "aid"]),
+        ("The en", ["The end"]),
+        ("nothing stops", []),
+        ("", ["x"]),
+        ("xyz", ["x", "xyz"]),
+    ],
+)
+def test_a_stop_string_ends_the_text_wherever_its_pieces_are_cut(text, stops):
+    """nanoGPT #36: and nothing of the stop string is shown before it is known to be one."""
+
+    def run(pieces):
+        shown = ""
+        stream = until_stop(pieces, stops)
+        try:
+            while True:
+                shown += next(stream)
+        except StopIteration as end:
+            return shown, end.value
+
+    assert run(text) == cut(text, stops)  # a character at a time
+    for places in itertools.combinations(range(len(text) + 1), 2):
+        pieces = [text[: places[0]], text[places[0] : places[1]], "", text[places[1] :]]
+        assert run(pieces) == cut(text, stops)
+
+
+@pytest.mark.parametrize("max_seq_len", [16, 15, 1, SCORED_AT_ONCE + 100])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 60, SCORED_AT_ONCE + 60])
+def test_log_probabilities_are_those_of_the_context_that_generation_sees(max_seq_len, length):
+    model = random_model(max_seq_len)
+    tokens = torch.randint(V, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = []
+    with torch.no_grad():
+        for end in range(1, length):
+            context = tokens[window_start(end, max_seq_len) : end]
+            expected.append(model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[tokens[end]])
+    found = log_probabilities(model, tokens)
+    assert found.shape == (length - 1,)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_temperature_0_takes_the_likeliest_and_draws_nothing():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
@@ -154,6 +252,8 @@ def test_temperature_0_takes_the_likeliest_and_draws_nothing():
         (dict(temperature=2.0, top_k=4), {1, 3, 5, 7}),
         (dict(top_p=0.7), {1, 3, 5}),  # 0.42 + 0.23 + 0.13
         (dict(temperature=0.7, top_k=2, top_p=0.99), {1, 3}),
+        (dict(min_p=0.4), {1, 3}),  # at least 0.4 of 1's probability
+        (dict(top_k=5, min_p=0.11), {1, 3, 4, 5, 7}),
     ],
     ids=str,
 )

@@ -1,4 +1,8 @@
 import functools
+import io
+import json
+import math
+import sys
 
 import pytest
 import torch
@@ -85,6 +89,86 @@ def test_the_prompt_may_be_in_a_file(run_sample, out_dir, tmp_path):
     assert text_of(output).startswith("Zoë had a red ball.\nShe")
 
 
+@pytest.fixture
+def standard_input(monkeypatch):
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir, standard_input):
+    standard_input("Once\nZoë saw\r\n".encode())
+    status, output, _ = run_sample(f"--out_dir={out_dir}", "--start=-", "--temperature=0")
+    told = text_of(output).split("\n---------------\n")
+    assert status == 0 and len(told) == 2
+    for prompt, text in zip(("Once", "Zoë saw"), told, strict=True):
+        alone = text_of(run_sample(f"--out_dir={out_dir}", f"--start={prompt}", "--temperature=0")[1])
+        assert text.strip() == alone.strip()
+
+
+def test_standard_input_must_hold_text(run_sample, out_dir, standard_input):
+    for content, said in ((b"", "standard input is empty"), (b"\xff\xfe", "standard input: not UTF-8")):
+        standard_input(content)
+        status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+        assert status == 1 and said in error and len(error.splitlines()) == 1
+
+
+def records(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_jsonl_is_a_record_a_sample_and_nothing_else(run_sample, out_dir, tokenizer):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--num_samples=3")
+    status, output, _ = run_sample(*arguments, "--format=jsonl")
+    found = records(output)
+    told = text_of(run_sample(*arguments)[1]).removesuffix("\n").split("\n---------------\n")
+    assert status == 0 and [record["prompt"] + record["text"] for record in found] == told
+    for record in found:
+        assert tokenizer.decode([*tokenizer.encode("Once", bos=True), *record["tokens"]]) == "Once" + record["text"]
+        assert record["finish"] == ("length" if len(record["tokens"]) == 40 else "stop")
+
+
+def test_a_stop_string_ends_a_story_and_is_not_shown(run_sample, out_dir):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--temperature=0", "--format=jsonl")
+    whole = records(run_sample(*arguments)[1])[0]["text"]
+    stop = whole[9:13]
+    found = records(run_sample(*arguments, f"--stop=zzz|{stop}")[1])[0]
+    assert found["text"] == whole[: whole.find(stop)] and found["finish"] == "stop"
+    assert len(found["tokens"]) < 40
+    assert stop not in text_of(run_sample(*arguments, "--format=text", f"--stop={stop}")[1]).removeprefix("Once")
+
+
+def test_log_probabilities_of_a_story_are_the_score_of_its_text(run_sample, out_dir, model, tokenizer):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", "--logprobs=True", "--max_new_tokens=60")
+    found = records(run_sample(*arguments)[1])[0]
+    tokens = [*tokenizer.encode("Once", bos=True), *found["tokens"]][:32]  # what the model sees at once
+    with torch.no_grad():
+        likely = model(torch.tensor([tokens[:-1]]))[0][0].log_softmax(-1)
+    expected = likely.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+    offset = len(tokenizer.encode("Once", bos=True)) - 1
+    assert found["logprobs"][: len(expected) - offset] == pytest.approx(expected[offset:], abs=1e-4)
+    text = text_of(run_sample(*arguments, "--format=text")[1])
+    last_line = text.rstrip().splitlines()[-1]
+    assert float(last_line.split("\t")[1]) == pytest.approx(found["logprobs"][-1], abs=1e-4)
+
+
+def test_a_text_is_scored_in_nats_and_bits(run_sample, out_dir, model, tokenizer, tmp_path):
+    text = "Zoë saw a dog."
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    arguments = (f"--out_dir={out_dir}", f"--score={tmp_path}/text.txt")
+    status, output, _ = run_sample(*arguments, "--format=jsonl")
+    (found,) = records(output)
+    ids = torch.tensor([tokenizer.encode(text, bos=True)])
+    assert ids.shape[1] <= 32 and status == 0
+    with torch.no_grad():
+        loss = model(ids[:, :-1], ids[:, 1:])[1].item()
+    count = ids.shape[1] - 1
+    assert (found["tokens"], found["bytes"]) == (count, len(text.encode()))
+    assert found["loss"] == pytest.approx(loss, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    assert found["bits_per_byte"] == pytest.approx(loss * count / math.log(2) / len(text.encode()), rel=1e-3)
+    lines = text_of(run_sample(*arguments, "--logprobs=True")[1]).splitlines()
+    assert f"loss {found['loss']:.4f}" in lines[0] and len(lines) == 1 + count
+
+
 def test_a_checkpoint_and_the_exported_file_tell_the_same_story(run_sample, out_dir):
     told = [run_sample(f"--init_from={out_dir}/{name}", "--start=Once")[1] for name in ("ckpt.pt", "model.bin")]
     assert text_of(told[0]) == text_of(told[1])
@@ -168,6 +252,14 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--top_k=-1"], 2, "--top_k=-1: must be 0 or more"),
         (["--top_p=0"], 2, "--top_p=0: must be above 0 and at most 1"),
         (["--top_p=1.5"], 2, "--top_p=1.5: must be above 0 and at most 1"),
+        (["--min_p=-0.1"], 2, "--min_p=-0.1: must be at least 0 and at most 1"),
+        (["--repetition_penalty=0"], 2, "--repetition_penalty=0: must be above 0"),
+        (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be at least 0 and at most"),
+        (["--stop=a|"], 2, "--stop=a|: there is nothing before or after a |"),
+        (["--format=xml"], 2, "--format=xml: must be"),
+        (["--out_dir={out_dir}", "--score={empty}/none.txt"], 1, "{empty}/none.txt: No such file"),
+        (["--out_dir={out_dir}", "--score={out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
+        (["--out_dir={out_dir}", "--score=/dev/null"], 1, "--score=/dev/null: there is no text in it"),
         (["--temprature=1"], 2, "did you mean temperature?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
