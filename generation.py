@@ -58,6 +58,26 @@ def choose(
     return drawn[:, 0].to(logits.device)
 
 
+class BadWords:
+    """Strings that may not appear in a text, however it is cut into tokens. token_bytes: what each
+    token of the vocabulary adds to the text."""
+
+    def __init__(self, words: Collection[str], token_bytes: list[bytes]):
+        words = [word.encode() for word in words]
+        self.token_bytes, self.longest = token_bytes, max(map(len, words), default=0)
+        self.always = [i for i, text in enumerate(token_bytes) if any(word in text for word in words)]
+        self.after: dict[bytes, list[int]] = {}  # the beginning of a word -> the tokens that complete it
+        for word in words:
+            for cut in range(1, len(word)):
+                completing = [i for i, text in enumerate(token_bytes) if text.startswith(word[cut:])]
+                self.after[word[:cut]] = self.after.get(word[:cut], []) + completing
+
+    def completed_by(self, tokens: list[int]) -> list[int]:
+        """The tokens that would complete one of the words after these."""
+        tail = b"".join(self.token_bytes[token] for token in tokens[-self.longest :])
+        return self.always + [i for start, ids in self.after.items() if tail.endswith(start) for i in ids]
+
+
 def window_start(length: int, max_seq_len: int) -> int:
     """Where the model's context begins when length tokens are there: at 0 as long as they fit,
     then it moves on by half a context at a time, so that a cache is refilled rarely."""
@@ -75,11 +95,13 @@ def generate(
     use_cache: bool = True,
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
+    bad_words: BadWords | None = None,
 ) -> Iterator[int]:
     """Yield up to max_new_tokens ids that go on from the prompt (at least one id), ending before
     an id in stop, which is not chosen before min_new_tokens are there. choose maps logits (1, V) to
     an id (1,). The penalty is for all tokens there, the prompt's too. Works past max_seq_len: see
-    window_start. Without the cache the same tokens come, more slowly."""
+    window_start. Without the cache the same tokens come, more slowly. Raises ValueError where no
+    token is left to choose."""
     weight = model.tok_embeddings.weight
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -95,8 +117,12 @@ def generate(
         cached, logits = len(tokens) - start, logits[:, -1]
         if repetition_penalty != 1:
             logits = penalize_repeats(logits, torch.tensor([tokens], device=weight.device), repetition_penalty)
-        if number < min_new_tokens and stop:
-            logits = logits.index_fill(-1, torch.tensor(sorted(stop), device=weight.device), float("-inf"))
+        forbidden = list(stop) if number < min_new_tokens else []
+        forbidden += bad_words.completed_by(tokens) if bad_words else []
+        if forbidden:
+            logits = logits.index_fill(-1, torch.tensor(forbidden, device=weight.device), float("-inf"))
+            if logits.isneginf().all():
+                raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
         token = int(choose(logits))
         if token in stop:
             return

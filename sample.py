@@ -9,6 +9,7 @@ Let a model tell stories.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,10 @@ from typing import Literal
 import torch
 
 from configurator import configure, print_overrides, run_script
+from dataset import mix
 from device import autocast, pick_device, pick_dtype
 from export import read_model
-from generation import choose, generate, log_probabilities, until_stop
+from generation import BadWords, choose, generate, log_probabilities, until_stop
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ class SampleConfig:
     max_new_tokens: int = 256  # the longest continuation; beyond the model's context it sees the newest half or more
     min_new_tokens: int = 0  # the text does not end by itself before there are so many tokens
     stop: str = ""  # end before this text; several with | between them, \n for a new line
+    bad_words: str = ""  # texts that may not appear in what is told, separated like those of --stop
     temperature: float = 1.0  # 0 always takes the likeliest token, above 1 is wilder
     top_k: int = 300  # draw among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # draw among the likeliest tokens that together reach this probability
@@ -56,7 +59,7 @@ class SampleConfig:
 
     @property
     def stops(self) -> list[str]:
-        return self.stop.replace("\\n", "\n").split("|") if self.stop else []
+        return separated(self.stop)
 
     def problems(self):
         if self.num_samples < 1 or self.max_new_tokens < 1:
@@ -75,8 +78,13 @@ class SampleConfig:
             yield f"--repetition_penalty={self.repetition_penalty:g}: must be above 0"
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             yield f"--min_new_tokens={self.min_new_tokens}: must be at least 0 and at most --max_new_tokens"
-        if self.stop and not all(self.stops):
-            yield f"--stop={self.stop}: there is nothing before or after a |"
+        for name in ("stop", "bad_words"):
+            if not all(separated(getattr(self, name))):
+                yield f"--{name}={getattr(self, name)}: there is nothing before or after a |"
+
+
+def separated(texts: str) -> list[str]:
+    return texts.replace("\\n", "\n").split("|") if texts else []
 
 
 def read_prompts(start: str) -> list[str]:
@@ -110,21 +118,27 @@ class Storyteller:
         self.config, self.model, self.tokenizer = config, model.to(device), tokenizer
         self.precision = functools.partial(autocast, device, pick_dtype(config.dtype, device))
         self.choose = functools.partial(
-            choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-            generator=torch.Generator().manual_seed(config.seed),
-        )  # fmt: skip
+            choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
+        )
+        self.bad_words = BadWords(separated(config.bad_words), tokenizer.token_bytes) if config.bad_words else None
         self.total = 0  # tokens made
 
-    def tell(self, prompt: str) -> Iterator[dict]:
-        """A continuation of the prompt: {"text": a piece} as it comes; then the whole record."""
+    def tell(self, prompt: str, sample: int) -> Iterator[dict]:
+        """A continuation of the prompt: {"text": a piece} as it comes; then the whole record. It is a
+        function of the seed, the prompt and the sample's number, whatever else is told."""
+        generator = torch.Generator().manual_seed(mix(mix(self.config.seed) + sample))
+        pick = functools.partial(self.choose, generator=generator)
         config, prompt_ids, ids = self.config, self.tokenizer.encode(prompt, bos=True), []
 
         def story():
             yield from prompt_ids
-            options = dict(min_new_tokens=config.min_new_tokens, repetition_penalty=config.repetition_penalty)
+            options = dict(
+                min_new_tokens=config.min_new_tokens, repetition_penalty=config.repetition_penalty,
+                bad_words=self.bad_words,
+            )  # fmt: skip
             with self.precision():
                 for token in generate(
-                    self.model, prompt_ids, config.max_new_tokens, self.choose, self.tokenizer.stop_ids, **options
+                    self.model, prompt_ids, config.max_new_tokens, pick, self.tokenizer.stop_ids, **options
                 ):
                     ids.append(token)
                     self.total += 1
@@ -181,10 +195,10 @@ def print_score(record: dict, teller: Storyteller):
 
 def print_stories(prompts: list[str], teller: Storyteller):
     as_text = teller.config.format == "text"
-    for number, prompt in enumerate(prompt for prompt in prompts for _ in range(teller.config.num_samples)):
+    for number, (prompt, sample) in enumerate(itertools.product(prompts, range(teller.config.num_samples))):
         if number and as_text:
             print("---------------")
-        for part in teller.tell(prompt):
+        for part in teller.tell(prompt, sample):
             if as_text and "tokens" not in part:
                 print(part["text"], end="", flush=True)
         if not as_text:

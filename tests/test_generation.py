@@ -7,6 +7,7 @@ import torch
 
 from generation import (
     SCORED_AT_ONCE,
+    BadWords,
     choose,
     generate,
     log_probabilities,
@@ -94,6 +95,25 @@ def test_a_penalty_keeps_a_greedy_text_from_repeating_itself():
     free = list(generate(model, [1], 15, GREEDY))
     penalized = list(generate(model, [1], 15, GREEDY, repetition_penalty=1e9))
     assert len(set(free)) < 15 and len({1, *penalized}) == 16
+
+
+PIECES = [b"", b"a", b"b", b"c", b"ab", b"bc", b"ca", b"abc", b"cab", b"\xc3", b"\xab", "ë".encode(), "aë".encode()]
+
+
+@pytest.mark.parametrize("words", [["ab"], ["ca", "abc"], ["aa"], ["ë"], ["caë", "bb"], ["a", "b"], ["caab"]], ids=str)
+def test_bad_words_forbid_just_the_tokens_that_complete_one(words):
+    bad, words = BadWords(words, PIECES), [word.encode() for word in words]
+    for tokens in itertools.product(range(1, len(PIECES)), repeat=3):
+        text = b"".join(PIECES[token] for token in tokens)
+        if any(word in text for word in words):
+            continue  # such a text does not come about
+        completing = {i for i, piece in enumerate(PIECES) if any(word in text + piece for word in words)}
+        assert set(bad.completed_by(list(tokens))) == completing
+
+
+def test_where_no_token_is_left_that_is_said():
+    with pytest.raises(ValueError, match="no token is left"):
+        list(generate(random_model(), [1], 5, GREEDY, stop=range(V), min_new_tokens=1))
 
 
 def drawn(seed: int) -> list[int]:

@@ -96,12 +96,12 @@ def standard_input(monkeypatch):
 
 def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir, standard_input):
     standard_input("Once\nZoë saw\r\n".encode())
-    status, output, _ = run_sample(f"--out_dir={out_dir}", "--start=-", "--temperature=0")
-    told = text_of(output).split("\n---------------\n")
-    assert status == 0 and len(told) == 2
-    for prompt, text in zip(("Once", "Zoë saw"), told, strict=True):
-        alone = text_of(run_sample(f"--out_dir={out_dir}", f"--start={prompt}", "--temperature=0")[1])
-        assert text.strip() == alone.strip()
+    arguments = (f"--out_dir={out_dir}", "--format=jsonl", "--num_samples=2")
+    status, output, _ = run_sample(*arguments, "--start=-")
+    told = records(output)
+    assert status == 0 and [record["prompt"] for record in told] == ["Once", "Once", "Zoë saw", "Zoë saw"]
+    assert told[:2] == records(run_sample(*arguments, "--start=Once")[1])
+    assert told[2:] == records(run_sample(*arguments, "--start=Zoë saw")[1])  # the seed says the same anywhere
 
 
 def test_standard_input_must_hold_text(run_sample, out_dir, standard_input):
@@ -134,6 +134,16 @@ def test_a_stop_string_ends_a_story_and_is_not_shown(run_sample, out_dir):
     assert found["text"] == whole[: whole.find(stop)] and found["finish"] == "stop"
     assert len(found["tokens"]) < 40
     assert stop not in text_of(run_sample(*arguments, "--format=text", f"--stop={stop}")[1]).removeprefix("Once")
+
+
+def test_bad_words_appear_in_no_story(run_sample, out_dir):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", "--num_samples=5", "--top_k=0")
+    free = "".join(record["text"] for record in records(run_sample(*arguments)[1]))
+    words = [free[place : place + 2] for place in range(20, 60, 8)]
+    words = [word for word in words if "|" not in word and "\\" not in word and "\ufffd" not in word]
+    told = [record["text"] for record in records(run_sample(*arguments, f"--bad_words={'|'.join(words)}")[1])]
+    assert words and len(told) == 5
+    assert not [word for word in words if any(word in text for text in told)]
 
 
 def test_log_probabilities_of_a_story_are_the_score_of_its_text(run_sample, out_dir, model, tokenizer):
@@ -256,6 +266,7 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--repetition_penalty=0"], 2, "--repetition_penalty=0: must be above 0"),
         (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be at least 0 and at most"),
         (["--stop=a|"], 2, "--stop=a|: there is nothing before or after a |"),
+        (["--bad_words=|a"], 2, "--bad_words=|a: there is nothing before or after a |"),
         (["--format=xml"], 2, "--format=xml: must be"),
         (["--out_dir={out_dir}", "--score={empty}/none.txt"], 1, "{empty}/none.txt: No such file"),
         (["--out_dir={out_dir}", "--score={out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
