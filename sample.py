@@ -9,7 +9,6 @@ Let a model tell stories.
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -50,7 +49,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
     seed: int = 1337  # the same seed tells the same stories
     format: Literal["text", "jsonl"] = "text"  # jsonl: a record a sample: prompt, text, tokens, finish
-    logprobs: bool = False  # also the natural logarithm of each new token's probability
+    logprobs: bool = False  # also ln of the probability the model itself gives each new token
     score: str = ""  # tell no story, but how likely the model finds the text in this file
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -74,13 +73,18 @@ class SampleConfig:
             yield f"--top_p={self.top_p:g}: must be above 0 and at most 1"
         if not 0 <= self.min_p <= 1:
             yield f"--min_p={self.min_p:g}: must be at least 0 and at most 1"
-        if self.repetition_penalty <= 0:
-            yield f"--repetition_penalty={self.repetition_penalty:g}: must be above 0"
+        if not 0.01 <= self.repetition_penalty <= 100:
+            yield f"--repetition_penalty={self.repetition_penalty:g}: must be at least 0.01 and at most 100"
+        if self.score and (self.start or self.stop or self.bad_words or self.num_samples > 1):
+            yield "--score tells no story: leave out --start, --stop, --bad_words and --num_samples"
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             yield f"--min_new_tokens={self.min_new_tokens}: must be at least 0 and at most --max_new_tokens"
         for name in ("stop", "bad_words"):
-            if not all(separated(getattr(self, name))):
-                yield f"--{name}={getattr(self, name)}: there is nothing before or after a |"
+            texts = getattr(self, name)
+            if not all(separated(texts)):
+                yield f"--{name}={texts}: there is nothing before or after a |"
+            if any("\ud800" <= character <= "\udfff" for character in texts):
+                yield f"--{name}={texts!r}: not UTF-8 text"
 
 
 def separated(texts: str) -> list[str]:
@@ -90,10 +94,10 @@ def separated(texts: str) -> list[str]:
 def read_prompts(start: str) -> list[str]:
     """The texts to go on from. Raises ValueError for what is not text, or is none at all."""
     if start == "-":
-        lines = decoded(sys.stdin.buffer.read(), "standard input").splitlines()
-        if not lines:
+        text = decoded(sys.stdin.buffer.read(), "standard input") if sys.stdin else ""
+        if not text:
             raise ValueError("--start=-: standard input is empty; give a text in each line")
-        return lines
+        return text.removesuffix("\n").split("\n")
     if start.startswith("FILE:"):
         return [read_text(start.removeprefix("FILE:"), f"--start={start}")]
     return [start.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]  # whatever the locale is
@@ -195,7 +199,8 @@ def print_score(record: dict, teller: Storyteller):
 
 def print_stories(prompts: list[str], teller: Storyteller):
     as_text = teller.config.format == "text"
-    for number, (prompt, sample) in enumerate(itertools.product(prompts, range(teller.config.num_samples))):
+    wanted = ((prompt, sample) for prompt in prompts for sample in range(teller.config.num_samples))
+    for number, (prompt, sample) in enumerate(wanted):
         if number and as_text:
             print("---------------")
         for part in teller.tell(prompt, sample):
@@ -211,6 +216,8 @@ def print_stories(prompts: list[str], teller: Storyteller):
 
 def main():
     config, given = configure(SampleConfig)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than the model
     with contextlib.redirect_stdout(sys.stderr) if config.format == "jsonl" else contextlib.nullcontext():
         print_overrides(config, given)

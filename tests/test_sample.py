@@ -111,6 +111,18 @@ def test_standard_input_must_hold_text(run_sample, out_dir, standard_input):
         assert status == 1 and said in error and len(error.splitlines()) == 1
 
 
+def test_only_a_new_line_ends_a_prompt(run_sample, out_dir, standard_input):
+    standard_input("a\u2028b\x0cc\n\nd".encode())
+    told = records(run_sample(f"--out_dir={out_dir}", "--start=-", "--format=jsonl")[1])
+    assert [record["prompt"] for record in told] == ["a\u2028b\x0cc", "", "d"]
+
+
+def test_closed_standard_streams_are_told_in_one_sentence(run_sample, out_dir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+    assert status == 1 and "standard input is empty" in error and len(error.splitlines()) == 1
+
+
 def records(output: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
@@ -263,7 +275,11 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--top_p=0"], 2, "--top_p=0: must be above 0 and at most 1"),
         (["--top_p=1.5"], 2, "--top_p=1.5: must be above 0 and at most 1"),
         (["--min_p=-0.1"], 2, "--min_p=-0.1: must be at least 0 and at most 1"),
-        (["--repetition_penalty=0"], 2, "--repetition_penalty=0: must be above 0"),
+        (["--repetition_penalty=0"], 2, "--repetition_penalty=0: must be at least 0.01"),
+        (["--repetition_penalty=1e-40"], 2, "--repetition_penalty=1e-40: must be at least 0.01"),
+        (["--bad_words=\udcff"], 2, "not UTF-8 text"),
+        (["--stop=\udcff"], 2, "not UTF-8 text"),
+        (["--score=a.txt", "--start=a"], 2, "--score tells no story: leave out --start"),
         (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be at least 0 and at most"),
         (["--stop=a|"], 2, "--stop=a|: there is nothing before or after a |"),
         (["--bad_words=|a"], 2, "--bad_words=|a: there is nothing before or after a |"),
