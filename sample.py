@@ -41,7 +41,7 @@ class SampleConfig:
     max_new_tokens: int = 256  # the longest continuation; beyond the model's context it sees the newest half or more
     min_new_tokens: int = 0  # the text does not end by itself before there are so many tokens
     stop: str = ""  # end before this text; several with | between them, \n for a new line
-    bad_words: str = ""  # texts that may not appear in what is told, separated like those of --stop
+    bad_words: str = ""  # texts that may not appear in what is told; several with | between them
     temperature: float = 1.0  # 0 always takes the likeliest token, above 1 is wilder
     top_k: int = 300  # draw among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # draw among the likeliest tokens that together reach this probability
