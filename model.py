@@ -9,7 +9,7 @@ Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S cached p
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -166,30 +166,62 @@ def rope_tables(head_dim: int, length: int, theta: float, scaling: RopeScaling |
 
 
 def apply_rope(x, cos, sin):
-    """Turn each neighbouring pair of x (B, T, heads, head_dim) by its position's angle,
-    in float32; cos and sin are (T, head_dim/2). Meta's interleaved layout."""
+    """Turn each neighbouring pair of x (B, T, heads, head_dim) by its position's angle, in
+    float32; cos and sin are ([B,] T, head_dim/2). Meta's interleaved layout."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, head_dim/2)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, head_dim/2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # ([B,] T, 1, head_dim/2)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)
 
 
 class KVCache:
-    """Keys and values of the positions read so far, for a batch decoded in step.
+    """Keys and values of the positions read so far: a row a sequence, which may all be of different
+    lengths. What lies beyond a row's own length is never attended to.
 
-    keys and values: (n_layers, batch_size, n_kv_heads, length, head_dim)."""
+    keys and values: a tensor (batch_size, n_kv_heads, length, head_dim) for each layer."""
 
     def __init__(self, args: ModelArgs, batch_size: int, length: int | None = None, device=None, dtype=None):
-        shape = (args.n_layers, batch_size, args.kv_heads, length or args.max_seq_len, args.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, args.kv_heads, length or args.max_seq_len, args.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(args.n_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(args.n_layers)]
 
-    def update(self, layer: int, start_pos: int, k, v):
-        """Store k and v (B, n_kv_heads, T, head_dim) at start_pos; returns all up to there."""
-        end = start_pos + k.shape[2]
-        self.keys[layer, :, :, start_pos:end] = k
-        self.values[layer, :, :, start_pos:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def take(self, rows):
+        """Keep these rows (N,), in this order; one may be there several times."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+
+
+class Place(NamedTuple):
+    """Where the tokens (B, T) of a forward pass stand, and what was read before them."""
+
+    cos: torch.Tensor  # of their positions, ([B,] T, head_dim/2)
+    sin: torch.Tensor
+    cache: KVCache | None = None
+    start: int | torch.Tensor = 0  # the first token's position, in every row or of each row (B,)
+    end: int = 0  # one beyond the last position of the longest row
+    rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
+    mask: torch.Tensor | None = None  # which positions each token sees (B, 1, T, end); None: it is causal
+
+    def remember(self, layer: int, k, v):
+        """Store k and v (B, n_kv_heads, T, head_dim) in the cache; returns those of all positions up
+        to the end."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        batch, heads, length = k.shape[:3]
+        if isinstance(self.start, int):
+            rows = slice(batch) if self.rows is None else self.rows
+            keys[rows, :, self.start : self.end] = k
+            values[rows, :, self.start : self.end] = v
+            return (keys[rows, :, : self.end], values[rows, :, : self.end]) if self.start else (k, v)
+        number = torch.arange(max(batch, heads, length), device=k.device)
+        positions = self.start[:, None, None] + number[:length]
+        places = (number[:batch, None, None], number[:heads, None], positions)
+        keys.index_put_(places, k)
+        values.index_put_(places, v)
+        return keys[:batch, :, : self.end], values[:batch, :, : self.end]
 
 
 def project(x, *layers: nn.Linear):
@@ -214,30 +246,34 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.dropout = args.dropout
 
-    def forward(self, x, cos, sin, cache: KVCache | None, start_pos: int):
+    def forward(self, x, place: Place):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.wq, self.wk, self.wv))
         # (B, T, n_heads, head_dim) and twice (B, T, n_kv_heads, head_dim)
         scale = self.head_dim**-0.5  # of the scores
-        q, k = apply_rope(q, cos * scale, sin * scale), apply_rope(k, cos, sin)
+        q = apply_rope(q, place.cos * scale, place.sin * scale)
+        k = apply_rope(k, place.cos, place.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
-        if cache is not None:
-            k, v = cache.update(self.layer, start_pos, k, v)  # (B, n_kv_heads, S, head_dim)
-        if self.queries_per_kv > 1:
-            k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
-            v = v.repeat_interleave(self.queries_per_kv, dim=1)
-        y = self.attend(q, k, v)  # (B, n_heads, T, head_dim)
+        if place.cache is not None:
+            k, v = place.remember(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
+        y = self.attend(q, k, v, place.mask)  # (B, n_heads, T, head_dim)
         y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, mask=None):
         dropout = self.dropout if self.training else 0.0
         length, seen = q.shape[2], k.shape[2]
-        if length < seen and length > 1:  # several new positions after cached ones: causal from the end
-            mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+        if length == 1:  # the queries that share a key are rows of one product
+            grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
+            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+            return y.view(q.shape)
+        if self.queries_per_kv > 1:
+            k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
+            v = v.repeat_interleave(self.queries_per_kv, dim=1)
+        if mask is not None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
         if q.device.type == "cpu" and length == seen <= PLAIN_ATTENTION_MAX_LEN:
             return causal_attention(q, k, v, dropout)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, dropout_p=dropout, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1.0)
 
 
 class FeedForward(nn.Module):
@@ -264,8 +300,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, cos, sin, cache, start_pos):
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, start_pos)
+    def forward(self, x, place: Place):
+        x = x + self.attention(self.attention_norm(x), place)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -311,27 +347,43 @@ class Transformer(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.args.n_layers) if into_residual else 0.02
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
-    def forward(self, tokens, targets=None, cache: KVCache | None = None, start_pos: int = 0):
+    def forward(self, tokens, targets=None, cache: KVCache | None = None, start_pos=0):
         """tokens (B, T) -> (logits, loss).
 
         With targets (B, T): logits is None and loss the mean cross-entropy in nats over the
         targets that are not -1; the logits are never held whole. Without: logits (B, T, V)
-        and loss None. With a cache, tokens are the positions from start_pos on, and the
-        positions before it are read from the cache. Raises ValueError past max_seq_len."""
-        end = start_pos + tokens.shape[1]
-        if end > self.args.max_seq_len:
-            raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")
-        cos, sin = self.rope_cos[start_pos:end], self.rope_sin[start_pos:end]
-        x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
-        for layer in self.layers:
-            if self.recompute and self.training and cache is None:
-                x = checkpoint(layer, x, cos, sin, None, 0, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, cache, start_pos)
-        x = self.norm(x)
+        and loss None. cache and start_pos: see hidden, whose ValueError this raises too."""
+        x = self.hidden(tokens, cache, start_pos)  # (B, T, C)
         if targets is None:
             return self.output(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten())
+
+    def hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None):
+        """What the classifier reads (B, T, C) of tokens (B, T).
+
+        With a cache, the tokens are the positions from start_pos on, those before it are read from
+        the cache, and the tokens' own are left there. start_pos is one number, or a tensor (B,) of one
+        for each row; end is then one beyond the longest row's last position. rows (B,) are the
+        cache's rows to take where start_pos is a number. Raises ValueError past max_seq_len."""
+        length, mask = tokens.shape[1], None
+        if isinstance(start_pos, int):
+            end, positions = start_pos + length, slice(start_pos, start_pos + length)
+        else:
+            positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
+        if end > self.args.max_seq_len:
+            raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")
+        if not isinstance(start_pos, int) and tokens.numel() > 1:
+            mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, end)
+        elif isinstance(start_pos, int) and 1 < length < end:  # causal from the end
+            mask = torch.ones(length, end, dtype=torch.bool, device=tokens.device).tril(start_pos)
+        place = Place(self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask)
+        x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
+        for layer in self.layers:
+            if self.recompute and self.training and cache is None:
+                x = checkpoint(layer, x, place, use_reentrant=False)
+            else:
+                x = layer(x, place)
+        return self.norm(x)
 
     def num_parameters(self) -> int:
         """Parameters, a tied classifier counted once."""

@@ -317,3 +317,23 @@ def test_names_and_order_of_the_weights_are_those_of_llama2c(tied):
     model = random_model(tie_embeddings=tied)
     assert list(model.state_dict()) == names
     assert [name for name, _ in model.named_parameters()] == (names[:-1] if tied else names)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
+    """Rows filled one by one, then steps of one and of three tokens in all of them at once."""
+    model, lengths = random_model(n_heads=4, n_kv_heads=kv_heads), [3, 9, 1]
+    tokens = random_tokens(3, 20)
+    whole, _ = model(tokens)
+    cache = KVCache(model.args, batch_size=5)
+    for row, length in enumerate(lengths):
+        model.hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
+    cache.take(torch.tensor([4, 3, 2]))
+    starts = torch.tensor(lengths)
+    for step in (1, 3, 1):
+        places = starts[:, None] + torch.arange(step)
+        x = model.hidden(tokens.gather(1, places), cache, starts, int(starts.max()) + step)
+        expected = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
+        torch.testing.assert_close(model.output(x), expected, atol=1e-5, rtol=1e-5)
+        starts = starts + step
