@@ -1,81 +1,57 @@
 """
-Decoding: how the next token is chosen, the loop that chooses one after another, where a text ends,
+Decoding: the loop that chooses one token after another for several texts at once, where a text ends,
 and how likely a model finds a text that is there already. No files here.
+
+    for piece in generate(model, tokenizer, ["Once upon", "Tom saw"], temperature=0.8):
+        print(piece.prompt, piece.text)
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from model import KVCache, Transformer
+from sampling import BadWords, choose, draw_key, first_choice, penalize_repeats
+from tokenizer import Tokenizer
 
 
-def truncate_top_k(logits, k: int):
-    """Keep the k most likely of logits (B, V) and what is as likely as the last of them."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
+@dataclass(frozen=True)
+class Decoding:
+    """How to go on from a text. Raises ValueError for what cannot be."""
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0  # the text does not end by itself before there are so many
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 1337
+
+    def __post_init__(self):
+        for problem in decoding_problems(self):
+            raise ValueError(problem)
 
 
-def truncate_top_p(logits, p: float):
-    """Keep the fewest most likely of logits (B, V) whose probabilities reach p (nucleus sampling,
-    arXiv 1904.09751); the most likely token always stays."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    outside = probabilities.cumsum(-1) - probabilities >= p  # the more likely ones reach p already
-    outside[:, 0] = False
-    return logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
-
-
-def truncate_min_p(logits, p: float):
-    """Keep what is at least p times as likely as the likeliest of logits (B, V) (arXiv 2407.01082)."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))
-
-
-def penalize_repeats(logits, seen, penalty: float):
-    """Make the tokens seen (B, S) less likely than logits (B, V) have them: a positive logit is
-    divided by the penalty, a negative one multiplied (CTRL, arXiv 1909.05858, section 4.1)."""
-    of_seen = logits.gather(-1, seen)
-    return logits.scatter(-1, seen, torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty))
-
-
-def choose(
-    logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, generator=None
-):  # fmt: skip
-    """The next token of each row of logits (B, V), as ids (B,). Temperature 0 is greedy; top_k 0,
-    top_p 1 and min_p 0 leave all tokens in; each counts what those before it left. The draw is made
-    on the CPU, from the generator."""
-    if temperature < 1e-6:  # a float32 cannot tell it from 0
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        logits = truncate_top_k(logits, top_k)
-    if top_p < 1:
-        logits = truncate_top_p(logits, top_p)
-    if min_p:
-        logits = truncate_min_p(logits, min_p)
-    drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)  # (B, 1)
-    return drawn[:, 0].to(logits.device)
-
-
-class BadWords:
-    """Strings that may not appear in a text, however it is cut into tokens. token_bytes: what each
-    token of the vocabulary adds to the text."""
-
-    def __init__(self, words: Collection[str], token_bytes: list[bytes]):
-        words = [word.encode() for word in words]
-        self.token_bytes, self.longest = token_bytes, max(map(len, words), default=0)
-        self.always = [i for i, text in enumerate(token_bytes) if any(word in text for word in words)]
-        self.after: dict[bytes, list[int]] = {}  # the beginning of a word -> the tokens that complete it
-        for word in words:
-            for cut in range(1, len(word)):
-                completing = [i for i, text in enumerate(token_bytes) if text.startswith(word[cut:])]
-                self.after[word[:cut]] = self.after.get(word[:cut], []) + completing
-
-    def completed_by(self, tokens: list[int]) -> list[int]:
-        """The tokens that would complete one of the words after these."""
-        tail = b"".join(self.token_bytes[token] for token in tokens[-self.longest :])
-        return self.always + [i for start, ids in self.after.items() if tail.endswith(start) for i in ids]
+def decoding_problems(options) -> Iterator[str]:
+    """What is wrong with options of these names."""
+    rules = {
+        "max_new_tokens": (options.max_new_tokens >= 1, "at least 1"),
+        "min_new_tokens": (0 <= options.min_new_tokens <= options.max_new_tokens, "from 0 to max_new_tokens"),
+        "temperature": (options.temperature >= 0, "0 or more"),
+        "top_k": (options.top_k >= 0, "0 or more"),
+        "top_p": (0 < options.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= options.min_p <= 1, "at least 0 and at most 1"),
+        "repetition_penalty": (0.01 <= options.repetition_penalty <= 100, "at least 0.01 and at most 100"),
+        "seed": (0 <= options.seed < 2**63, "at least 0 and below 2**63"),
+    }
+    for name, (fits, rule) in rules.items():
+        if not fits:
+            value = getattr(options, name)
+            yield f"{name}={value:g}: must be {rule}" if isinstance(value, float) else f"{name}={value}: must be {rule}"
 
 
 def window_start(length: int, max_seq_len: int) -> int:
@@ -85,66 +61,232 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
 
-@torch.inference_mode()
-def generate(
-    model: Transformer,
-    prompt: list[int],
-    max_new_tokens: int,
-    choose: Callable = choose,
-    stop: Collection[int] = (),
-    use_cache: bool = True,
-    min_new_tokens: int = 0,
-    repetition_penalty: float = 1.0,
-    bad_words: BadWords | None = None,
-) -> Iterator[int]:
-    """Yield up to max_new_tokens ids that go on from the prompt (at least one id), ending before
-    an id in stop, which is not chosen before min_new_tokens are there. choose maps logits (1, V) to
-    an id (1,). The penalty is for all tokens there, the prompt's too. Works past max_seq_len: see
-    window_start. Without the cache the same tokens come, more slowly. Raises ValueError where no
-    token is left to choose."""
-    weight = model.tok_embeddings.weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    length = min(model.args.max_seq_len, len(prompt) + max_new_tokens)  # no more than will be filled
-    cache = KVCache(model.args, 1, length, weight.device, dtype) if use_cache else None
-    tokens, start, cached = list(prompt), 0, 0  # cached: how many positions from start on are in the cache
-    for number in range(max_new_tokens):
-        moved_start = window_start(len(tokens), model.args.max_seq_len)
-        if moved_start != start or not use_cache:
-            start, cached = moved_start, 0
-        inputs = torch.tensor([tokens[start + cached :]], device=weight.device)  # (1, T)
-        logits, _ = model(inputs, cache=cache, start_pos=cached)
-        cached, logits = len(tokens) - start, logits[:, -1]
-        if repetition_penalty != 1:
-            logits = penalize_repeats(logits, torch.tensor([tokens], device=weight.device), repetition_penalty)
-        forbidden = list(stop) if number < min_new_tokens else []
-        forbidden += bad_words.completed_by(tokens) if bad_words else []
-        if forbidden:
-            logits = logits.index_fill(-1, torch.tensor(forbidden, device=weight.device), float("-inf"))
-            if logits.isneginf().all():
-                raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
-        token = int(choose(logits))
-        if token in stop:
+class Sequence:
+    """A text that is being told, as tokens."""
+
+    def __init__(self, tokens: Collection[int], sample: int = 0):
+        self.tokens = list(tokens)  # at least one
+        self.sample = sample  # its number among those with the same beginning
+        self.new = 0  # how many of the tokens were chosen
+        self.finish = ""  # when it is over: "stop" or "length"
+        self.start = self.cached = 0  # how many tokens from start on are in the cache
+
+    @property
+    def unread(self) -> int:
+        return len(self.tokens) - self.start - self.cached
+
+
+READ_AT_ONCE = 8192  # tokens of prompts, with what fills up the shorter ones
+
+
+class Decoder:
+    """A model that tells several texts at once, each in a row of one cache. A row that is over makes
+    room for the next text; rows are of different lengths and need not be padded."""
+
+    def __init__(
+        self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
+        bad_words: BadWords | None = None, use_cache: bool = True, step: Callable | None = None,
+    ):  # fmt: skip
+        """stop_ids end a text. Without the cache the same tokens come, more slowly. step: see
+        one_step, for which it stands."""
+        self.model, self.options, self.batch_size = model, options, batch_size
+        self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
+        self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self.step = step
+        self.device, self.cache = model.tok_embeddings.weight.device, None
+        self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
+
+    @torch.inference_mode()
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, int | None]]:
+        """Yield (sequence, token) for every token that is chosen, and (sequence, None) where one is
+        over. To end one earlier, set its finish. One that ran before goes on from where it was, if
+        it has the rows for itself. Raises ValueError where no token is left to choose."""
+        waiting = deque(sequences)
+        self.reserve(max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens)
+        if self.rows != list(waiting):
+            self.rows = []
+        else:
+            waiting.clear()
+        for sequence in [*waiting, *self.rows]:
+            sequence.new, sequence.finish = 0, ""
+        while waiting or any(not sequence.finish for sequence in self.rows):
+            self.admit(waiting)
+            for sequence, token in self.choose_next():
+                if token in self.stop_ids:
+                    sequence.finish = "stop"
+                else:
+                    sequence.tokens.append(token)
+                    sequence.new += 1
+                    yield sequence, token
+                if not sequence.finish and sequence.new == self.options.max_new_tokens:
+                    sequence.finish = "length"
+                if sequence.finish:
+                    yield sequence, None
+
+    def reserve(self, length: int):
+        """Room in the cache for rows of this length; what it holds is given up where there is none."""
+        longest, there = self.model.args.max_seq_len, self.cache.length if self.cache else 0
+        if there >= min(length, longest) and self.cache.batch_size == self.batch_size:
             return
-        tokens.append(token)
-        yield token
+        weight, kind = self.model.tok_embeddings.weight, self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        length = min(max(length, 2 * there), longest)
+        self.cache = KVCache(self.model.args, self.batch_size, length, self.device, dtype)
+        for sequence in self.rows:
+            sequence.cached = 0
+
+    def admit(self, waiting: deque[Sequence]):
+        """Put the waiting in the place of those that are over; when none waits, close the ranks."""
+        over = [row for row, sequence in enumerate(self.rows) if sequence.finish]
+        for row in over if waiting else ():
+            if waiting:
+                self.rows[row] = waiting.popleft()
+                self.rows[row].start = self.rows[row].cached = 0
+        while waiting and len(self.rows) < self.batch_size:
+            self.rows.append(waiting.popleft())
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        if going_on and len(going_on) < len(self.rows) and self.step is None:
+            self.rows = [self.rows[row] for row in going_on]
+            self.cache.take(torch.tensor(going_on, device=self.device))
+
+    def choose_next(self) -> list[tuple[Sequence, int]]:
+        """The next token of every text that goes on; or of some, as long as not all of each text but
+        its last token is in the cache."""
+        going_on = [sequence for sequence in self.rows if not sequence.finish]
+        for sequence in going_on:
+            moved_start = window_start(len(sequence.tokens), self.model.args.max_seq_len)
+            if moved_start != sequence.start or not self.use_cache:
+                sequence.start, sequence.cached = moved_start, 0
+        behind = [sequence for sequence in going_on if sequence.unread > 1 or not sequence.cached]
+        if behind:
+            going_on = self.read_together(behind)
+            logits, first = self.read(going_on), None
+        else:
+            logits, first = self.take_step()
+        for sequence in going_on:
+            sequence.cached += sequence.unread
+        return list(zip(going_on, self.pick(going_on, logits, first), strict=True))
+
+    def read_together(self, behind: list[Sequence]) -> list[Sequence]:
+        """Those to read at once: of similar lengths, and not too much; one alone that is partly read."""
+        if partly := [sequence for sequence in behind if sequence.cached]:
+            return partly[:1]
+        behind = sorted(behind, key=lambda sequence: sequence.unread)
+        return [
+            sequence for number, sequence in enumerate(behind, 1)
+            if number == 1 or number * sequence.unread <= READ_AT_ONCE
+        ]  # fmt: skip
+
+    def read(self, sequences: list[Sequence]):
+        """The logits (B, V) after all tokens that are not in the cache, put there in one pass. What
+        fills up the shorter texts lies behind them, where nothing attends to it."""
+        lengths = torch.tensor([sequence.unread for sequence in sequences])
+        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : lengths[row]] = torch.tensor(sequence.tokens[-lengths[row] :])
+        rows = torch.tensor([self.rows.index(sequence) for sequence in sequences], device=self.device)
+        x = self.model.hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
+        return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
+
+    def take_step(self):
+        """The logits (B, V) after one more token in each text, and the first choice where it is known."""
+        size = self.batch_size if self.step else len(self.rows)  # a compiled step has a fixed size
+        tokens, starts, keys = [0] * size, [0] * size, [0] * size
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        for row in going_on:
+            sequence = self.rows[row]
+            tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.key(sequence)
+        tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
+        keys, end = torch.tensor(keys, dtype=torch.int32, device=self.device), max(starts) + 1
+        step = self.step or one_step
+        logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
+        if len(going_on) == size:
+            return logits, first
+        return logits[going_on], tuple(part[going_on] for part in first)
+
+    def key(self, sequence: Sequence) -> int:
+        return draw_key(self.options.seed, sequence.sample, len(sequence.tokens))
+
+    def pick(self, sequences: list[Sequence], logits, first) -> list[int]:
+        """The token that each text goes on with, of logits (B, V)."""
+        penalty = self.options.repetition_penalty
+        forbidden = [self.forbidden(sequence) for sequence in sequences]
+        if penalty != 1 or any(forbidden):
+            logits, first = logits.float().clone(), None
+        for row, sequence in enumerate(sequences):
+            if penalty != 1:
+                seen = torch.tensor([sequence.tokens], device=self.device)
+                logits[row : row + 1] = penalize_repeats(logits[row : row + 1], seen, penalty)
+            if forbidden[row]:
+                logits[row, forbidden[row]] = float("-inf")
+                if logits[row].isneginf().all():
+                    raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
+        keys = torch.tensor([self.key(sequence) for sequence in sequences], dtype=torch.int32, device=self.device)
+        return choose(logits, keys, **self.how, first=first).tolist()
+
+    def forbidden(self, sequence: Sequence) -> list[int]:
+        """The tokens that may not come next."""
+        found = self.stop_ids if sequence.new < self.options.min_new_tokens else []
+        return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
 
 
-def until_stop(pieces: Iterable[str], stops: Collection[str]) -> Generator[str, None, bool]:
-    """Yield text up to that of the strings in stops which is complete first, wherever the pieces are
-    cut; returns whether one was there. What may begin one is held back until that is known."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
+    """The logits (B, V) after one more token (B,) in each of the cache's rows, at the positions starts
+    (B,) before end; and what first_choice says of them."""
+    logits = model.output(model.hidden(tokens[:, None], cache, starts, end)[:, 0])
+    return logits, first_choice(logits, keys, **how)
+
+
+def continuation(model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options) -> list[int]:
+    """The tokens that a model goes on with after those of the prompt. options: Decoding's."""
+    sequence = Sequence(prompt)
+    for _ in Decoder(model, Decoding(**options), stop_ids=stop_ids).run([sequence]):
+        pass
+    return sequence.tokens[len(prompt) :]
+
+
+class Story(Sequence):
+    """A text that is being told, as text: nothing of a stop string is shown before it is known to be
+    none."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, sample: int = 0, stops: Collection[str] = ()):
+        super().__init__(tokenizer.encode(prompt, bos=True), sample)
+        self.tokenizer, self.stops = tokenizer, stops
+        self.begin()
+
+    def begin(self):
+        self.held, self.is_cut, self.to_spell = "", False, deque()
+        self.pieces = self.tokenizer.decode_stream(iter(self.to_spell.popleft, None))
+        self.beginning = self.spell(self.tokens)  # the prompt, as the vocabulary spells it
+
+    def spell(self, tokens: Iterable[int | None]) -> str:
+        """What these add to the text; None: no more tokens follow."""
+        told = ""
+        for token in tokens:
+            self.to_spell.append(token)
+            told += next(self.pieces)
+        return told
+
+    def show(self, token: int | None) -> str:
+        """The text that is certain with one more token, or without any more. Where a stop string is
+        complete, that is the end."""
+        self.held += "" if self.is_cut else self.spell([token])
+        found = [(place + len(stop), place) for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if found:
-            yield held[: min(found)[1]]
-            return True
-        open_length = max((overlap(held, stop) for stop in stops), default=0)
-        yield held[: len(held) - open_length]
-        held = held[len(held) - open_length :]
-    yield held
-    return False
+            shown, self.held, self.is_cut, self.finish = self.held[: min(found)[1]], "", True, "stop"
+            return shown
+        kept = max((overlap(self.held, stop) for stop in self.stops), default=0) if token is not None else 0
+        shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        return shown
+
+    def go_on_from(self, text: str) -> str:
+        """Add a text of somebody else's; returns it as the vocabulary spells it here."""
+        before = len(self.tokenizer.decode(self.tokens))
+        if text:
+            space = "" if self.tokenizer.has_dummy_prefix else " "
+            self.tokens += self.tokenizer.encode(space + text, bos=False)
+        self.begin()
+        return self.beginning[before:]
 
 
 def overlap(text: str, stop: str) -> int:
@@ -152,12 +294,40 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
+class Piece(NamedTuple):
+    """What one token adds to one of the texts that are being told."""
+
+    prompt: int  # which of the prompts it goes on from
+    sample: int  # which of the samples of that prompt
+    token: int | None  # None: the text is over
+    text: str
+    finish: str = ""  # of the last piece: "stop" or "length"
+
+
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
+    stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None, **options,
+) -> Iterator[Piece]:  # fmt: skip
+    """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
+    come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
+    whatever else is told. stop: strings that end a text and are not part of it. options: Decoding's.
+    Raises ValueError for impossible options, and where no token is left to choose."""
+    stories = [Story(tokenizer, prompt, sample, stop) for prompt in prompts for sample in range(num_samples)]
+    place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
+    bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
+    size = min(batch_size, len(stories))
+    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, step=step)
+    for story, token in decoder.run(stories):
+        text = story.show(token)
+        yield Piece(*place[id(story)], token, text, "" if token is not None else story.finish)
+
+
 SCORED_AT_ONCE = 256  # positions, whose logits are in memory together
 
 
 @torch.inference_mode()
 def log_probabilities(model: Transformer, tokens: list[int]):
-    """The natural logarithm of each token's probability after those before it, as generate() sees
+    """The natural logarithm of each token's probability after those before it, as a Decoder sees
     them: (len(tokens) - 1,), float32, none for the first token."""
     longest, device, found = model.args.max_seq_len, model.tok_embeddings.weight.device, []
     ids, predicted = torch.tensor([tokens], device=device), 0

@@ -186,6 +186,10 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(args.n_layers)]
 
     @property
+    def batch_size(self) -> int:
+        return len(self.keys[0])
+
+    @property
     def length(self) -> int:
         return self.keys[0].shape[2]
 

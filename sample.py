@@ -4,28 +4,29 @@ Let a model tell stories.
     python sample.py --init_from=resume --start="Once upon a time" --num_samples=3
     python sample.py --init_from=out/model.bin --tokenizer=data/tok4096.model --temperature=0
     python sample.py --start=- --format=jsonl < prompts.txt > stories.jsonl
+    python sample.py --interactive=True
     python sample.py --score=mytext.txt
 """
 
 import contextlib
-import functools
+import dataclasses
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from beam import Hypothesis, beam_search
 from configurator import configure, print_overrides, run_script
-from dataset import mix
 from device import autocast, pick_device, pick_dtype
 from export import read_model
-from generation import BadWords, choose, generate, log_probabilities, until_stop
+from generation import Decoder, Decoding, Piece, Story, decoding_problems, generate, log_probabilities
 from model import Transformer
+from sampling import BadWords
 from tokenizer import Tokenizer
 
 
@@ -38,6 +39,8 @@ class SampleConfig:
     tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one in or beside the model
     start: str = ""  # the text to go on from, or FILE:path of it, or - for a text in each line of standard input
     num_samples: int = 1  # how many samples to draw of each text
+    batch_size: int = 16  # how many are told at once; the texts do not depend on it
+    interactive: bool = False  # a story in turns: what you type in a line is added, and the model goes on
     max_new_tokens: int = 256  # the longest continuation; beyond the model's context it sees the newest half or more
     min_new_tokens: int = 0  # the text does not end by itself before there are so many tokens
     stop: str = ""  # end before this text; several with | between them, \n for a new line
@@ -47,8 +50,10 @@ class SampleConfig:
     top_p: float = 1.0  # draw among the likeliest tokens that together reach this probability
     min_p: float = 0.0  # draw among the tokens at least so many times as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
+    num_beams: int = 1  # above 1: no draw, but the likeliest text that a search with so many beams finds
+    length_penalty: float = 1.0  # of beams: they are ranked by log-probability / length**this
     seed: int = 1337  # the same seed tells the same stories
-    format: Literal["text", "jsonl"] = "text"  # jsonl: a record a sample: prompt, text, tokens, finish
+    format: Literal["text", "jsonl", "events"] = "text"  # jsonl: a record a sample; events: one a piece, at once
     logprobs: bool = False  # also ln of the probability the model itself gives each new token
     score: str = ""  # tell no story, but how likely the model finds the text in this file
     # system
@@ -57,28 +62,25 @@ class SampleConfig:
     compile: bool = False  # compile the model first; for long texts only
 
     @property
-    def stops(self) -> list[str]:
-        return separated(self.stop)
+    def decoding(self) -> dict:
+        """The options of generation.Decoding."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Decoding)}
 
     def problems(self):
-        if self.num_samples < 1 or self.max_new_tokens < 1:
-            yield "--num_samples and --max_new_tokens must be at least 1"
-        if self.temperature < 0:
-            yield f"--temperature={self.temperature:g}: must be 0 or more"
-        if not 0 <= self.seed < 2**63:
-            yield f"--seed={self.seed}: must be at least 0 and below 2**63"
-        if self.top_k < 0:
-            yield f"--top_k={self.top_k}: must be 0 or more"
-        if not 0 < self.top_p <= 1:
-            yield f"--top_p={self.top_p:g}: must be above 0 and at most 1"
-        if not 0 <= self.min_p <= 1:
-            yield f"--min_p={self.min_p:g}: must be at least 0 and at most 1"
-        if not 0.01 <= self.repetition_penalty <= 100:
-            yield f"--repetition_penalty={self.repetition_penalty:g}: must be at least 0.01 and at most 100"
-        if self.score and (self.start or self.stop or self.bad_words or self.num_samples > 1):
-            yield "--score tells no story: leave out --start, --stop, --bad_words and --num_samples"
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            yield f"--min_new_tokens={self.min_new_tokens}: must be at least 0 and at most --max_new_tokens"
+        yield from (f"--{problem}" for problem in decoding_problems(self))
+        for name in ("num_samples", "batch_size", "num_beams"):
+            if getattr(self, name) < 1:
+                yield f"--{name}={getattr(self, name)}: must be at least 1"
+        if self.score and (self.start or self.stop or self.bad_words or self.num_samples > 1 or self.interactive):
+            yield "--score tells no story: leave out --start, --stop, --bad_words, --num_samples and --interactive"
+        if self.num_beams > 1 and self.num_samples > self.num_beams:
+            yield f"--num_samples={self.num_samples}: a search with --num_beams={self.num_beams} finds no more"
+        if self.num_beams > 1 and (self.repetition_penalty != 1 or self.interactive):
+            yield "--num_beams goes without --repetition_penalty and --interactive"
+        if self.interactive and (self.num_samples > 1 or self.start == "-" or self.format != "text" or self.logprobs):
+            yield "--interactive is one story, from the terminal, as text: leave out the options for others"
+        if self.format == "events" and (self.score or self.num_beams > 1 or self.logprobs):
+            yield "--format=events goes without --score, --num_beams and --logprobs; take --format=jsonl"
         for name in ("stop", "bad_words"):
             texts = getattr(self, name)
             if not all(separated(texts)):
@@ -115,58 +117,62 @@ def decoded(content: bytes, option: str) -> str:
         raise ValueError(f"{option}: not UTF-8 text ({error.reason})") from error
 
 
+RULER = "---------------"  # between stories
+
+
 class Storyteller:
     """A model with the options of how it is to tell."""
 
     def __init__(self, config: SampleConfig, model: Transformer, tokenizer: Tokenizer, device: str):
         self.config, self.model, self.tokenizer = config, model.to(device), tokenizer
-        self.precision = functools.partial(autocast, device, pick_dtype(config.dtype, device))
-        self.choose = functools.partial(
-            choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
-        )
-        self.bad_words = BadWords(separated(config.bad_words), tokenizer.token_bytes) if config.bad_words else None
+        self.precision = autocast(device, pick_dtype(config.dtype, device))
         self.total = 0  # tokens made
 
-    def tell(self, prompt: str, sample: int) -> Iterator[dict]:
-        """A continuation of the prompt: {"text": a piece} as it comes; then the whole record. It is a
-        function of the seed, the prompt and the sample's number, whatever else is told."""
-        generator = torch.Generator().manual_seed(mix(mix(self.config.seed) + sample))
-        pick = functools.partial(self.choose, generator=generator)
-        config, prompt_ids, ids = self.config, self.tokenizer.encode(prompt, bos=True), []
+    def pieces(self, prompts: list[str]) -> Iterator[Piece]:
+        """What every token of every story adds, as it comes."""
+        config = self.config
+        options = dict(num_samples=config.num_samples, batch_size=config.batch_size, **config.decoding)
+        words = dict(stop=separated(config.stop), bad_words=separated(config.bad_words))
+        with self.precision:
+            for piece in generate(self.model, self.tokenizer, prompts, **words, **options):
+                self.total += piece.token is not None
+                yield piece
 
-        def story():
-            yield from prompt_ids
-            options = dict(
-                min_new_tokens=config.min_new_tokens, repetition_penalty=config.repetition_penalty,
-                bad_words=self.bad_words,
+    def record(self, prompt: str, pieces: list[Piece]) -> dict:
+        """All there is to say about a story that is over."""
+        ids = [piece.token for piece in pieces[:-1]]
+        told = "".join(piece.text for piece in pieces)
+        return self.with_logprobs(dict(prompt=prompt, text=told, tokens=ids, finish=pieces[-1].finish))
+
+    def with_logprobs(self, record: dict) -> dict:
+        if not self.config.logprobs:
+            return record
+        prompt_ids = self.tokenizer.encode(record["prompt"], bos=True)
+        return record | dict(logprobs=self.logprobs([*prompt_ids, *record["tokens"]])[len(prompt_ids) - 1 :])
+
+    def best(self, prompt: str) -> Iterator[dict]:
+        """The records of the likeliest continuations that a beam search finds, the best first."""
+        config = self.config
+        ids, stop_ids = self.tokenizer.encode(prompt, bos=True), self.tokenizer.stop_ids
+        bad = BadWords(separated(config.bad_words), self.tokenizer.token_bytes)
+        with self.precision:
+            found = beam_search(
+                self.model, ids, config.num_beams, config.max_new_tokens, config.length_penalty, stop_ids,
+                config.num_samples, config.min_new_tokens, bad.completed_by if config.bad_words else None,
             )  # fmt: skip
-            with self.precision():
-                for token in generate(
-                    self.model, prompt_ids, config.max_new_tokens, pick, self.tokenizer.stop_ids, **options
-                ):
-                    ids.append(token)
-                    self.total += 1
-                    yield token
+        for hypothesis in found:
+            self.total += len(hypothesis.tokens)
+            yield self.with_logprobs(self.record_of(prompt, hypothesis))
 
-        pieces = self.tokenizer.decode_stream(story())
-        yield {"text": "".join(next(pieces) for _ in prompt_ids)}  # as the vocabulary spells it
-        told, stopped = "", False
-
-        def continuation():
-            nonlocal stopped
-            stopped = yield from until_stop(pieces, config.stops)
-
-        for piece in continuation():
-            told += piece
-            yield {"text": piece}
-        is_full = len(ids) == config.max_new_tokens and not stopped
-        record = dict(prompt=prompt, text=told, tokens=ids, finish="length" if is_full else "stop")
-        if config.logprobs:
-            record["logprobs"] = self.logprobs([*prompt_ids, *ids])[len(prompt_ids) - 1 :]
-        yield record
+    def record_of(self, prompt: str, hypothesis: Hypothesis) -> dict:
+        story, text = Story(self.tokenizer, prompt, stops=separated(self.config.stop)), ""
+        for token in [*hypothesis.tokens, None]:
+            text += story.show(token)
+        finish = story.finish or hypothesis.finish
+        return dict(prompt=prompt, text=text, tokens=hypothesis.tokens, finish=finish, score=hypothesis.score)
 
     def logprobs(self, ids: list[int]) -> list[float]:
-        with self.precision():
+        with self.precision:
             return log_probabilities(self.model, ids).tolist()
 
     def score(self, text: str) -> dict:
@@ -197,21 +203,80 @@ def print_score(record: dict, teller: Storyteller):
         print_logprobs(teller.tokenizer, record["ids"], record["logprobs"])
 
 
+def in_order(pieces: Iterable[Piece], num_samples: int) -> Iterator[Piece]:
+    """Pieces of several stories, one story after the other: those of its turn as they come."""
+    held, turn = {}, 0
+    for piece in pieces:
+        held.setdefault(piece.prompt * num_samples + piece.sample, []).append(piece)
+        while held.get(turn):
+            yield (first := held[turn].pop(0))
+            turn += first.token is None
+
+
 def print_stories(prompts: list[str], teller: Storyteller):
-    as_text = teller.config.format == "text"
-    wanted = ((prompt, sample) for prompt in prompts for sample in range(teller.config.num_samples))
-    for number, (prompt, sample) in enumerate(wanted):
-        if number and as_text:
-            print("---------------")
-        for part in teller.tell(prompt, sample):
-            if as_text and "tokens" not in part:
-                print(part["text"], end="", flush=True)
-        if not as_text:
-            print(json.dumps(part), flush=True)
-            continue
+    as_text, told = teller.config.format == "text", []
+    for piece in in_order(teller.pieces(prompts), teller.config.num_samples):
+        if as_text and not told:
+            if piece.prompt or piece.sample:
+                print(RULER)
+            print(Story(teller.tokenizer, prompts[piece.prompt]).beginning, end="")
+        told.append(piece)
+        if as_text:
+            print(piece.text, end="", flush=True)
+        if piece.token is None:
+            print_record(teller.record(prompts[piece.prompt], told), teller)
+            told = []
+
+
+def print_record(record: dict, teller: Storyteller):
+    """What is still to be printed of a story when it is over."""
+    if teller.config.format == "jsonl":
+        return print(json.dumps(record), flush=True)
+    print()
+    if teller.config.logprobs:
+        print_logprobs(teller.tokenizer, record["tokens"], record["logprobs"])
+
+
+def print_best(prompts: list[str], teller: Storyteller):
+    number = 0
+    for prompt in prompts:
+        for record in teller.best(prompt):
+            if teller.config.format == "text":
+                print(RULER + "\n" if number else "", Story(teller.tokenizer, prompt).beginning, sep="", end="")
+                print(record["text"], end="")
+            print_record(record, teller)
+            number += 1
+
+
+def print_events(prompts: list[str], teller: Storyteller):
+    for piece in teller.pieces(prompts):
+        print(json.dumps(piece._asdict()), flush=True)
+
+
+def tell_in_turns(prompt: str, teller: Storyteller):
+    """A story that a person and the model tell in turns. The cache is kept from turn to turn."""
+    config, tokenizer = teller.config, teller.tokenizer
+    print("Type how the story goes on; an empty line leaves it to the model, Ctrl-D ends.", file=sys.stderr)
+    # No turn is empty: where the model would end the story, it was asked to go on.
+    options = Decoding(**config.decoding | dict(min_new_tokens=max(1, config.min_new_tokens)))
+    bad = BadWords(separated(config.bad_words), tokenizer.token_bytes) if config.bad_words else None
+    decoder = Decoder(teller.model, options, stop_ids=tokenizer.stop_ids, bad_words=bad)
+    story = Story(tokenizer, prompt, stops=separated(config.stop))
+    print(story.beginning, end="")
+    for line in itertools.chain([""] if prompt else [], typed_lines()):
+        added = story.go_on_from(line)
+        if not sys.stdin.isatty():  # a terminal shows already what is typed
+            print(added, end="")
+        with teller.precision:
+            for _, token in decoder.run([story]):
+                teller.total += token is not None
+                print(story.show(token), end="", flush=True)
         print()
-        if teller.config.logprobs:
-            print_logprobs(teller.tokenizer, part["tokens"], part["logprobs"])
+
+
+def typed_lines() -> Iterator[str]:
+    while line := sys.stdin.buffer.readline() if sys.stdin else b"":
+        yield decoded(line, "standard input").removesuffix("\n")
 
 
 def main():
@@ -219,7 +284,7 @@ def main():
     if sys.stdout is None:
         raise ValueError("standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters than the model
-    with contextlib.redirect_stdout(sys.stderr) if config.format == "jsonl" else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if config.format != "text" else contextlib.nullcontext():
         print_overrides(config, given)
     device = pick_device(config.device)
     path = os.path.join(config.out_dir, "ckpt.pt") if config.init_from == "resume" else config.init_from
@@ -231,7 +296,12 @@ def main():
     if config.compile:
         teller.model.compile(dynamic=True)
     began = time.perf_counter()
-    print_stories(prompts, teller)
+    if config.interactive:
+        tell_in_turns(prompts[0], teller)
+    elif config.num_beams > 1:
+        print_best(prompts, teller)
+    else:
+        (print_events if config.format == "events" else print_stories)(prompts, teller)
     seconds = time.perf_counter() - began
     print(f"\n{teller.total} tokens, {teller.total / seconds:.0f} tokens/s on {device}", file=sys.stderr)
 

@@ -15,7 +15,6 @@ stopped, on any number of processes.
 
 import contextlib
 import copy
-import functools
 import math
 import os
 import signal
@@ -233,10 +232,9 @@ def evaluate_and_save(run: Run):
 
 def tell_story(run: Run):
     run.model.eval()
-    pick = functools.partial(generation.choose, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0))
-    prompt, length = [run.tokenizer.bos_id], run.model.args.max_seq_len - 1
-    tokens = generation.generate(run.model, prompt, length, pick, run.tokenizer.stop_ids)
-    run.say(f"--- a story after {run.iter_num} steps\n{run.tokenizer.decode(tokens)}\n---")
+    options = dict(max_new_tokens=run.model.args.max_seq_len - 1, temperature=0.8, top_p=0.9, seed=0)
+    story = "".join(piece.text for piece in generation.generate(run.model, run.tokenizer, [""], **options))
+    run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
     run.model.train()
 
 

@@ -18,7 +18,7 @@ from checkpoint import save_checkpoint, write_model_args
 from export import FORMATS, format_of, read_stored, write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, StoredTensor, stored
-from generation import choose, generate
+from generation import continuation
 from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
 
 TARGETS = [name for module in FORMATS for name in module.DTYPES]
@@ -349,8 +349,7 @@ def test_sample_tells_the_same_story_from_every_format(target, run_script, token
     assert result.returncode == 0, result.stderr
     if target in EXACT:
         prompt = tokenizer.encode("Once", bos=True)
-        greedy = functools.partial(choose, temperature=0)
-        tokens = [*prompt, *generate(model, prompt, 30, greedy, tokenizer.stop_ids)]
+        tokens = [*prompt, *continuation(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0)]
         assert result.stdout.strip().endswith(tokenizer.decode(tokens).strip())
 
 

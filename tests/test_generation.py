@@ -1,4 +1,3 @@
-import functools
 import itertools
 import math
 
@@ -7,18 +6,26 @@ import torch
 
 from generation import (
     SCORED_AT_ONCE,
+    Decoder,
+    Decoding,
+    Sequence,
+    Story,
+    continuation,
+    log_probabilities,
+    window_start,
+)
+from model import ModelArgs, Transformer
+from sampling import (
     BadWords,
     choose,
-    generate,
-    log_probabilities,
+    draw_key,
+    gumbel_noise,
     penalize_repeats,
     truncate_min_p,
     truncate_top_k,
     truncate_top_p,
-    until_stop,
-    window_start,
 )
-from model import ModelArgs, Transformer
+from tokenizer import Tokenizer
 
 INF = math.inf
 V = 61
@@ -35,7 +42,7 @@ def random_model(max_seq_len=16) -> Transformer:
     return model.eval()
 
 
-GREEDY = functools.partial(choose, temperature=0)
+GREEDY = dict(temperature=0)
 
 
 @pytest.mark.parametrize("prompt", [[1], [1, 5, 9, 2, 7], list(range(16)), list(range(40))], ids=len)
@@ -47,54 +54,91 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
         for _ in range(100):
             context = expected[window_start(len(expected), max_seq_len) :]
             expected.append(model(torch.tensor([context]))[0][0, -1].argmax().item())
-    expected = expected[len(prompt) :]
-    assert list(generate(model, prompt, 100, GREEDY)) == expected
-    assert list(generate(model, prompt, 100, GREEDY, use_cache=False)) == expected
+    assert continuation(model, prompt, max_new_tokens=100, **GREEDY) == expected[len(prompt) :]
+    uncached = Sequence(prompt)
+    list(Decoder(model, Decoding(100, **GREEDY), use_cache=False).run([uncached]))
+    assert uncached.tokens == expected
+
+
+def together(model, prompts, batch_size, stop_ids=(), **options) -> list[list[int]]:
+    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
+    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids).run(sequences):
+        pass
+    return [sequence.tokens for sequence in sequences]
+
+
+@pytest.mark.parametrize("options", [GREEDY, {}, dict(top_k=20, top_p=0.9, repetition_penalty=1.1)], ids=str)
+def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
+    """Of different lengths, past the context; and some that end early, so that rows become free."""
+    model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)]
+    for stop_ids, batch_size in (([], 5), ([V - 1, 17], 3)):
+        told = [together(model, prompts, size, stop_ids, max_new_tokens=1000, **options) for size in (1, batch_size)]
+        assert told[0] == told[1]
+    assert max(map(len, told[0])) < 1000
 
 
 def test_greedy_tokens_of_the_model_under_test_vary():
-    assert len(set(generate(random_model(), [1], 100, GREEDY))) > 10
+    assert len(set(continuation(random_model(), [1], max_new_tokens=100, **GREEDY))) > 10
 
 
 def test_the_prompt_is_left_as_it_was():
     prompt = [1, 2, 3]
-    list(generate(random_model(), prompt, 5, GREEDY))
+    continuation(random_model(), prompt, max_new_tokens=5)
     assert prompt == [1, 2, 3]
 
 
 def test_generates_under_autocast_past_max_seq_len():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert len(list(generate(random_model(), [1], 40, GREEDY))) == 40
+        assert len(continuation(random_model(), [1], max_new_tokens=40, **GREEDY)) == 40
 
 
-@pytest.mark.parametrize("count", [0, 1, 20])
+@pytest.mark.parametrize("count", [1, 20])
 def test_yields_as_many_tokens_as_asked_for(count):
-    assert len(list(generate(random_model(), [1], count))) == count
+    assert len(continuation(random_model(), [1], max_new_tokens=count)) == count
 
 
 @pytest.mark.parametrize("position", [0, 1, 30])
 def test_ends_before_the_first_stop_token(position):
     """nanoGPT #36, llama2.c PR #243: text went on after its end."""
     model = random_model()
-    free = list(generate(model, [1], 60, GREEDY))
+    free = continuation(model, [1], max_new_tokens=60, **GREEDY)
     stop = {free[position], V + 1}
-    assert list(generate(model, [1], 60, GREEDY, stop)) == free[: free.index(free[position])]
+    assert continuation(model, [1], stop, max_new_tokens=60, **GREEDY) == free[: free.index(free[position])]
 
 
 @pytest.mark.parametrize("least", [0, 1, 5, 40])
 def test_does_not_end_by_itself_before_min_new_tokens(least):
-    model = random_model()
-    first = next(generate(model, [1], 1, GREEDY))
-    told = list(generate(model, [1], 60, GREEDY, stop=set(range(V - 1)), min_new_tokens=least))
+    model, options = random_model(), dict(max_new_tokens=60, min_new_tokens=least, **GREEDY)
+    first = continuation(model, [1], max_new_tokens=1, **GREEDY)[0]
+    told = continuation(model, [1], set(range(V - 1)), **options)
     assert told == [V - 1] * least  # the one token that ends nothing
-    assert list(generate(model, [1], 60, GREEDY, stop={first}, min_new_tokens=least))[:1] != [first]
+    assert continuation(model, [1], {first}, **options)[:1] != [first]
 
 
 def test_a_penalty_keeps_a_greedy_text_from_repeating_itself():
-    model = random_model()
-    free = list(generate(model, [1], 15, GREEDY))
-    penalized = list(generate(model, [1], 15, GREEDY, repetition_penalty=1e9))
+    model, options = random_model(), dict(max_new_tokens=15, **GREEDY)
+    free = continuation(model, [1], **options)
+    penalized = continuation(model, [1], **options, repetition_penalty=100)
     assert len(set(free)) < 15 and len({1, *penalized}) == 16
+
+
+@pytest.mark.parametrize("added", [[], [3], [4, 5, 6]], ids=len)
+def test_a_text_goes_on_after_what_was_added_as_if_it_had_been_there(added):
+    model, text = random_model(), Sequence([1, 2])
+    decoder = Decoder(model, Decoding(20, **GREEDY))
+    for _ in range(4):  # past the context
+        list(decoder.run([text]))
+        text.tokens += added
+        before = list(text.tokens)
+        list(decoder.run([text]))
+        assert text.tokens == before + continuation(model, before, max_new_tokens=20, **GREEDY)
+
+
+@pytest.mark.parametrize("option, value", [("temperature", -1), ("top_p", 0), ("min_new_tokens", 300), ("seed", -1)])
+def test_impossible_options_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option}={value}: must be"):
+        Decoding(**{option: value})
 
 
 PIECES = [b"", b"a", b"b", b"c", b"ab", b"bc", b"ca", b"abc", b"cab", b"\xc3", b"\xab", "ë".encode(), "aë".encode()]
@@ -113,18 +157,19 @@ def test_bad_words_forbid_just_the_tokens_that_complete_one(words):
 
 def test_where_no_token_is_left_that_is_said():
     with pytest.raises(ValueError, match="no token is left"):
-        list(generate(random_model(), [1], 5, GREEDY, stop=range(V), min_new_tokens=1))
+        continuation(random_model(), [1], range(V), max_new_tokens=5, min_new_tokens=1)
 
 
-def drawn(seed: int) -> list[int]:
-    pick = functools.partial(choose, top_k=30, top_p=0.95, generator=torch.Generator().manual_seed(seed))
-    return list(generate(random_model(), [1], 40, pick))
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_or_sample_others():
+    def drawn(seed: int, sample: int = 0) -> list[int]:
+        sequence = Sequence([1], sample)
+        list(Decoder(random_model(), Decoding(40, top_k=30, top_p=0.95, seed=seed)).run([sequence]))
+        return sequence.tokens
 
-
-def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():
     first = drawn(7)
-    torch.manual_seed(99)  # of no concern to a draw from its own generator
+    torch.manual_seed(99)  # of no concern to a draw by its own key
     assert drawn(7) == first != drawn(8)
+    assert drawn(7, 1) != first
 
 
 def kept(logits) -> list[set[int]]:
@@ -227,18 +272,28 @@ def test_a_stop_string_ends_the_text_wherever_its_pieces_are_cut(text, stops):
     """nanoGPT #36: and nothing of the stop string is shown before it is known to be one."""
 
     def run(pieces):
+        story = Story(Spelled(["", *pieces]), "", stops=stops)
         shown = ""
-        stream = until_stop(pieces, stops)
-        try:
-            while True:
-                shown += next(stream)
-        except StopIteration as end:
-            return shown, end.value
+        for token in [*range(1, len(pieces) + 1), None]:
+            shown += story.show(token)
+            if story.finish:
+                break
+        return shown + story.show(None) if story.finish else shown, bool(story.finish)
 
     assert run(text) == cut(text, stops)  # a character at a time
     for places in itertools.combinations(range(len(text) + 1), 2):
         pieces = [text[: places[0]], text[places[0] : places[1]], "", text[places[1] :]]
         assert run(pieces) == cut(text, stops)
+
+
+class Spelled(Tokenizer):
+    """A vocabulary of these pieces; a text is its first one."""
+
+    def __init__(self, pieces):
+        self.token_bytes, self.bos_id = [piece.encode() for piece in pieces], None
+
+    def encode(self, text, bos):
+        return [0]
 
 
 @pytest.mark.parametrize("max_seq_len", [16, 15, 1, SCORED_AT_ONCE + 100])
@@ -256,12 +311,24 @@ def test_log_probabilities_are_those_of_the_context_that_generation_sees(max_seq
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_temperature_0_takes_the_likeliest_and_draws_nothing():
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
+KEYS = torch.tensor([draw_key(0, 0, position) for position in range(100_000)], dtype=torch.int32)
+
+
+def test_temperature_0_takes_the_likeliest():
     logits = torch.tensor([[0.0, 0.1, -1.0], [7.0, 0.0, 6.9]])
-    assert choose(logits, temperature=0, top_k=2, top_p=0.5, generator=generator).tolist() == [1, 0]
-    assert torch.equal(generator.get_state(), before)
+    assert choose(logits, KEYS[:2], temperature=0, top_k=2, top_p=0.5).tolist() == [1, 0]
+
+
+def test_noise_is_that_of_its_key_and_token_and_follows_gumbel():
+    noise = gumbel_noise(KEYS[:2000], 500)
+    assert torch.equal(noise[1234:1236, :50], gumbel_noise(KEYS[1234:1236], 50))
+    ordered = noise.flatten().double().sort().values
+    expected = (-(-ordered).exp()).exp()  # its distribution function
+    found = torch.arange(1, len(ordered) + 1) / len(ordered)
+    assert (found - expected).abs().max() < 1.95 / len(ordered) ** 0.5  # Kolmogorov and Smirnov, at 0.001
+    for other in (noise[1:], noise[:-1].roll(1, dims=1)):  # independent between keys and tokens
+        pairs = torch.stack([noise[: len(other)].flatten(), other.flatten()])
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / pairs.shape[1] ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -270,7 +337,8 @@ def test_temperature_0_takes_the_likeliest_and_draws_nothing():
         (dict(), {0, 1, 2, 3, 4, 5, 6, 7}),
         (dict(temperature=0.5), {0, 1, 2, 3, 4, 5, 6, 7}),
         (dict(temperature=2.0, top_k=4), {1, 3, 5, 7}),
-        (dict(top_p=0.7), {1, 3, 5}),  # 0.42 + 0.23 + 0.13
+        (dict(top_k=6, top_p=0.68), {1, 3}),  # of those six
+        (dict(top_p=0.68), {1, 3, 5}),  # 0.42 + 0.23 + 0.13
         (dict(temperature=0.7, top_k=2, top_p=0.99), {1, 3}),
         (dict(min_p=0.4), {1, 3}),  # at least 0.4 of 1's probability
         (dict(top_k=5, min_p=0.11), {1, 3, 4, 5, 7}),
@@ -279,7 +347,7 @@ def test_temperature_0_takes_the_likeliest_and_draws_nothing():
 )
 def test_draws_follow_the_exact_distribution(options, allowed):
     logits = torch.tensor([-2.0, 1.2, -1.0, 0.6, -0.9, 0.0, -1.5, -0.6])
-    draws = choose(logits.expand(100_000, -1), **options, generator=torch.Generator().manual_seed(0))
+    draws = choose(logits.expand(100_000, -1), KEYS, **options)
     counts = draws.bincount(minlength=8).double()
     weights = (logits.double() / options.get("temperature", 1.0)).exp()
     assert set(counts.nonzero().flatten().tolist()) == allowed
@@ -293,7 +361,7 @@ def test_draws_follow_the_exact_distribution(options, allowed):
 def test_each_row_is_drawn_from_its_own_distribution():
     logits = torch.full((50, 50), -INF)
     logits[range(50), torch.arange(50).flip(0)] = 0.0
-    assert choose(logits).tolist() == list(range(50))[::-1]
+    assert choose(logits, KEYS[:50]).tolist() == list(range(50))[::-1]
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 2, 3, 7, 16])

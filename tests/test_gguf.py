@@ -2,7 +2,6 @@
 GGUF files, against llama.cpp itself and against the gguf package.
 """
 
-import functools
 import struct
 
 import gguf as reference
@@ -14,7 +13,7 @@ import torch
 from export import read_stored, write_model
 from formats import gguf, gguf_file
 from formats.stored import expanded, stored
-from generation import choose, generate
+from generation import continuation
 from tests.test_formats import LLAMA3, random_model
 from tests.test_hugging_face import slices_of, small_llama3
 from tokenizer import load_tokenizer
@@ -58,7 +57,7 @@ def exported(tmp_path, source, dtype) -> str:
 
 
 def greedy(model, tokenizer, number):
-    return list(generate(model, [tokenizer.bos_id], number, functools.partial(choose, temperature=0)))
+    return continuation(model, [tokenizer.bos_id], max_new_tokens=number, temperature=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -1,4 +1,3 @@
-import functools
 import math
 import struct
 
@@ -10,7 +9,7 @@ from checkpoint import save_checkpoint, write_model_args
 from export import read_stored
 from formats import llama2c, stored
 from formats.stored import StoredModel
-from generation import choose, generate
+from generation import continuation
 from model import ModelArgs, Transformer, rope_tables
 from tokenizer import load_tokenizer
 
@@ -110,7 +109,7 @@ def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, 
     model, tokenizer = read_v0(path), load_tokenizer(shared("models/tok512.bin"))
     write_v0(model, copy)
     assert content_of(copy) == content_of(path)
-    tokens = list(generate(model, [tokenizer.bos_id], 200, functools.partial(choose, temperature=0)))
+    tokens = continuation(model, [tokenizer.bos_id], max_new_tokens=200, temperature=0)
     assert len(tokens) == 200
     assert tokenizer.decode(tokens).startswith("Once upon a time, there was a little girl named Lily.")
 

@@ -2,7 +2,6 @@
 Meta's folders: Llama 2's and Llama 3's, in one shard or several.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ import transformers
 from export import read_stored, write_model
 from formats import meta
 from formats.stored import stored
-from generation import choose, generate
+from generation import continuation
 from model import RopeScaling
 from tests.test_formats import LLAMA3, logits_of, random_model
 from tests.test_hugging_face import slices_of, small_llama3
@@ -202,7 +201,7 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
     assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (224, 128256, 500000.0)
     prompt = tokenizer.encode("Once upon a time", bos=True)
     assert prompt == [128000, 12805, 5304, 264, 892]
-    told = list(generate(model, prompt, 20, functools.partial(choose, temperature=0)))
+    told = continuation(model, prompt, max_new_tokens=20, temperature=0)
     assert len(told) == 20 and tokenizer.decode(told)
     place = str(llama3_folder)
     for step in ("hf", "gguf", "ckpt", "meta"):

@@ -9,10 +9,11 @@ import torch
 
 import sample
 from atomic import write_atomically
+from beam import beam_search
 from checkpoint import save_checkpoint, write_model_args
 from formats import llama2c
 from formats.stored import stored
-from generation import choose, generate
+from generation import continuation
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer, train_sentencepiece
 
@@ -54,7 +55,7 @@ def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_
     result = run_script("sample.py", *arguments, env={"PYTHONUTF8": "1"})
     prompt = tokenizer.encode("Zoë saw", bos=True)
     stop = {tokenizer.bos_id, tokenizer.eos_id}
-    tokens = generate(model, prompt, 60, lambda logits: choose(logits, temperature=0), stop)
+    tokens = continuation(model, prompt, stop, max_new_tokens=60, temperature=0)
     assert result.returncode == 0, result.stderr
     assert text_of(result.stdout) == tokenizer.decode([*prompt, *tokens]) + "\n"
     assert text_of(result.stdout).startswith("Zoë saw")
@@ -136,6 +137,47 @@ def test_jsonl_is_a_record_a_sample_and_nothing_else(run_sample, out_dir, tokeni
     for record in found:
         assert tokenizer.decode([*tokenizer.encode("Once", bos=True), *record["tokens"]]) == "Once" + record["text"]
         assert record["finish"] == ("length" if len(record["tokens"]) == 40 else "stop")
+
+
+def test_stories_do_not_depend_on_how_many_are_told_at_once(run_sample, out_dir, standard_input):
+    """--format=events tells of all in turn; put together, its pieces are the stories of jsonl."""
+    told = []
+    for options in (["jsonl", 1], ["jsonl", 4], ["events", 4]):
+        standard_input("Once\nZoë saw a dog and a cat\n\n".encode())
+        arguments = (f"--out_dir={out_dir}", "--start=-", "--num_samples=2", "--stop=a|e")
+        told.append(records(run_sample(*arguments, f"--format={options[0]}", f"--batch_size={options[1]}")[1]))
+    assert told[0] == told[1] and len(told[0]) == 6
+    texts, order = {}, []
+    for piece in told[2]:
+        order.append((piece["prompt"], piece["sample"]))
+        texts[order[-1]] = texts.get(order[-1], "") + piece["text"]
+    assert [texts[key] for key in sorted(texts)] == [record["text"] for record in told[0]]
+    assert order != sorted(order)
+
+
+def test_beams_print_the_likeliest_texts_with_their_scores(run_sample, out_dir, model, tokenizer):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--num_beams=4", "--num_samples=3", "--max_new_tokens=9")
+    status, output, _ = run_sample(*arguments, "--format=jsonl", "--logprobs=True", "--length_penalty=0")
+    found = records(output)
+    expected = beam_search(model, tokenizer.encode("Once", bos=True), 4, 9, 0.0, tokenizer.stop_ids, 3)
+    assert status == 0 and [record["tokens"] for record in found] == [one.tokens for one in expected]
+    assert [record["score"] for record in found] == sorted((one.score for one in expected), reverse=True)
+    for record in found:
+        if record["finish"] == "length":
+            assert sum(record["logprobs"]) == pytest.approx(record["score"], abs=1e-3)
+    text = text_of(run_sample(*arguments, "--length_penalty=0")[1]).removesuffix("\n").split("\n---------------\n")
+    assert text == ["Once" + record["text"] for record in found]
+
+
+def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(run_sample, out_dir, standard_input):
+    arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=8")
+    standard_input("Zoë saw\n\na dog\n".encode())
+    status, output, error = run_sample(*arguments, "--interactive=True")
+    first, second, third = text_of(output).removesuffix("\n").split("\n")
+    assert status == 0 and "24 tokens" in error
+    assert first == text_of(run_sample(*arguments, "--start=Zoë saw")[1]).strip("\n")
+    longer = text_of(run_sample(*arguments[:-1], "--start=Zoë saw", "--max_new_tokens=16")[1]).strip("\n")
+    assert first + second == longer and third.startswith(" a dog")
 
 
 def test_a_stop_string_ends_a_story_and_is_not_shown(run_sample, out_dir):
@@ -267,8 +309,13 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--out_dir={out_dir}", "--start=FILE:{empty}/start.txt"], 1, "{empty}/start.txt: No such file"),
         (["--out_dir={out_dir}", "--start=FILE:{out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
         (["--out_dir={out_dir}", "--device=gpu"], 1, "--device=gpu: must be"),
-        (["--num_samples=0"], 2, "--num_samples and --max_new_tokens must be at least 1"),
-        (["--max_new_tokens=0"], 2, "--num_samples and --max_new_tokens must be at least 1"),
+        (["--num_samples=0"], 2, "--num_samples=0: must be at least 1"),
+        (["--batch_size=0"], 2, "--batch_size=0: must be at least 1"),
+        (["--max_new_tokens=0", "--min_new_tokens=0"], 2, "--max_new_tokens=0: must be at least 1"),
+        (["--num_beams=2", "--num_samples=3"], 2, "--num_samples=3: a search with --num_beams=2 finds no more"),
+        (["--num_beams=2", "--repetition_penalty=2"], 2, "--num_beams goes without --repetition_penalty"),
+        (["--interactive=True", "--format=jsonl"], 2, "--interactive is one story, from the terminal, as text"),
+        (["--format=events", "--logprobs=True"], 2, "--format=events goes without"),
         (["--temperature=-1"], 2, "--temperature=-1: must be 0 or more"),
         (["--temperature=nan"], 2, "--temperature=nan: must be a number"),
         (["--top_k=-1"], 2, "--top_k=-1: must be 0 or more"),
@@ -280,7 +327,7 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--bad_words=\udcff"], 2, "not UTF-8 text"),
         (["--stop=\udcff"], 2, "not UTF-8 text"),
         (["--score=a.txt", "--start=a"], 2, "--score tells no story: leave out --start"),
-        (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be at least 0 and at most"),
+        (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be from 0 to max_new_tokens"),
         (["--stop=a|"], 2, "--stop=a|: there is nothing before or after a |"),
         (["--bad_words=|a"], 2, "--bad_words=|a: there is nothing before or after a |"),
         (["--format=xml"], 2, "--format=xml: must be"),
