@@ -5,6 +5,7 @@ Measure what the README claims.
     python bench.py train --preset=15M --json=bench.json
     python bench.py cost                         training cost as models, contexts and batches grow
     python bench.py data                         pretokenizing and reading batches
+    python bench.py sample                       decoding, and the time to the first token
 
 Every variant lives in a process of its own. They take turns, round after round, so that a machine
 that slows down slows all of them; quoted are medians, and the ratio to plain of the same round.
@@ -22,15 +23,17 @@ from typing import Literal
 import torch
 
 import bench_data
+import bench_sample
 import peers
 import train
 from atomic import write_atomically
+from bench_data import path_problems
 from configurator import configure, refuse, run_script
 from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
 from distributed import join_world
 from model import Transformer, flops_per_token
 from run import equip
-from turns import Measured, Variant, measure
+from turns import Measured, Variant, measure, timing_problems
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 PRESETS = {
@@ -58,6 +61,7 @@ class TrainBench:
         if self.batch_size < 0:
             yield f"--batch_size={self.batch_size}: must be 0 or more"
         yield from timing_problems(self)
+        yield from path_problems(self.json)
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,7 @@ class CostBench:
 
     def problems(self):
         yield from timing_problems(self)
-
-
-def timing_problems(config):
-    if config.rounds < 1:
-        yield f"--rounds={config.rounds}: must be 1 or more"
-    if config.seconds <= 0:
-        yield f"--seconds={config.seconds:g}: must be above 0"
-    yield from bench_data.path_problems(config.json)
+        yield from path_problems(self.json)
 
 
 def ours(options: list[str], device: str):
@@ -280,10 +277,25 @@ def run_data(config: bench_data.DataBench):
     write_records(config.json, records)
 
 
+def run_sample(config: bench_sample.SampleBench):
+    device, records = pick_device(config.device), []
+    print(machine(device))
+    for name, package in bench_sample.PACKAGES.items():
+        if not find_spec(package):
+            print(f"note: {name} is left out, as {package} is not installed")
+    sizes = [f"--vocab_size={bench_sample.VOCAB_SIZE}", f"--max_seq_len={bench_sample.CONTEXT}"]
+    for preset in ("15M", "42M", "110M") if config.preset == "all" else (config.preset,):
+        settings, _ = configure(train.TrainConfig, [*PRESETS[preset], *sizes])
+        for measured in bench_sample.decoding(config, preset, settings.model_args(), device):
+            records += measured
+            write_records(config.json, records)
+
+
 BENCHES = {
     "train": (TrainBench, run_train),
     "cost": (CostBench, run_cost),
     "data": (bench_data.DataBench, run_data),
+    "sample": (bench_sample.SampleBench, run_sample),
 }
 
 

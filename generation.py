@@ -76,6 +76,15 @@ class Sequence:
         return len(self.tokens) - self.start - self.cached
 
 
+class Draft(NamedTuple):
+    """A smaller model with the same cache, which proposes tokens that the model itself then checks, all
+    in one pass (arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
+
+    model: Transformer
+    step: Callable  # see one_step
+    tokens: int = 7  # proposed at a time
+
+
 READ_AT_ONCE = 8192  # tokens of prompts, with what fills up the shorter ones
 
 
@@ -86,13 +95,14 @@ class Decoder:
     def __init__(
         self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
         bad_words: BadWords | None = None, use_cache: bool = True, step: Callable | None = None,
+        draft: Draft | None = None,
     ):  # fmt: skip
-        """stop_ids end a text. Without the cache the same tokens come, more slowly. step: see
-        one_step, for which it stands."""
+        """stop_ids end a text. Without the cache the same tokens come, more slowly. step stands for
+        one_step, but takes batch_size rows always. step and draft: see inference.prepared."""
         self.model, self.options, self.batch_size = model, options, batch_size
         self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
         self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.step = step
+        self.step, self.draft = step, draft
         self.device, self.cache = model.tok_embeddings.weight.device, None
         self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
 
@@ -102,7 +112,8 @@ class Decoder:
         over. To end one earlier, set its finish. One that ran before goes on from where it was, if
         it has the rows for itself. Raises ValueError where no token is left to choose."""
         waiting = deque(sequences)
-        self.reserve(max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens)
+        longest = max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens
+        self.reserve(longest + self.draft.tokens if self.draft else longest)
         if self.rows != list(waiting):
             self.rows = []
         else:
@@ -112,6 +123,8 @@ class Decoder:
         while waiting or any(not sequence.finish for sequence in self.rows):
             self.admit(waiting)
             for sequence, token in self.choose_next():
+                if sequence.finish:
+                    continue  # one that was drafted beyond the end
                 if token in self.stop_ids:
                     sequence.finish = "stop"
                 else:
@@ -121,6 +134,8 @@ class Decoder:
                 if not sequence.finish and sequence.new == self.options.max_new_tokens:
                     sequence.finish = "length"
                 if sequence.finish:
+                    # The cache may hold more, that was drafted; and one token must be left to read.
+                    sequence.cached = min(sequence.cached, len(sequence.tokens) - sequence.start - 1)
                     yield sequence, None
 
     def reserve(self, length: int):
@@ -161,6 +176,8 @@ class Decoder:
         if behind:
             going_on = self.read_together(behind)
             logits, first = self.read(going_on), None
+        elif self.may_draft(going_on):
+            return self.draft_and_check()
         else:
             logits, first = self.take_step()
         for sequence in going_on:
@@ -190,22 +207,58 @@ class Decoder:
 
     def take_step(self):
         """The logits (B, V) after one more token in each text, and the first choice where it is known."""
-        size = self.batch_size if self.step else len(self.rows)  # a compiled step has a fixed size
-        tokens, starts, keys = [0] * size, [0] * size, [0] * size
-        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
-        for row in going_on:
-            sequence = self.rows[row]
-            tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.key(sequence)
-        tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        keys, end = torch.tensor(keys, dtype=torch.int32, device=self.device), max(starts) + 1
-        step = self.step or one_step
-        logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
-        if len(going_on) == size:
+        going_on, tokens, starts, keys = self.inputs(1)
+        step, end = self.step or one_step, int(starts.max()) + 1
+        logits, first = step(self.model, self.cache, tokens, starts, end, keys[:, 0], **self.how)
+        if len(going_on) == len(tokens):
             return logits, first
         return logits[going_on], tuple(part[going_on] for part in first)
 
-    def key(self, sequence: Sequence) -> int:
-        return draw_key(self.options.seed, sequence.sample, len(sequence.tokens))
+    def inputs(self, count: int):
+        """Which rows go on, and for each row its last token (B,), the position of that (B,) and the
+        keys of the next count draws (B, count)."""
+        size = self.batch_size if self.step else len(self.rows)
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
+        for row in going_on:
+            sequence = self.rows[row]
+            tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
+        tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
+        return going_on, tokens, starts, torch.tensor(keys, dtype=torch.int32, device=self.device)
+
+    def keys(self, sequence: Sequence, count: int = 1) -> list[int]:
+        length = len(sequence.tokens)
+        return [draw_key(self.options.seed, sequence.sample, position) for position in range(length, length + count)]
+
+    def may_draft(self, going_on: list[Sequence]) -> bool:
+        """Whether tokens can be proposed ahead: what may come next must not depend on those before."""
+        if not self.draft or self.bad_words or self.options.repetition_penalty != 1:
+            return False
+        return all(
+            sequence.cached + 1 + self.draft.tokens <= self.cache.length and sequence.new >= self.options.min_new_tokens
+            for sequence in going_on
+        )
+
+    def draft_and_check(self) -> list[tuple[Sequence, int]]:
+        """The next tokens of every text: as many of the proposed ones as the model draws itself, and
+        the one that it draws after them."""
+        draft, count = self.draft, self.draft.tokens
+        going_on, token, starts, keys = self.inputs(count + 1)
+        tokens, end = [token], int(starts.max()) + 1
+        for i in range(count):
+            _, (token, _) = draft.step(
+                draft.model, self.cache, token, starts + i, end + i, keys[:, i].contiguous(), **self.how
+            )
+            tokens.append(token)
+        tokens = torch.stack(tokens, dim=1)  # (B, 1 + count)
+        logits = self.model.output(self.model.hidden(tokens, self.cache, starts, end + count))  # (B, 1 + count, V)
+        drawn = choose(logits.flatten(0, 1), keys.flatten(), **self.how).view_as(tokens)
+        agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
+        chosen = []
+        for row in going_on:
+            self.rows[row].cached += 1 + agreeing[row]
+            chosen += [(self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()]
+        return chosen
 
     def pick(self, sequences: list[Sequence], logits, first) -> list[int]:
         """The token that each text goes on with, of logits (B, V)."""
@@ -221,7 +274,8 @@ class Decoder:
                 logits[row, forbidden[row]] = float("-inf")
                 if logits[row].isneginf().all():
                     raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
-        keys = torch.tensor([self.key(sequence) for sequence in sequences], dtype=torch.int32, device=self.device)
+        keys = [self.keys(sequence)[0] for sequence in sequences]
+        keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
         return choose(logits, keys, **self.how, first=first).tolist()
 
     def forbidden(self, sequence: Sequence) -> list[int]:
@@ -306,7 +360,8 @@ class Piece(NamedTuple):
 
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
-    stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None, **options,
+    stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None,
+    draft: Draft | None = None, **options,
 ) -> Iterator[Piece]:  # fmt: skip
     """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
     come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
@@ -316,7 +371,7 @@ def generate(
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
     size = min(batch_size, len(stories))
-    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, step=step)
+    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, step=step, draft=draft)
     for story, token in decoder.run(stories):
         text = story.show(token)
         yield Piece(*place[id(story)], token, text, "" if token is not None else story.finish)

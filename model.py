@@ -232,6 +232,8 @@ def project(x, *layers: nn.Linear):
     """What each of the layers, which have no biases, makes of x (B, T, C). In training it is one
     product with all their weights, which costs less than several; to copy the weights together
     for a few tokens would cost more."""
+    if not isinstance(layers[0], nn.Linear):
+        return layers[0](x)  # joined beforehand, see inference.py
     if not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
     together = F.linear(x, torch.cat([layer.weight for layer in layers]))

@@ -1,11 +1,14 @@
 """
-The same models, trained as others do: what bench.py compares with.
+The same models, trained and sampled from as others do: what bench.py compares with.
 
 Plain is the loop that a competent person writes: the architecture from PyTorch's own modules and its
 fused attention, whole logits, cross-entropy, AdamW, clipping; float32 on a CPU, bfloat16 autocast on
 a GPU. Nothing in it comes from our model.py.
 """
 
+import itertools
+
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -74,13 +77,20 @@ class PlainLlama(nn.Module):
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
-    def forward(self, tokens, targets):
-        """The mean cross-entropy of targets; both (B, T)."""
+    def hidden(self, tokens):
         x = self.embedding(tokens)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = self.head(self.norm(x))  # (B, T, V)
+        return self.norm(x)
+
+    def next_logits(self, tokens):
+        """The logits (B, V) of what comes after tokens (B, T)."""
+        return self.head(self.hidden(tokens)[:, -1])
+
+    def forward(self, tokens, targets):
+        """The mean cross-entropy of targets; both (B, T)."""
+        logits = self.head(self.hidden(tokens))  # (B, T, V)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
 
@@ -94,10 +104,20 @@ def plain_step(args: ModelArgs, device: str, compile: bool, dtype: str):
 def transformers_step(args: ModelArgs, device: str, compile: bool, dtype: str):
     """step(inputs, targets) of transformers' LlamaForCausalLM. Raises ImportError where it is not
     installed."""
+    model = transformers_model(args, device)
+    forward = torch.compile(model) if compile else model
+
+    def loss_of(inputs, targets):
+        return forward(input_ids=inputs, labels=inputs, use_cache=False).loss  # it shifts the labels itself
+
+    return textbook_step(model, loss_of, device, dtype)
+
+
+def transformers_model(args: ModelArgs, device: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=args.vocab_size,
             hidden_size=args.dim,
@@ -108,17 +128,10 @@ def transformers_step(args: ModelArgs, device: str, compile: bool, dtype: str):
             max_position_embeddings=args.max_seq_len,
             rms_norm_eps=args.norm_eps,
             tie_word_embeddings=args.tie_embeddings,
-            use_cache=False,
             bos_token_id=1,
             eos_token_id=2,
         )
     ).to(device)
-    forward = torch.compile(model) if compile else model
-
-    def loss_of(inputs, targets):
-        return forward(input_ids=inputs, labels=inputs).loss  # it shifts the labels itself
-
-    return textbook_step(model, loss_of, device, dtype)
 
 
 def textbook_step(model, loss_of, device: str, dtype: str):
@@ -133,5 +146,60 @@ def textbook_step(model, loss_of, device: str, dtype: str):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    return step
+
+
+# Telling stories: step() goes on from the token that begins a text for so many tokens, in so many
+# texts at once, each token drawn at temperature 1, and returns how many tokens that were.
+
+
+def plain_decoding(args: ModelArgs, device: str, batch_size: int, length: int):
+    """As llama2.c's sample.py: without a cache, the whole text goes through the model for every token."""
+    torch.manual_seed(0)
+    model = PlainLlama(args).to(device).eval()
+
+    @torch.inference_mode()
+    def step() -> int:
+        tokens = torch.full((batch_size, 1), 1, device=device)
+        for _ in range(length):
+            probabilities = F.softmax(model.next_logits(tokens[:, -args.max_seq_len :]), dim=-1)
+            tokens = torch.cat((tokens, torch.multinomial(probabilities, num_samples=1)), dim=1)
+        return tokens.numel() - batch_size
+
+    return step
+
+
+def transformers_decoding(args: ModelArgs, device: str, batch_size: int, length: int):
+    """transformers' generate(), with its own cache. Raises ImportError where it is not installed."""
+    model = transformers_model(args, device).eval()
+    begin = torch.full((batch_size, 1), 1, device=device)
+    drawn = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    drawn |= dict(attention_mask=torch.ones_like(begin), min_new_tokens=length, max_new_tokens=length)
+
+    def step() -> int:
+        return model.generate(begin, **drawn).numel() - batch_size
+
+    return step
+
+
+def llama_cpp_decoding(path: str, threads: int, context: int, length: int):
+    """llama.cpp's server in this process, with the GGUF file at path, asked by HTTP as its users do. Raises
+    ImportError where it is not installed."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    session, seeds = requests.Session(), itertools.count()
+    session.trust_env = False  # no proxy
+    drawn = dict(prompt=[1], n_predict=length, ignore_eos=True, cache_prompt=False)
+    drawn |= dict(samplers=["temperature"], temperature=1.0)
+
+    def step() -> int:
+        answer = session.post(f"{server.listening_address}/completion", json=drawn | dict(seed=next(seeds)))
+        answer.raise_for_status()
+        return answer.json()["timings"]["predicted_n"]
 
     return step

@@ -22,9 +22,10 @@ from typing import Literal
 
 from beam import Hypothesis, beam_search
 from configurator import configure, print_overrides, run_script
-from device import autocast, pick_device, pick_dtype
+from device import pick_device, pick_dtype
 from export import read_model
 from generation import Decoder, Decoding, Piece, Story, decoding_problems, generate, log_probabilities
+from inference import prepared
 from model import Transformer
 from sampling import BadWords
 from tokenizer import Tokenizer
@@ -59,7 +60,8 @@ class SampleConfig:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
-    compile: bool = False  # compile the model first; for long texts only
+    quantize: Literal["none", "int8"] = "none"  # int8: 8-bit matrices, faster still and hardly worse
+    compile: bool | None = None  # a faster step, after some twenty seconds; None: if the length asked for is worth it
 
     @property
     def decoding(self) -> dict:
@@ -79,6 +81,8 @@ class SampleConfig:
             yield "--num_beams goes without --repetition_penalty and --interactive"
         if self.interactive and (self.num_samples > 1 or self.start == "-" or self.format != "text" or self.logprobs):
             yield "--interactive is one story, from the terminal, as text: leave out the options for others"
+        if self.quantize != "none" and self.dtype != "float32":
+            yield "--quantize=int8 and --dtype are two choices of one thing: leave out one"
         if self.format == "events" and (self.score or self.num_beams > 1 or self.logprobs):
             yield "--format=events goes without --score, --num_beams and --logprobs; take --format=jsonl"
         for name in ("stop", "bad_words"):
@@ -120,23 +124,32 @@ def decoded(content: bytes, option: str) -> str:
 RULER = "---------------"  # between stories
 
 
-class Storyteller:
-    """A model with the options of how it is to tell."""
+WORTH_COMPILING = 10_000  # steps, in which it saves more time than it takes
 
-    def __init__(self, config: SampleConfig, model: Transformer, tokenizer: Tokenizer, device: str):
-        self.config, self.model, self.tokenizer = config, model.to(device), tokenizer
-        self.precision = autocast(device, pick_dtype(config.dtype, device))
-        self.total = 0  # tokens made
+
+class Storyteller:
+    """A model with the options of how it is to tell so many stories."""
+
+    def __init__(self, config: SampleConfig, model: Transformer, tokenizer: Tokenizer, device: str, stories: int):
+        self.config, self.tokenizer = config, tokenizer
+        kind = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
+        rows = min(config.batch_size, stories)
+        compile = config.compile
+        if compile is None:
+            compile = stories / rows * config.max_new_tokens >= WORTH_COMPILING
+            if compile:
+                print("compiling first; --compile=False begins at once", file=sys.stderr)
+        self.engine = prepared(model.to(device), kind, rows, compile)
+        self.model, self.rows, self.total = self.engine["model"], rows, 0  # tokens made
 
     def pieces(self, prompts: list[str]) -> Iterator[Piece]:
         """What every token of every story adds, as it comes."""
         config = self.config
-        options = dict(num_samples=config.num_samples, batch_size=config.batch_size, **config.decoding)
+        options = dict(num_samples=config.num_samples, batch_size=self.rows, **config.decoding)
         words = dict(stop=separated(config.stop), bad_words=separated(config.bad_words))
-        with self.precision:
-            for piece in generate(self.model, self.tokenizer, prompts, **words, **options):
-                self.total += piece.token is not None
-                yield piece
+        for piece in generate(tokenizer=self.tokenizer, prompts=prompts, **self.engine, **words, **options):
+            self.total += piece.token is not None
+            yield piece
 
     def record(self, prompt: str, pieces: list[Piece]) -> dict:
         """All there is to say about a story that is over."""
@@ -155,11 +168,10 @@ class Storyteller:
         config = self.config
         ids, stop_ids = self.tokenizer.encode(prompt, bos=True), self.tokenizer.stop_ids
         bad = BadWords(separated(config.bad_words), self.tokenizer.token_bytes)
-        with self.precision:
-            found = beam_search(
-                self.model, ids, config.num_beams, config.max_new_tokens, config.length_penalty, stop_ids,
-                config.num_samples, config.min_new_tokens, bad.completed_by if config.bad_words else None,
-            )  # fmt: skip
+        found = beam_search(
+            self.model, ids, config.num_beams, config.max_new_tokens, config.length_penalty, stop_ids,
+            config.num_samples, config.min_new_tokens, bad.completed_by if config.bad_words else None,
+        )  # fmt: skip
         for hypothesis in found:
             self.total += len(hypothesis.tokens)
             yield self.with_logprobs(self.record_of(prompt, hypothesis))
@@ -172,8 +184,7 @@ class Storyteller:
         return dict(prompt=prompt, text=text, tokens=hypothesis.tokens, finish=finish, score=hypothesis.score)
 
     def logprobs(self, ids: list[int]) -> list[float]:
-        with self.precision:
-            return log_probabilities(self.model, ids).tolist()
+        return log_probabilities(self.model, ids).tolist()
 
     def score(self, text: str) -> dict:
         """How likely the model finds a text. Raises ValueError for an empty one."""
@@ -260,17 +271,16 @@ def tell_in_turns(prompt: str, teller: Storyteller):
     # No turn is empty: where the model would end the story, it was asked to go on.
     options = Decoding(**config.decoding | dict(min_new_tokens=max(1, config.min_new_tokens)))
     bad = BadWords(separated(config.bad_words), tokenizer.token_bytes) if config.bad_words else None
-    decoder = Decoder(teller.model, options, stop_ids=tokenizer.stop_ids, bad_words=bad)
+    decoder = Decoder(options=options, stop_ids=tokenizer.stop_ids, bad_words=bad, **teller.engine)
     story = Story(tokenizer, prompt, stops=separated(config.stop))
     print(story.beginning, end="")
     for line in itertools.chain([""] if prompt else [], typed_lines()):
         added = story.go_on_from(line)
         if not sys.stdin.isatty():  # a terminal shows already what is typed
             print(added, end="")
-        with teller.precision:
-            for _, token in decoder.run([story]):
-                teller.total += token is not None
-                print(story.show(token), end="", flush=True)
+        for _, token in decoder.run([story]):
+            teller.total += token is not None
+            print(story.show(token), end="", flush=True)
         print()
 
 
@@ -289,12 +299,10 @@ def main():
     device = pick_device(config.device)
     path = os.path.join(config.out_dir, "ckpt.pt") if config.init_from == "resume" else config.init_from
     model, tokenizer = read_model(path, config.tokenizer)
-    teller = Storyteller(config, model, tokenizer, device)
+    prompts = [] if config.score else read_prompts(config.start)
+    teller = Storyteller(config, model, tokenizer, device, stories=max(1, len(prompts) * config.num_samples))
     if config.score:
         return print_score(teller.score(read_text(config.score, f"--score={config.score}")), teller)
-    prompts = read_prompts(config.start)
-    if config.compile:
-        teller.model.compile(dynamic=True)
     began = time.perf_counter()
     if config.interactive:
         tell_in_turns(prompts[0], teller)

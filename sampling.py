@@ -60,8 +60,9 @@ def draw_key(seed: int, sample: int, position: int) -> int:
 def gumbel_noise(keys, vocab_size: int):
     """Standard Gumbel noise (B, V) of the keys (B,), int32. The hash is lowbias32 of Wellons's
     hash prospector, in 32 bits that wrap around."""
-    x = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * -1640531527  # 2**32 / golden ratio
-    x = x ^ keys[:, None]
+    # The xor keeps the compiler from multiplying the loop's index itself, whose overflow C++ does not define.
+    token = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) ^ 0x2545F491
+    x = token * -1640531527 ^ keys[:, None]  # 2**32 / golden ratio
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -2073254261
     x = (x ^ (x >> 16 & 0xFFFF)) & 0x7FFFFFFF

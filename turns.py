@@ -25,6 +25,7 @@ class Variant(NamedTuple):
     build: object  # build(**arguments) returns step(), which returns how much it did: tokens, operations
     arguments: dict
     processes: int = 1
+    warm_up: int = WARM_UP  # steps before its first turn
 
 
 class Measured(NamedTuple):
@@ -46,7 +47,7 @@ def work(pipe, variant: Variant, rank: int, port: int):
         os.environ |= {name: str(value) for name, value in where.items()} | {"WORLD_SIZE": str(variant.processes)}
     try:
         step = variant.build(**variant.arguments)
-        for _ in range(WARM_UP):
+        for _ in range(variant.warm_up):
             step()
         pipe.send(None)
         while steps := pipe.recv():
@@ -137,6 +138,14 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def timing_problems(config):
+    """What is wrong with how often and how long variants are to take turns."""
+    if config.rounds < 1:
+        yield f"--rounds={config.rounds}: must be 1 or more"
+    if config.seconds <= 0:
+        yield f"--seconds={config.seconds:g}: must be above 0"
 
 
 def measure(variants: list[Variant], rounds: int, seconds: float) -> dict[str, Measured]:

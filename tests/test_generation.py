@@ -67,7 +67,7 @@ def together(model, prompts, batch_size, stop_ids=(), **options) -> list[list[in
     return [sequence.tokens for sequence in sequences]
 
 
-@pytest.mark.parametrize("options", [GREEDY, {}, dict(top_k=20, top_p=0.9, repetition_penalty=1.1)], ids=str)
+@pytest.mark.parametrize("options", [GREEDY, dict(top_k=20, top_p=0.9, repetition_penalty=1.1)], ids=str)
 def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
     """Of different lengths, past the context; and some that end early, so that rows become free."""
     model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)

@@ -1,0 +1,166 @@
+"""
+A model as decoding wants it: matrices packed or quantized, products of the same input joined, and
+steps that are compiled.
+"""
+
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from device import DTYPES
+from generation import Draft, one_step
+from model import KVCache, Transformer
+
+
+class Int8Linear(nn.Module):
+    """A matrix (out, in) of 8-bit integers with a scale for each of its rows. On a CPU the input is
+    quantized too, with a scale for each of its rows, so that the product is one of integers: exact, the
+    same in a batch of any size, and the fastest there is for one row. Elsewhere only the matrix is."""
+
+    def __init__(self, weight):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1) / 127  # (out,)
+        quantized = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", quantized)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        # Flat before it is quantized: to _int_mm, one row must not come with a stride of its own.
+        rows = x.flatten(0, -2).float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        product = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t())
+        return (product.float() * (scale * self.scale)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class PackedLinear(nn.Module):
+    """A matrix (out, in) in the layout that oneDNN multiplies fastest for so many rows on a CPU."""
+
+    def __init__(self, weight, rows: int):
+        super().__init__()
+        self.out_features = len(weight)
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
+
+    def forward(self, x):
+        return torch.ops.cria.packed_linear(x.to(self.weight.dtype), self.weight, self.out_features).to(x.dtype)
+
+
+# An operation of our own, because the compiler takes oneDNN's only with weights that are constants.
+LIBRARY = torch.library.Library("cria", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor weight, int out_features) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "packed_linear", "CompositeExplicitAutograd")
+def packed_linear(x, weight, out_features: int):
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+@torch.library.impl(LIBRARY, "packed_linear", "Meta")
+def packed_linear_shape(x, weight, out_features: int):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+class CastLinear(nn.Module):
+    """A matrix (out, in) in another number format than what it is multiplied with."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+class Joined(nn.Module):
+    """One product in the place of several of the same input."""
+
+    def __init__(self, layer: nn.Module, sizes: list[int]):
+        super().__init__()
+        self.layer, self.sizes = layer, sizes
+
+    def forward(self, x):
+        return self.layer(x).split(self.sizes, dim=-1)
+
+
+def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
+    """A model that shares its embedding and norms with the given one, and whose matrices are of this
+    kind, int8 or a number format, for products of so many rows."""
+
+    def linear(weight):
+        if kind == "int8":
+            return Int8Linear(weight)
+        weight = weight.to(DTYPES[kind])
+        if weight.device.type == "cpu" and kind != "float16" and torch.backends.mkldnn.is_available():
+            return PackedLinear(weight, rows)
+        return CastLinear(weight)
+
+    def joined(*layers):
+        weights = [layer.weight for layer in layers]
+        return Joined(linear(torch.cat(weights)), [len(weight) for weight in weights])
+
+    with torch.device("meta"), torch.no_grad():
+        packed = Transformer(model.args)
+    with torch.no_grad():
+        packed.tok_embeddings, packed.norm = model.tok_embeddings, model.norm
+        packed.rope_cos, packed.rope_sin = model.rope_cos, model.rope_sin
+        packed.output = linear(model.output.weight)
+        for ours, theirs in zip(packed.layers, model.layers, strict=True):
+            ours.attention_norm, ours.ffn_norm = theirs.attention_norm, theirs.ffn_norm
+            attention, feed_forward = theirs.attention, theirs.feed_forward
+            ours.attention.wq = joined(attention.wq, attention.wk, attention.wv)
+            ours.attention.wk = ours.attention.wv = None
+            ours.attention.wo = linear(attention.wo.weight)
+            ours.feed_forward.w1 = joined(feed_forward.w1, feed_forward.w3)
+            ours.feed_forward.w3 = None
+            ours.feed_forward.w2 = linear(feed_forward.w2.weight)
+    return packed.eval()
+
+
+def compiled_step():
+    """generation.one_step, compiled at its first call; where that fails, it stays as it is. What grows
+    from call to call, the filled part of the cache, is the size of a tensor, which is taken as one that
+    changes from the first."""
+    import torch._dynamo  # takes a second, which only those wait for who compile
+    import torch._inductor.config
+
+    def step(model: Transformer, cache: KVCache, tokens, starts, filled, keys, how: dict):
+        return one_step(model, cache, tokens, starts, filled.shape[0], keys, **how)
+
+    compiled = torch.compile(step, dynamic=False)
+    works = None  # not known yet
+
+    def call(model, cache, tokens, starts, end: int, keys, **how):
+        nonlocal works
+        filled = torch.empty(end, 0)
+        if works is None:
+            torch._dynamo.mark_dynamic(filled, 0)
+        try:
+            if works is not False:
+                with torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu"):
+                    result = compiled(model, cache, tokens, starts, filled, keys, how)
+                works = True
+                return result
+        except Exception as error:  # no compiler, or one that fails in its own way
+            if works:
+                raise
+            works = False
+            print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
+        return one_step(model, cache, tokens, starts, end, keys, **how)
+
+    return call
+
+
+def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
+    """The arguments model, step and draft of a Decoder that is to tell batch_size texts at once with
+    matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the first
+    token but one. A single text in floating point is then drafted with 8-bit matrices, several tokens
+    at a time, and checked in one pass; its tokens are those of the model itself."""
+    step = compiled_step() if compile else None
+    if kind != "int8" and compile and batch_size == 1:
+        draft = Draft(for_inference(model, "int8"), step)
+        return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
+    return dict(model=for_inference(model, kind, batch_size), step=step)

@@ -1,0 +1,128 @@
+import copy
+
+import pytest
+import torch
+
+from generation import Decoder, Decoding, Draft, Sequence, one_step
+from inference import Int8Linear, PackedLinear, compiled_step, for_inference, prepared
+from model import KVCache
+from tests.test_generation import V, random_model, together
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_one_row_and_many_multiply_alike(kind):
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(5, 7, 64) * torch.rand(5, 7, 1) * 10
+    layer = Int8Linear(weight) if kind == "int8" else PackedLinear(weight, 1)
+    whole = layer(x)
+    assert whole.shape == (5, 7, 96)
+    for row in range(5):
+        torch.testing.assert_close(layer(x[row : row + 1, 3:4])[0, 0], whole[row, 3], atol=1e-5, rtol=1e-5)
+
+
+def test_int8_is_as_exact_as_8_bits_can_be():
+    torch.manual_seed(0)
+    weight, x = torch.randn(50, 64), torch.randn(20, 64)
+    weight[7] = 0
+    step = weight.abs().amax(1) / 127
+    layer = Int8Linear(weight)
+    rounding = 0.5 * (
+        x.abs().amax(1, keepdim=True) / 127 * (layer.weight.float().abs().sum(1) * step)
+        + x.abs().sum(1)[:, None] * step
+    )
+    assert ((layer(x) - x @ weight.t()).abs() <= rounding + 1e-5).all()
+    assert layer(torch.zeros(1, 64)).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind, off", [("float32", 1e-4), ("bfloat16", 0.2), ("float16", 0.03), ("int8", 0.3)])
+def test_a_prepared_model_is_the_model_within_the_precision_of_its_matrices(kind, off):
+    model = random_model()
+    before = copy.deepcopy(model.state_dict())
+    tokens = torch.randint(V, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(tokens)[0], for_inference(model, kind)(tokens)[0]
+    assert 0 < (found - expected).abs().mean() < off * expected.std() or kind == "float32"
+    assert (found - expected).abs().mean() < off * expected.std()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+OPTIONS = [
+    dict(temperature=0),
+    dict(),
+    dict(top_k=10, top_p=0.8, min_new_tokens=20),
+    dict(repetition_penalty=1.2),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("drafted_by", ["itself in 8 bits", "another"])
+def test_drafting_changes_no_token(drafted_by, options):
+    """Past the context, to the end of each text, whether or not the two models agree."""
+    model, other = random_model(max_seq_len=64), random_model(max_seq_len=64)
+    with torch.no_grad():
+        other.layers[1].feed_forward.w2.weight.mul_(-1)
+    draft = Draft(for_inference(model, "int8") if drafted_by != "another" else other, one_step, tokens=5)
+    for stop_ids in ([], [V - 1, 3, 5]):
+        for prompt in ([1], list(range(50)), list(range(60)) * 2):
+            alone = together(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
+            drafted = Sequence(prompt)
+            decoder = Decoder(model, Decoding(max_new_tokens=150, **options), 1, stop_ids, draft=draft)
+            list(decoder.run([drafted]))
+            assert drafted.tokens == alone[0]
+            drafted.tokens += [7, 8]
+            again = together(model, [drafted.tokens], 1, stop_ids, max_new_tokens=150, **options)
+            list(decoder.run([drafted]))  # goes on with a cache in which more was drafted than was taken
+            assert drafted.tokens == again[0]
+
+
+def test_several_texts_may_be_drafted_at_once():
+    model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4], [5] * 30]
+    draft = Draft(for_inference(model, "int8"), one_step, tokens=3)
+    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
+    list(Decoder(model, Decoding(100), 2, [V - 1], draft=draft).run(sequences))
+    assert [sequence.tokens for sequence in sequences] == together(model, prompts, 1, [V - 1], max_new_tokens=100)
+
+
+@pytest.mark.parametrize("kind, batch_size", [("int8", 1), ("float32", 3)])
+def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
+    """The compiler's product of one row of 8-bit integers was garbage once."""
+    model, steps = for_inference(random_model(max_seq_len=64), kind, batch_size), (one_step, compiled_step())
+    tokens = torch.randint(V, (30, batch_size), generator=torch.Generator().manual_seed(0))
+    caches = [KVCache(model.args, batch_size) for _ in steps]
+    starts, keys = torch.arange(batch_size), torch.arange(batch_size, dtype=torch.int32)
+    with torch.inference_mode():
+        for number, row in enumerate(tokens):
+            inputs = (row, starts + number, number + batch_size, keys + number)
+            plain, compiled = (step(model, cache, *inputs, top_k=9) for step, cache in zip(steps, caches, strict=True))
+            off = (compiled[0] - plain[0]).abs().max() / plain[0].std()
+            assert off < (0.1 if kind == "int8" else 1e-4)  # a rounding to 8 bits may go the other way
+            if off < 1e-4:
+                assert torch.equal(compiled[1][0], plain[1][0]) and torch.equal(compiled[1][1], plain[1][1])
+    assert "cannot compile" not in capfd.readouterr().err or pytest.skip("no compiler here")
+
+
+def test_drafts_of_a_compiled_step_are_nearly_always_right():
+    model = random_model(max_seq_len=64)
+    decoder = Decoder(options=Decoding(200), **prepared(model, compile=True))
+    counts, check = [], decoder.draft_and_check
+    decoder.draft_and_check = lambda: counts.append(check()) or counts[-1]
+    told = Sequence([1])
+    list(decoder.run([told]))
+    assert [told.tokens] == together(model, [[1]], 1, max_new_tokens=200)
+    assert sum(map(len, counts)) / len(counts) > 4  # of 8
+
+
+def test_where_nothing_can_be_compiled_the_step_stays_as_it_is(monkeypatch, capsys):
+    def broken(function, **options):
+        def call(*arguments):
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    step, model = compiled_step(), for_inference(random_model(), "int8")
+    told = [Sequence([1]), Sequence([1])]
+    list(Decoder(model, Decoding(30), step=step).run(told[:1]))
+    list(Decoder(model, Decoding(30)).run(told[1:]))
+    assert told[0].tokens == told[1].tokens
+    assert capsys.readouterr().err.count("cannot compile here (RuntimeError)") == 1
