@@ -76,12 +76,20 @@ class Sequence:
         return len(self.tokens) - self.start - self.cached
 
 
+def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
+    """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
+    holds, from the positions starts (B,) on and before end; and what first_choice says of them."""
+    logits = model.output(model.hidden(tokens, cache, starts, end)).flatten(0, 1)
+    return logits, first_choice(logits, keys.flatten(), **how)
+
+
 class Draft(NamedTuple):
     """A smaller model with the same cache, which proposes tokens that the model itself then checks, all
     in one pass (arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
 
     model: Transformer
-    step: Callable  # see one_step
+    step: Callable = one_step  # of the smaller model
+    check: Callable = one_step  # of the model itself
     tokens: int = 7  # proposed at a time
 
 
@@ -209,13 +217,13 @@ class Decoder:
         """The logits (B, V) after one more token in each text, and the first choice where it is known."""
         going_on, tokens, starts, keys = self.inputs(1)
         step, end = self.step or one_step, int(starts.max()) + 1
-        logits, first = step(self.model, self.cache, tokens, starts, end, keys[:, 0], **self.how)
+        logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
         if len(going_on) == len(tokens):
             return logits, first
         return logits[going_on], tuple(part[going_on] for part in first)
 
     def inputs(self, count: int):
-        """Which rows go on, and for each row its last token (B,), the position of that (B,) and the
+        """Which rows go on, and for each row its last token (B, 1), the position of that (B,) and the
         keys of the next count draws (B, count)."""
         size = self.batch_size if self.step else len(self.rows)
         going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
@@ -224,7 +232,7 @@ class Decoder:
             sequence = self.rows[row]
             tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
         tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        return going_on, tokens, starts, torch.tensor(keys, dtype=torch.int32, device=self.device)
+        return going_on, tokens[:, None], starts, torch.tensor(keys, dtype=torch.int32, device=self.device)
 
     def keys(self, sequence: Sequence, count: int = 1) -> list[int]:
         length = len(sequence.tokens)
@@ -246,13 +254,12 @@ class Decoder:
         going_on, token, starts, keys = self.inputs(count + 1)
         tokens, end = [token], int(starts.max()) + 1
         for i in range(count):
-            _, (token, _) = draft.step(
-                draft.model, self.cache, token, starts + i, end + i, keys[:, i].contiguous(), **self.how
-            )
-            tokens.append(token)
-        tokens = torch.stack(tokens, dim=1)  # (B, 1 + count)
-        logits = self.model.output(self.model.hidden(tokens, self.cache, starts, end + count))  # (B, 1 + count, V)
-        drawn = choose(logits.flatten(0, 1), keys.flatten(), **self.how).view_as(tokens)
+            key = keys[:, i : i + 1].contiguous()
+            _, (drawn, _) = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
+            tokens.append(drawn[:, None])
+        tokens = torch.cat(tokens, dim=1)  # (B, 1 + count)
+        logits, first = draft.check(self.model, self.cache, tokens, starts, end + count, keys, **self.how)
+        drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
         agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
         chosen = []
         for row in going_on:
@@ -282,13 +289,6 @@ class Decoder:
         """The tokens that may not come next."""
         found = self.stop_ids if sequence.new < self.options.min_new_tokens else []
         return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
-
-
-def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
-    """The logits (B, V) after one more token (B,) in each of the cache's rows, at the positions starts
-    (B,) before end; and what first_choice says of them."""
-    logits = model.output(model.hidden(tokens[:, None], cache, starts, end)[:, 0])
-    return logits, first_choice(logits, keys, **how)
 
 
 def continuation(model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options) -> list[int]:

@@ -131,27 +131,36 @@ def compiled_step():
         return one_step(model, cache, tokens, starts, filled.shape[0], keys, **how)
 
     compiled = torch.compile(step, dynamic=False)
-    works = None  # not known yet
+    works = usual = None  # not known yet
 
     def call(model, cache, tokens, starts, end: int, keys, **how):
-        nonlocal works
+        nonlocal works, usual
+        if works is False:
+            return one_step(model, cache, tokens, starts, end, keys, **how)
         filled = torch.empty(end, 0)
         if works is None:
             torch._dynamo.mark_dynamic(filled, 0)
+        kind = (model, cache.length, tokens.shape, how)
         try:
-            if works is not False:
-                with torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu"):
-                    result = compiled(model, cache, tokens, starts, filled, keys, how)
-                works = True
-                return result
+            with (
+                no_guards() if kind == usual else torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu")
+            ):
+                result = compiled(model, cache, tokens, starts, filled, keys, how)
         except Exception as error:  # no compiler, or one that fails in its own way
             if works:
                 raise
             works = False
             print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
-        return one_step(model, cache, tokens, starts, end, keys, **how)
+            return call(model, cache, tokens, starts, end, keys, **how)
+        works, usual = True, kind
+        return result
 
     return call
+
+
+def no_guards():
+    """To look whether what was compiled fits this call takes a third of a step."""
+    return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
@@ -161,6 +170,6 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
     at a time, and checked in one pass; its tokens are those of the model itself."""
     step = compiled_step() if compile else None
     if kind != "int8" and compile and batch_size == 1:
-        draft = Draft(for_inference(model, "int8"), step)
+        draft = Draft(for_inference(model, "int8"), step, compiled_step())
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
     return dict(model=for_inference(model, kind, batch_size), step=step)

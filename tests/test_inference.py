@@ -61,7 +61,7 @@ def test_drafting_changes_no_token(drafted_by, options):
     model, other = random_model(max_seq_len=64), random_model(max_seq_len=64)
     with torch.no_grad():
         other.layers[1].feed_forward.w2.weight.mul_(-1)
-    draft = Draft(for_inference(model, "int8") if drafted_by != "another" else other, one_step, tokens=5)
+    draft = Draft(for_inference(model, "int8") if drafted_by != "another" else other, tokens=5)
     for stop_ids in ([], [V - 1, 3, 5]):
         for prompt in ([1], list(range(50)), list(range(60)) * 2):
             alone = together(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
@@ -77,7 +77,7 @@ def test_drafting_changes_no_token(drafted_by, options):
 
 def test_several_texts_may_be_drafted_at_once():
     model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4], [5] * 30]
-    draft = Draft(for_inference(model, "int8"), one_step, tokens=3)
+    draft = Draft(for_inference(model, "int8"), tokens=3)
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     list(Decoder(model, Decoding(100), 2, [V - 1], draft=draft).run(sequences))
     assert [sequence.tokens for sequence in sequences] == together(model, prompts, 1, [V - 1], max_new_tokens=100)
@@ -92,7 +92,7 @@ def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
     starts, keys = torch.arange(batch_size), torch.arange(batch_size, dtype=torch.int32)
     with torch.inference_mode():
         for number, row in enumerate(tokens):
-            inputs = (row, starts + number, number + batch_size, keys + number)
+            inputs = (row[:, None], starts + number, number + batch_size, keys[:, None] + number)
             plain, compiled = (step(model, cache, *inputs, top_k=9) for step, cache in zip(steps, caches, strict=True))
             off = (compiled[0] - plain[0]).abs().max() / plain[0].std()
             assert off < (0.1 if kind == "int8" else 1e-4)  # a rounding to 8 bits may go the other way
