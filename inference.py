@@ -137,30 +137,28 @@ def compiled_step():
         nonlocal works, usual
         if works is False:
             return one_step(model, cache, tokens, starts, end, keys, **how)
-        filled = torch.empty(end, 0)
+        filled, kind = torch.empty(end, 0), (model, cache.length, tokens.shape, how)
+        if kind == usual:  # to look whether what was compiled fits takes a third of a step
+            try:
+                with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+                    return compiled(model, cache, tokens, starts, filled, keys, how)
+            except RuntimeError:  # it does not, and nothing was done
+                usual = None
         if works is None:
             torch._dynamo.mark_dynamic(filled, 0)
-        kind = (model, cache.length, tokens.shape, how)
         try:
-            with (
-                no_guards() if kind == usual else torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu")
-            ):
+            with torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu"):
                 result = compiled(model, cache, tokens, starts, filled, keys, how)
         except Exception as error:  # no compiler, or one that fails in its own way
             if works:
                 raise
             works = False
             print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
-            return call(model, cache, tokens, starts, end, keys, **how)
+            return one_step(model, cache, tokens, starts, end, keys, **how)
         works, usual = True, kind
         return result
 
     return call
-
-
-def no_guards():
-    """To look whether what was compiled fits this call takes a third of a step."""
-    return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
