@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from generation import window_start
+from generation import new_cache, window_start
 from model import KVCache, Transformer
 
 
@@ -69,10 +69,8 @@ def beam_search(
     The rules are those of transformers' generate with early_stopping=False. Raises ValueError for
     impossible arguments, and where no token is left for any beam before one text has ended."""
     check_arguments(prompt, num_beams, max_new_tokens, length_penalty, num_best)
-    weight, stop = model.tok_embeddings.weight, set(stop)
-    device, kind = weight.device, weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    cache = KVCache(model.args, 1, min(model.args.max_seq_len, len(prompt) + max_new_tokens), device, dtype)
+    stop, device = set(stop), model.tok_embeddings.weight.device
+    cache = new_cache(model, 1, min(model.args.max_seq_len, len(prompt) + max_new_tokens))
     beams, logprobs, read = [list(prompt)], torch.zeros(1, device=device), 0
     finished: list[Hypothesis] = []  # best first
     for length in range(1, max_new_tokens + 1):  # of the new tokens, with those of this turn

@@ -61,19 +61,33 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
 
+def new_cache(model: Transformer, batch_size: int, length: int) -> KVCache:
+    """A cache for the numbers that the model computes with here."""
+    weight, kind = model.tok_embeddings.weight, model.tok_embeddings.weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.args, batch_size, length, weight.device, dtype)
+
+
 class Sequence:
     """A text that is being told, as tokens."""
 
     def __init__(self, tokens: Collection[int], sample: int = 0):
-        self.tokens = list(tokens)  # at least one
+        if not tokens:
+            raise ValueError("nothing to go on from: begin with at least one token, such as BOS")
+        self.tokens = list(tokens)
         self.sample = sample  # its number among those with the same beginning
         self.new = 0  # how many of the tokens were chosen
         self.finish = ""  # when it is over: "stop" or "length"
         self.start = self.cached = 0  # how many tokens from start on are in the cache
+        self.read_by: Decoder | None = None  # whose cache that is
 
     @property
     def unread(self) -> int:
         return len(self.tokens) - self.start - self.cached
+
+    def forget_beyond(self):
+        """The cache may hold more than the tokens, drafted; and one token must be left to read."""
+        self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
 
 
 def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
@@ -85,7 +99,7 @@ def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys,
 
 class Draft(NamedTuple):
     """A smaller model with the same cache, which proposes tokens that the model itself then checks, all
-    in one pass (arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
+    in one pass (speculative decoding, arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
 
     model: Transformer
     step: Callable = one_step  # of the smaller model
@@ -107,6 +121,8 @@ class Decoder:
     ):  # fmt: skip
         """stop_ids end a text. Without the cache the same tokens come, more slowly. step stands for
         one_step, but takes batch_size rows always. step and draft: see inference.prepared."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.model, self.options, self.batch_size = model, options, batch_size
         self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
         self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
@@ -122,12 +138,15 @@ class Decoder:
         waiting = deque(sequences)
         longest = max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens
         self.reserve(longest + self.draft.tokens if self.draft else longest)
-        if self.rows != list(waiting):
-            self.rows = []
-        else:
+        if self.rows == list(waiting) and all(sequence.read_by is self for sequence in waiting):
             waiting.clear()
+        else:
+            self.rows = []
+        for sequence in waiting:
+            sequence.start, sequence.cached, sequence.read_by = 0, 0, self
         for sequence in [*waiting, *self.rows]:
             sequence.new, sequence.finish = 0, ""
+            sequence.forget_beyond()
         while waiting or any(not sequence.finish for sequence in self.rows):
             self.admit(waiting)
             for sequence, token in self.choose_next():
@@ -142,29 +161,23 @@ class Decoder:
                 if not sequence.finish and sequence.new == self.options.max_new_tokens:
                     sequence.finish = "length"
                 if sequence.finish:
-                    # The cache may hold more, that was drafted; and one token must be left to read.
-                    sequence.cached = min(sequence.cached, len(sequence.tokens) - sequence.start - 1)
+                    sequence.forget_beyond()
                     yield sequence, None
 
     def reserve(self, length: int):
-        """Room in the cache for rows of this length; what it holds is given up where there is none."""
-        longest, there = self.model.args.max_seq_len, self.cache.length if self.cache else 0
-        if there >= min(length, longest) and self.cache.batch_size == self.batch_size:
-            return
-        weight, kind = self.model.tok_embeddings.weight, self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        length = min(max(length, 2 * there), longest)
-        self.cache = KVCache(self.model.args, self.batch_size, length, self.device, dtype)
-        for sequence in self.rows:
-            sequence.cached = 0
+        """Room in the cache for rows of this length."""
+        rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
+        length = min(rounded, self.model.args.max_seq_len)
+        if not self.cache or self.cache.batch_size != self.batch_size:
+            self.cache, self.rows = new_cache(self.model, self.batch_size, length), []
+        elif self.cache.length < length:
+            self.cache.lengthen(length)
 
     def admit(self, waiting: deque[Sequence]):
         """Put the waiting in the place of those that are over; when none waits, close the ranks."""
         over = [row for row, sequence in enumerate(self.rows) if sequence.finish]
-        for row in over if waiting else ():
-            if waiting:
-                self.rows[row] = waiting.popleft()
-                self.rows[row].start = self.rows[row].cached = 0
+        for row in over[: len(waiting)]:
+            self.rows[row] = waiting.popleft()
         while waiting and len(self.rows) < self.batch_size:
             self.rows.append(waiting.popleft())
         going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
@@ -215,24 +228,28 @@ class Decoder:
 
     def take_step(self):
         """The logits (B, V) after one more token in each text, and the first choice where it is known."""
-        going_on, tokens, starts, keys = self.inputs(1)
-        step, end = self.step or one_step, int(starts.max()) + 1
+        going_on, tokens, starts, end, keys = self.inputs(1)
+        step = self.step or one_step
         logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
         if len(going_on) == len(tokens):
             return logits, first
         return logits[going_on], tuple(part[going_on] for part in first)
 
     def inputs(self, count: int):
-        """Which rows go on, and for each row its last token (B, 1), the position of that (B,) and the
-        keys of the next count draws (B, count)."""
+        """Which rows go on, and for each row its last token (B, 1), the position of that (B,), one
+        beyond the last of these, and the keys of the next count draws (B, count)."""
         size = self.batch_size if self.step else len(self.rows)
+        for sequence in self.rows:
+            if sequence.finish:
+                sequence.cached = 0  # whatever is read in its row is written over its beginning
         going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
         tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
         for row in going_on:
             sequence = self.rows[row]
             tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
+        end = max(starts) + 1
         tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        return going_on, tokens[:, None], starts, torch.tensor(keys, dtype=torch.int32, device=self.device)
+        return going_on, tokens[:, None], starts, end, torch.tensor(keys, dtype=torch.int32, device=self.device)
 
     def keys(self, sequence: Sequence, count: int = 1) -> list[int]:
         length = len(sequence.tokens)
@@ -251,8 +268,8 @@ class Decoder:
         """The next tokens of every text: as many of the proposed ones as the model draws itself, and
         the one that it draws after them."""
         draft, count = self.draft, self.draft.tokens
-        going_on, token, starts, keys = self.inputs(count + 1)
-        tokens, end = [token], int(starts.max()) + 1
+        going_on, token, starts, end, keys = self.inputs(count + 1)
+        tokens = [token]
         for i in range(count):
             key = keys[:, i : i + 1].contiguous()
             _, (drawn, _) = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
@@ -309,7 +326,7 @@ class Story(Sequence):
         self.begin()
 
     def begin(self):
-        self.held, self.is_cut, self.to_spell = "", False, deque()
+        self.held, self.shown, self.is_cut, self.to_spell = "", "", False, deque()
         self.pieces = self.tokenizer.decode_stream(iter(self.to_spell.popleft, None))
         self.beginning = self.spell(self.tokens)  # the prompt, as the vocabulary spells it
 
@@ -327,20 +344,27 @@ class Story(Sequence):
         self.held += "" if self.is_cut else self.spell([token])
         found = [(place + len(stop), place) for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if found:
-            shown, self.held, self.is_cut, self.finish = self.held[: min(found)[1]], "", True, "stop"
-            return shown
-        kept = max((overlap(self.held, stop) for stop in self.stops), default=0) if token is not None else 0
-        shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
-        return shown
+            certain, kept, self.is_cut, self.finish = min(found)[1], "", True, "stop"
+        else:
+            open_length = max((overlap(self.held, stop) for stop in self.stops), default=0) if token is not None else 0
+            certain = len(self.held) - open_length
+            kept = self.held[certain:]
+        text, self.held = self.held[:certain], kept
+        self.shown += text
+        return text
 
     def go_on_from(self, text: str) -> str:
-        """Add a text of somebody else's; returns it as the vocabulary spells it here."""
-        before = len(self.tokenizer.decode(self.tokens))
+        """Add a text of somebody else's; returns it as the vocabulary spells it here. What a stop string
+        cut off is no part of the story."""
+        if self.is_cut:
+            self.tokens = self.tokenizer.encode(self.beginning + self.shown, bos=True)
+            self.start = self.cached = 0
+        before = self.tokenizer.decode(self.tokens)
         if text:
-            space = "" if self.tokenizer.has_dummy_prefix else " "
+            space = "" if self.tokenizer.has_dummy_prefix or not before else " "
             self.tokens += self.tokenizer.encode(space + text, bos=False)
         self.begin()
-        return self.beginning[before:]
+        return self.beginning[len(before) :]
 
 
 def overlap(text: str, stop: str) -> int:
@@ -370,7 +394,7 @@ def generate(
     stories = [Story(tokenizer, prompt, sample, stop) for prompt in prompts for sample in range(num_samples)]
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
-    size = min(batch_size, len(stories))
+    size = min(batch_size, max(1, len(stories)))
     decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, step=step, draft=draft)
     for story, token in decoder.run(stories):
         text = story.show(token)

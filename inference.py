@@ -37,6 +37,13 @@ class Int8Linear(nn.Module):
         return (product.float() * (scale * self.scale)).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
+def packable_kinds() -> list[str]:
+    """The number formats that oneDNN multiplies on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return []
+    return ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class PackedLinear(nn.Module):
     """A matrix (out, in) in the layout that oneDNN multiplies fastest for so many rows on a CPU."""
 
@@ -94,7 +101,7 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
         if kind == "int8":
             return Int8Linear(weight)
         weight = weight.to(DTYPES[kind])
-        if weight.device.type == "cpu" and kind != "float16" and torch.backends.mkldnn.is_available():
+        if weight.device.type == "cpu" and kind in packable_kinds():
             return PackedLinear(weight, rows)
         return CastLinear(weight)
 
@@ -137,18 +144,22 @@ def compiled_step():
         nonlocal works, usual
         if works is False:
             return one_step(model, cache, tokens, starts, end, keys, **how)
-        filled, kind = torch.empty(end, 0), (model, cache.length, tokens.shape, how)
-        if kind == usual:  # to look whether what was compiled fits takes a third of a step
+        filled, on_cpu = torch.empty(end, 0), tokens.device.type == "cpu"
+        kind = (model, cache.length, cache.keys[0].dtype, tokens.shape, how)
+        if on_cpu and kind == usual:  # to look whether what was compiled fits takes a third of a step
             try:
                 with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
                     return compiled(model, cache, tokens, starts, filled, keys, how)
-            except RuntimeError:  # it does not, and nothing was done
-                usual = None
-        if works is None:
-            torch._dynamo.mark_dynamic(filled, 0)
+            except RuntimeError as error:
+                if "Recompilation triggered" not in str(error):
+                    raise
+                usual = None  # it does not, and nothing was done
+        torch._dynamo.mark_dynamic(filled, 0)
         try:
-            with torch._inductor.config.patch(cpp_wrapper=tokens.device.type == "cpu"):
+            with torch._inductor.config.patch(cpp_wrapper=on_cpu):
                 result = compiled(model, cache, tokens, starts, filled, keys, how)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no compiler, or one that fails in its own way
             if works:
                 raise
@@ -164,10 +175,10 @@ def compiled_step():
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
     """The arguments model, step and draft of a Decoder that is to tell batch_size texts at once with
     matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the first
-    token but one. A single text in floating point is then drafted with 8-bit matrices, several tokens
-    at a time, and checked in one pass; its tokens are those of the model itself."""
-    step = compiled_step() if compile else None
-    if kind != "int8" and compile and batch_size == 1:
+    token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices, several
+    tokens at a time, and checked in one pass; its tokens are those of the model itself."""
+    step, on_cpu = compiled_step() if compile else None, model.tok_embeddings.weight.device.type == "cpu"
+    if on_cpu and kind != "int8" and compile and batch_size == 1:
         draft = Draft(for_inference(model, "int8"), step, compiled_step())
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
     return dict(model=for_inference(model, kind, batch_size), step=step)

@@ -193,6 +193,12 @@ class KVCache:
     def length(self) -> int:
         return self.keys[0].shape[2]
 
+    def lengthen(self, length: int):
+        """Make room for more positions, up to length."""
+        added = (0, 0, 0, length - self.length)
+        self.keys = [F.pad(keys, added) for keys in self.keys]
+        self.values = [F.pad(values, added) for values in self.values]
+
     def take(self, rows):
         """Keep these rows (N,), in this order; one may be there several times."""
         self.keys = [keys[rows] for keys in self.keys]
@@ -271,7 +277,7 @@ class Attention(nn.Module):
         if length == 1:  # the queries that share a key are rows of one product
             grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
             y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
-            return y.view(q.shape)
+            return y.reshape(q.shape)
         if self.queries_per_kv > 1:
             k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
             v = v.repeat_interleave(self.queries_per_kv, dim=1)
@@ -375,6 +381,7 @@ class Transformer(nn.Module):
         if isinstance(start_pos, int):
             end, positions = start_pos + length, slice(start_pos, start_pos + length)
         else:
+            assert end, "with a position for each row, say where the longest row ends"
             positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")

@@ -40,7 +40,7 @@ class SampleConfig:
     tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one in or beside the model
     start: str = ""  # the text to go on from, or FILE:path of it, or - for a text in each line of standard input
     num_samples: int = 1  # how many samples to draw of each text
-    batch_size: int = 16  # how many are told at once; the texts do not depend on it
+    batch_size: int = 16  # how many are told at once; the texts depend on it no more than rounding does
     interactive: bool = False  # a story in turns: what you type in a line is added, and the model goes on
     max_new_tokens: int = 256  # the longest continuation; beyond the model's context it sees the newest half or more
     min_new_tokens: int = 0  # the text does not end by itself before there are so many tokens
@@ -60,7 +60,7 @@ class SampleConfig:
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: 8-bit matrices, faster still and hardly worse
+    quantize: Literal["none", "int8"] = "none"  # int8: 8-bit matrices, on a CPU faster and hardly worse
     compile: bool | None = None  # a faster step, after some twenty seconds; None: if the length asked for is worth it
 
     @property
@@ -81,6 +81,8 @@ class SampleConfig:
             yield "--num_beams goes without --repetition_penalty and --interactive"
         if self.interactive and (self.num_samples > 1 or self.start == "-" or self.format != "text" or self.logprobs):
             yield "--interactive is one story, from the terminal, as text: leave out the options for others"
+        if self.compile and (self.score or self.num_beams > 1):
+            yield "--compile is for drawing stories: leave it out beside --score and --num_beams"
         if self.quantize != "none" and self.dtype != "float32":
             yield "--quantize=int8 and --dtype are two choices of one thing: leave out one"
         if self.format == "events" and (self.score or self.num_beams > 1 or self.logprobs):
@@ -135,11 +137,13 @@ class Storyteller:
         kind = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         rows = min(config.batch_size, stories)
         compile = config.compile
-        if compile is None:
+        if compile is None and config.num_beams == 1 and not config.score:
             compile = stories / rows * config.max_new_tokens >= WORTH_COMPILING
-            if compile:
-                print("compiling first; --compile=False begins at once", file=sys.stderr)
-        self.engine = prepared(model.to(device), kind, rows, compile)
+        if compile:
+            print("compiling first; --compile=False begins at once", file=sys.stderr)
+        self.engine = prepared(model.to(device), kind, rows, bool(compile))
+        bad_words = separated(config.bad_words)
+        self.bad_words = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
         self.model, self.rows, self.total = self.engine["model"], rows, 0  # tokens made
 
     def pieces(self, prompts: list[str]) -> Iterator[Piece]:
@@ -167,21 +171,23 @@ class Storyteller:
         """The records of the likeliest continuations that a beam search finds, the best first."""
         config = self.config
         ids, stop_ids = self.tokenizer.encode(prompt, bos=True), self.tokenizer.stop_ids
-        bad = BadWords(separated(config.bad_words), self.tokenizer.token_bytes)
         found = beam_search(
             self.model, ids, config.num_beams, config.max_new_tokens, config.length_penalty, stop_ids,
-            config.num_samples, config.min_new_tokens, bad.completed_by if config.bad_words else None,
+            config.num_samples, config.min_new_tokens, self.bad_words.completed_by if self.bad_words else None,
         )  # fmt: skip
         for hypothesis in found:
             self.total += len(hypothesis.tokens)
             yield self.with_logprobs(self.record_of(prompt, hypothesis))
 
     def record_of(self, prompt: str, hypothesis: Hypothesis) -> dict:
-        story, text = Story(self.tokenizer, prompt, stops=separated(self.config.stop)), ""
-        for token in [*hypothesis.tokens, None]:
-            text += story.show(token)
+        story, tokens = Story(self.tokenizer, prompt, stops=separated(self.config.stop)), hypothesis.tokens
+        for count, token in enumerate([*tokens, None], 1):
+            story.show(token)
+            if story.finish:
+                tokens = tokens[:count]
+                break
         finish = story.finish or hypothesis.finish
-        return dict(prompt=prompt, text=text, tokens=hypothesis.tokens, finish=finish, score=hypothesis.score)
+        return dict(prompt=prompt, text=story.shown, tokens=tokens, finish=finish, score=hypothesis.score)
 
     def logprobs(self, ids: list[int]) -> list[float]:
         return log_probabilities(self.model, ids).tolist()
@@ -225,18 +231,23 @@ def in_order(pieces: Iterable[Piece], num_samples: int) -> Iterator[Piece]:
 
 
 def print_stories(prompts: list[str], teller: Storyteller):
-    as_text, told = teller.config.format == "text", []
-    for piece in in_order(teller.pieces(prompts), teller.config.num_samples):
-        if as_text and not told:
-            if piece.prompt or piece.sample:
-                print(RULER)
-            print(Story(teller.tokenizer, prompts[piece.prompt]).beginning, end="")
-        told.append(piece)
+    num_samples, as_text = teller.config.num_samples, teller.config.format == "text"
+    pieces = in_order(teller.pieces(prompts), num_samples)
+    for number in range(len(prompts) * num_samples):
+        prompt, told = prompts[number // num_samples], []
         if as_text:
-            print(piece.text, end="", flush=True)
-        if piece.token is None:
-            print_record(teller.record(prompts[piece.prompt], told), teller)
-            told = []
+            print_beginning(prompt, number, teller)
+        for piece in pieces:
+            told.append(piece)
+            if as_text:
+                print(piece.text, end="", flush=True)
+            if piece.token is None:
+                break
+        print_record(teller.record(prompt, told), teller)
+
+
+def print_beginning(prompt: str, number: int, teller: Storyteller):
+    print(f"{RULER}\n" if number else "", Story(teller.tokenizer, prompt).beginning, sep="", end="", flush=True)
 
 
 def print_record(record: dict, teller: Storyteller):
@@ -249,14 +260,12 @@ def print_record(record: dict, teller: Storyteller):
 
 
 def print_best(prompts: list[str], teller: Storyteller):
-    number = 0
-    for prompt in prompts:
-        for record in teller.best(prompt):
-            if teller.config.format == "text":
-                print(RULER + "\n" if number else "", Story(teller.tokenizer, prompt).beginning, sep="", end="")
-                print(record["text"], end="")
-            print_record(record, teller)
-            number += 1
+    found = ((prompt, record) for prompt in prompts for record in teller.best(prompt))
+    for number, (prompt, record) in enumerate(found):
+        if teller.config.format == "text":
+            print_beginning(prompt, number, teller)
+            print(record["text"], end="")
+        print_record(record, teller)
 
 
 def print_events(prompts: list[str], teller: Storyteller):
@@ -270,8 +279,7 @@ def tell_in_turns(prompt: str, teller: Storyteller):
     print("Type how the story goes on; an empty line leaves it to the model, Ctrl-D ends.", file=sys.stderr)
     # No turn is empty: where the model would end the story, it was asked to go on.
     options = Decoding(**config.decoding | dict(min_new_tokens=max(1, config.min_new_tokens)))
-    bad = BadWords(separated(config.bad_words), tokenizer.token_bytes) if config.bad_words else None
-    decoder = Decoder(options=options, stop_ids=tokenizer.stop_ids, bad_words=bad, **teller.engine)
+    decoder = Decoder(options=options, stop_ids=tokenizer.stop_ids, bad_words=teller.bad_words, **teller.engine)
     story = Story(tokenizer, prompt, stops=separated(config.stop))
     print(story.beginning, end="")
     for line in itertools.chain([""] if prompt else [], typed_lines()):
@@ -301,6 +309,7 @@ def main():
     model, tokenizer = read_model(path, config.tokenizer)
     prompts = [] if config.score else read_prompts(config.start)
     teller = Storyteller(config, model, tokenizer, device, stories=max(1, len(prompts) * config.num_samples))
+    del model  # what is left of it is the teller's
     if config.score:
         return print_score(teller.score(read_text(config.score, f"--score={config.score}")), teller)
     began = time.perf_counter()

@@ -52,7 +52,7 @@ def penalize_repeats(logits, seen, penalty: float):
 
 
 def draw_key(seed: int, sample: int, position: int) -> int:
-    """The key of a draw, an int32: another for every seed, sample and position."""
+    """The key of a draw: an int32, hashed of seed, sample and position."""
     key = mix(mix(mix(seed) + sample) + position) & 0xFFFFFFFF
     return key - (key >> 31 << 32)
 

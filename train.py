@@ -232,7 +232,7 @@ def evaluate_and_save(run: Run):
 
 def tell_story(run: Run):
     run.model.eval()
-    options = dict(max_new_tokens=run.model.args.max_seq_len - 1, temperature=0.8, top_p=0.9, seed=0)
+    options = dict(max_new_tokens=max(1, run.model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0)
     story = "".join(piece.text for piece in generation.generate(run.model, run.tokenizer, [""], **options))
     run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
     run.model.train()

@@ -6,8 +6,7 @@ import torch
 
 import beam as beam_module
 from beam import beam_search
-from generation import window_start
-from model import KVCache
+from generation import new_cache, window_start
 from tests.test_model import in_transformers, random_model
 
 PROMPT = [1, 5, 9]
@@ -166,7 +165,7 @@ def test_the_prompt_is_read_once_and_then_one_token_of_every_beam(model, monkeyp
 
 def test_under_autocast_the_cache_has_its_type(model, monkeypatch):
     made = []
-    monkeypatch.setattr(beam_module, "KVCache", lambda *args: made.append(KVCache(*args)) or made[-1])
+    monkeypatch.setattr(beam_module, "new_cache", lambda *args: made.append(new_cache(*args)) or made[-1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (text,) = beam_search(model, PROMPT, 4, 12)
     assert [cache.keys[0].dtype for cache in made] == [torch.bfloat16]

@@ -12,6 +12,7 @@ from generation import (
     Story,
     continuation,
     log_probabilities,
+    one_step,
     window_start,
 )
 from model import ModelArgs, Transformer
@@ -60,9 +61,9 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
     assert uncached.tokens == expected
 
 
-def together(model, prompts, batch_size, stop_ids=(), **options) -> list[list[int]]:
+def together(model, prompts, batch_size, stop_ids=(), step=None, **options) -> list[list[int]]:
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids).run(sequences):
+    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, step=step).run(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 
@@ -72,10 +73,48 @@ def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
     """Of different lengths, past the context; and some that end early, so that rows become free."""
     model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)
     prompts = [torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)]
-    for stop_ids, batch_size in (([], 5), ([V - 1, 17], 3)):
-        told = [together(model, prompts, size, stop_ids, max_new_tokens=1000, **options) for size in (1, batch_size)]
-        assert told[0] == told[1]
-    assert max(map(len, told[0])) < 1000
+    for stop_ids, batch_size, step in (([], 5, None), ([V - 1, 17], 3, None), ([V - 1, 17], 3, one_step)):
+        alone = together(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
+        assert together(model, prompts, batch_size, stop_ids, step, max_new_tokens=1000, **options) == alone
+    assert max(map(len, alone)) < 1000
+
+
+@pytest.mark.parametrize("step", [None, one_step], ids=["", "of a fixed size"])
+def test_texts_go_on_in_any_company_as_if_they_had_been_alone(step):
+    """The cache that they left may hold others, or more than them."""
+    model, draw = random_model(max_seq_len=64), torch.Generator().manual_seed(0)
+    texts = [Sequence(torch.randint(V, (length,), generator=draw).tolist(), length) for length in (3, 9, 1)]
+    decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], step=step) for _ in range(2))
+    a, b, c = texts
+    for company in ([a], [b, a], [b, a], [a, b, c], [c, b], [c], [c, b]):
+        alone = [Sequence(text.tokens, text.sample) for text in company]
+        for text in alone:
+            list(Decoder(model, Decoding(30), 1, [V - 1, 7]).run([text]))
+        list((other if company == [c] else decoder).run(company))
+        assert [text.tokens for text in company] == [text.tokens for text in alone]
+    for _ in decoder.run([a]):
+        break  # and one that was broken off
+    alone = Sequence(a.tokens, a.sample)
+    list(Decoder(model, Decoding(30), 1, [V - 1, 7]).run([alone]))
+    list(decoder.run([a]))
+    assert a.tokens == alone.tokens
+
+
+def test_a_text_that_goes_on_is_not_read_again():
+    model, lengths = random_model(max_seq_len=64), []
+    decoder, text = Decoder(model, Decoding(10)), Sequence([1, 2, 3])
+    list(decoder.run([text]))
+    hidden = model.hidden
+    model.hidden = lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **more)
+    text.tokens += [4, 5]
+    list(decoder.run([text]))
+    assert lengths == [3, *[1] * 9]  # what was said last, and what was added
+
+
+@pytest.mark.parametrize("impossible", [lambda: Sequence([]), lambda: Decoder(random_model(), Decoding(), 0)])
+def test_impossible_arguments_are_refused(impossible):
+    with pytest.raises(ValueError, match=r"begin with at least one token|batch_size=0: must be"):
+        impossible()
 
 
 def test_greedy_tokens_of_the_model_under_test_vary():

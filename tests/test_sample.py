@@ -169,6 +169,34 @@ def test_beams_print_the_likeliest_texts_with_their_scores(run_sample, out_dir, 
     assert text == ["Once" + record["text"] for record in found]
 
 
+def test_beams_end_at_a_stop_string_with_their_tokens(run_sample, out_dir, tokenizer):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--num_beams=3", "--format=jsonl")
+    whole = records(run_sample(*arguments)[1])[0]
+    stop = whole["text"][8:11]
+    (found,) = records(run_sample(*arguments, f"--stop={stop}")[1])
+    assert found["text"] == whole["text"][: whole["text"].find(stop)] and found["finish"] == "stop"
+    assert found["tokens"] == whole["tokens"][: len(found["tokens"])] and len(found["tokens"]) < len(whole["tokens"])
+    assert stop in tokenizer.decode([*tokenizer.encode("Once", bos=True), *found["tokens"]])
+
+
+@pytest.mark.parametrize("options", [["--quantize=int8"], ["--compile=True"], ["--batch_size=1"]], ids=str)
+def test_what_makes_it_fast_tells_stories_too(options, run_sample, out_dir):
+    arguments = (f"--out_dir={out_dir}", "--start=Once", "--max_new_tokens=20", "--format=jsonl")
+    plain, fast = (records(run_sample(*arguments, *more)[1])[0] for more in ([], options))
+    assert plain["prompt"] == fast["prompt"] and len(fast["tokens"]) > 5
+    assert options == ["--quantize=int8"] or plain == fast
+
+
+def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(run_sample, out_dir, standard_input):
+    arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=12")
+    standard_input(b"Once\n\n")
+    first, _ = text_of(run_sample(*arguments, "--interactive=True")[1]).removesuffix("\n").split("\n")
+    stop = first[-3:]
+    standard_input(b"Once\nthere\n")
+    shown, _ = text_of(run_sample(*arguments, "--interactive=True", f"--stop={stop}")[1]).split("\n", 1)
+    assert shown == first[: first.find(stop, len("Once"))]
+
+
 def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(run_sample, out_dir, standard_input):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=8")
     standard_input("Zoë saw\n\na dog\n".encode())
@@ -193,8 +221,8 @@ def test_a_stop_string_ends_a_story_and_is_not_shown(run_sample, out_dir):
 def test_bad_words_appear_in_no_story(run_sample, out_dir):
     arguments = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", "--num_samples=5", "--top_k=0")
     free = "".join(record["text"] for record in records(run_sample(*arguments)[1]))
-    words = [free[place : place + 2] for place in range(20, 60, 8)]
-    words = [word for word in words if "|" not in word and "\\" not in word and "\ufffd" not in word]
+    words = [free[place : place + 2] for place in range(0, len(free) - 1, 5)]
+    words = [word for word in words if "|" not in word and "\\" not in word and "\ufffd" not in word][:5]
     told = [record["text"] for record in records(run_sample(*arguments, f"--bad_words={'|'.join(words)}")[1])]
     assert words and len(told) == 5
     assert not [word for word in words if any(word in text for text in told)]
@@ -315,6 +343,8 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--num_beams=2", "--num_samples=3"], 2, "--num_samples=3: a search with --num_beams=2 finds no more"),
         (["--num_beams=2", "--repetition_penalty=2"], 2, "--num_beams goes without --repetition_penalty"),
         (["--interactive=True", "--format=jsonl"], 2, "--interactive is one story, from the terminal, as text"),
+        (["--compile=True", "--num_beams=2"], 2, "--compile is for drawing stories"),
+        (["--quantize=int8", "--dtype=bfloat16"], 2, "--quantize=int8 and --dtype are two choices of one thing"),
         (["--format=events", "--logprobs=True"], 2, "--format=events goes without"),
         (["--temperature=-1"], 2, "--temperature=-1: must be 0 or more"),
         (["--temperature=nan"], 2, "--temperature=nan: must be a number"),
