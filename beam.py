@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from generation import new_cache, window_start
+from generation import check_numbers, new_cache, window_start
 from model import KVCache, Transformer
 
 
@@ -38,7 +38,9 @@ def next_logprobs(model: Transformer, cache: KVCache, beams: list[list[int]], re
     first = read if window_start(read, longest) == start else start  # a cache of another window is of no use
     inputs = torch.tensor([tokens[first:] for tokens in beams], device=model.tok_embeddings.weight.device)  # (beams, T)
     last = model.hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
-    return model.output(last).float().log_softmax(-1)
+    logprobs = model.output(last).float().log_softmax(-1)
+    check_numbers(logprobs)
+    return logprobs
 
 
 def best_candidates(logprobs, count: int) -> list[tuple[float, int, int]]:

@@ -61,6 +61,12 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride)) * stride
 
 
+def check_numbers(logits):
+    """Raise ValueError where a model has come to nothing."""
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: its weights are damaged, or its training diverged")
+
+
 def new_cache(model: Transformer, batch_size: int, length: int) -> KVCache:
     """A cache for the numbers that the model computes with here."""
     weight, kind = model.tok_embeddings.weight, model.tok_embeddings.weight.device.type
@@ -167,7 +173,7 @@ class Decoder:
     def reserve(self, length: int):
         """Room in the cache for rows of this length."""
         rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
-        length = min(rounded, self.model.args.max_seq_len)
+        length = min(rounded, self.model.args.max_seq_len) + 1  # a cache that is full would be compiled apart
         if not self.cache or self.cache.batch_size != self.batch_size:
             self.cache, self.rows = new_cache(self.model, self.batch_size, length), []
         elif self.cache.length < length:
@@ -197,6 +203,7 @@ class Decoder:
         if behind:
             going_on = self.read_together(behind)
             logits, first = self.read(going_on), None
+            check_numbers(logits)
         elif self.may_draft(going_on):
             return self.draft_and_check()
         else:
@@ -259,8 +266,9 @@ class Decoder:
         """Whether tokens can be proposed ahead: what may come next must not depend on those before."""
         if not self.draft or self.bad_words or self.options.repetition_penalty != 1:
             return False
+        longest = min(self.cache.length, self.model.args.max_seq_len)
         return all(
-            sequence.cached + 1 + self.draft.tokens <= self.cache.length and sequence.new >= self.options.min_new_tokens
+            sequence.cached + 1 + self.draft.tokens <= longest and sequence.new >= self.options.min_new_tokens
             for sequence in going_on
         )
 
@@ -382,6 +390,12 @@ class Piece(NamedTuple):
     finish: str = ""  # of the last piece: "stop" or "length"
 
 
+def check_texts(**arguments):
+    for name, texts in arguments.items():
+        if isinstance(texts, str) or not isinstance(texts, Collection):
+            raise ValueError(f"{name}: must be a list of texts, not {type(texts).__name__}")
+
+
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
     stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None,
@@ -390,7 +404,10 @@ def generate(
     """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
     come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
     whatever else is told. stop: strings that end a text and are not part of it. options: Decoding's.
-    Raises ValueError for impossible options, and where no token is left to choose."""
+    Raises ValueError, with the first piece, for impossible options, and where no token is left to choose."""
+    check_texts(prompts=prompts, stop=stop, bad_words=bad_words)
+    if num_samples < 1 or not all([*stop, *bad_words]):
+        raise ValueError(f"num_samples={num_samples}, stop={stop}, bad_words={bad_words}: none may be 0 or empty text")
     stories = [Story(tokenizer, prompt, sample, stop) for prompt in prompts for sample in range(num_samples)]
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
@@ -418,6 +435,7 @@ def log_probabilities(model: Transformer, tokens: list[int]):
             last = min(first + SCORED_AT_ONCE, end)
             logits, _ = model(ids[:, first:last], cache=cache, start_pos=first - start)
             likely = logits[0].float().log_softmax(-1).gather(-1, ids[0, first + 1 : last + 1, None])
+            check_numbers(likely)
             found.append(likely[max(0, predicted - first) :, 0])
         predicted = end
     return torch.cat(found) if found else torch.zeros(0)

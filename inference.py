@@ -154,7 +154,7 @@ def compiled_step():
                 if "Recompilation triggered" not in str(error):
                     raise
                 usual = None  # it does not, and nothing was done
-        torch._dynamo.mark_dynamic(filled, 0)
+        torch._dynamo.maybe_mark_dynamic(filled, 0)
         try:
             with torch._inductor.config.patch(cpp_wrapper=on_cpu):
                 result = compiled(model, cache, tokens, starts, filled, keys, how)

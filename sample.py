@@ -77,6 +77,8 @@ class SampleConfig:
             yield "--score tells no story: leave out --start, --stop, --bad_words, --num_samples and --interactive"
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             yield f"--num_samples={self.num_samples}: a search with --num_beams={self.num_beams} finds no more"
+        if not -10 <= self.length_penalty <= 10:
+            yield f"--length_penalty={self.length_penalty:g}: must be at least -10 and at most 10"
         if self.num_beams > 1 and (self.repetition_penalty != 1 or self.interactive):
             yield "--num_beams goes without --repetition_penalty and --interactive"
         if self.interactive and (self.num_samples > 1 or self.start == "-" or self.format != "text" or self.logprobs):

@@ -121,6 +121,18 @@ def test_a_compiled_step_fits_other_caches_and_options_too(capfd):
 
 
 @needs_compiler
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
+    """A cache filled to the last was an error of the compiler's."""
+    model, prompts = random_model(max_seq_len=32), [[1], [2, 3, 4]][:batch_size]
+    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
+    engine = prepared(model, "float32", batch_size, compile=True)
+    list(Decoder(options=Decoding(70), batch_size=batch_size, **engine).run(sequences))
+    assert [sequence.tokens for sequence in sequences] == together(model, prompts, 1, max_new_tokens=70)
+    assert "cannot compile" not in capfd.readouterr().err
+
+
+@needs_compiler
 def test_drafts_of_a_compiled_step_are_nearly_always_right():
     model = random_model(max_seq_len=64)
     decoder = Decoder(options=Decoding(200), **prepared(model, compile=True))

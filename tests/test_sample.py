@@ -1,3 +1,4 @@
+import copy
 import functools
 import io
 import json
@@ -13,7 +14,7 @@ from beam import beam_search
 from checkpoint import save_checkpoint, write_model_args
 from formats import llama2c
 from formats.stored import stored
-from generation import continuation
+from generation import continuation, generate
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer, train_sentencepiece
 
@@ -197,6 +198,26 @@ def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(run_sample, o
     assert shown == first[: first.find(stop, len("Once"))]
 
 
+def test_a_model_that_has_come_to_nothing_is_said_to(model, tokenizer, tokenizer_path, run_sample, tmp_path):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.norm.weight.fill_(3e38)  # its products overflow
+    llama2c.write(stored(broken), str(tmp_path / "model.bin"))
+    (tmp_path / "a.txt").write_text("Once upon a time")
+    for more in (["--start=Once"], ["--num_beams=2"], [f"--score={tmp_path}/a.txt"]):
+        arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--format=jsonl")
+        status, output, error = run_sample(*arguments, *more)
+        assert status == 1 and output == "" and "logits are not numbers" in error
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(prompts="Once"), dict(stop="the"), dict(bad_words=[""]), dict(num_samples=0), dict(temperature=-1)]
+)
+def test_impossible_arguments_of_the_library_are_refused(wrong, model, tokenizer):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        next(generate(model, tokenizer, **dict(prompts=["Once"]) | wrong))
+
+
 def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(run_sample, out_dir, standard_input):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=8")
     standard_input("Zoë saw\n\na dog\n".encode())
@@ -343,6 +364,7 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--num_beams=2", "--num_samples=3"], 2, "--num_samples=3: a search with --num_beams=2 finds no more"),
         (["--num_beams=2", "--repetition_penalty=2"], 2, "--num_beams goes without --repetition_penalty"),
         (["--interactive=True", "--format=jsonl"], 2, "--interactive is one story, from the terminal, as text"),
+        (["--length_penalty=1000"], 2, "--length_penalty=1000: must be at least -10 and at most 10"),
         (["--compile=True", "--num_beams=2"], 2, "--compile is for drawing stories"),
         (["--quantize=int8", "--dtype=bfloat16"], 2, "--quantize=int8 and --dtype are two choices of one thing"),
         (["--format=events", "--logprobs=True"], 2, "--format=events goes without"),
