@@ -24,10 +24,11 @@ from beam import Hypothesis, beam_search
 from configurator import configure, print_overrides, run_script
 from device import pick_device, pick_dtype
 from export import read_model
-from generation import Decoder, Decoding, Piece, Story, decoding_problems, generate, log_probabilities
+from generation import Decoder, Decoding, Piece, Story, decoding_problems, generate
 from inference import prepared
 from model import Transformer
 from sampling import BadWords
+from scoring import log_probabilities
 from tokenizer import Tokenizer
 
 

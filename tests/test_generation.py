@@ -5,13 +5,11 @@ import pytest
 import torch
 
 from generation import (
-    SCORED_AT_ONCE,
     Decoder,
     Decoding,
     Sequence,
     Story,
     continuation,
-    log_probabilities,
     one_step,
     window_start,
 )
@@ -26,6 +24,7 @@ from sampling import (
     truncate_top_k,
     truncate_top_p,
 )
+from scoring import SCORED_AT_ONCE, log_probabilities
 from tokenizer import Tokenizer
 
 INF = math.inf
