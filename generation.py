@@ -280,8 +280,8 @@ class Decoder:
         tokens = [token]
         for i in range(count):
             key = keys[:, i : i + 1].contiguous()
-            _, (drawn, _) = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
-            tokens.append(drawn[:, None])
+            logits, first = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
+            tokens.append(choose(logits, key[:, 0], **self.how, first=first)[:, None])
         tokens = torch.cat(tokens, dim=1)  # (B, 1 + count)
         logits, first = draft.check(self.model, self.cache, tokens, starts, end + count, keys, **self.how)
         drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
