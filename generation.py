@@ -6,6 +6,7 @@ ends. No files here.
         print(piece.prompt, piece.text)
 """
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -329,7 +330,8 @@ class Story(Sequence):
     none."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, sample: int = 0, stops: Collection[str] = ()):
-        super().__init__(tokenizer.encode(prompt, bos=True), sample)
+        of_prompt = zlib.crc32(prompt.encode("utf-8", "surrogatepass")) << 32  # other prompts, other draws
+        super().__init__(tokenizer.encode(prompt, bos=True), of_prompt + sample)
         self.tokenizer, self.stops = tokenizer, stops
         self.begin()
 

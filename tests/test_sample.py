@@ -14,7 +14,7 @@ from beam import beam_search
 from checkpoint import save_checkpoint, write_model_args
 from formats import llama2c
 from formats.stored import stored
-from generation import continuation, generate
+from generation import Story, continuation, generate
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer, train_sentencepiece
 
@@ -75,6 +75,11 @@ def test_the_same_seed_tells_the_same_stories_and_another_seed_others(run_sample
     told = [run_sample(f"--out_dir={out_dir}", "--start=Once", f"--seed={seed}")[1] for seed in (1, 1, 2)]
     first, again, other = map(text_of, told)
     assert first == again != other
+
+
+def test_other_prompts_have_other_draws(tokenizer):
+    stories = [Story(tokenizer, *what) for what in (("Once", 0), ("Tom", 0), ("Once", 1))]
+    assert len({story.sample for story in stories}) == 3 and Story(tokenizer, "Once").sample == stories[0].sample
 
 
 def test_several_samples_differ_and_each_begins_with_the_prompt(run_sample, out_dir):
