@@ -76,3 +76,13 @@ def causal_attention(q, k, v, dropout: float = 0.0):
     result are (B, H, T, D), in the type of the products, which autocast is not asked for. dropout: the
     share of the weights zeroed. The scores are not scaled: it costs less to scale q."""
     return CausalAttention.apply(q, k, v, dropout)
+
+
+def attend_one(q, k, v, mask=None):
+    """The same for the queries of one position, which see all keys, or where a mask (B, 1, 1, S) is true:
+    q (B, n_kv_heads, G, D), as many as share a key, k and v (B, n_kv_heads, S, D). As sums and products,
+    which the compiler makes into loops that read each key and value once; uncompiled they are slow."""
+    scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (B, n_kv_heads, G, S)
+    if mask is not None:
+        scores = torch.where(mask, scores, float("-inf"))
+    return (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2).type_as(q)

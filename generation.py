@@ -68,11 +68,11 @@ def check_numbers(logits):
         raise ValueError("the model's logits are not numbers: its weights are damaged, or its training diverged")
 
 
-def new_cache(model: Transformer, batch_size: int, length: int) -> KVCache:
-    """A cache for the numbers that the model computes with here."""
+def new_cache(model: Transformer, batch_size: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+    """A cache in this number format, or in the one that the model computes with here."""
     weight, kind = model.tok_embeddings.weight, model.tok_embeddings.weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return KVCache(model.args, batch_size, length, weight.device, dtype)
+    usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.args, batch_size, length, weight.device, dtype or usual)
 
 
 class Sequence:
@@ -124,16 +124,16 @@ class Decoder:
     def __init__(
         self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
         bad_words: BadWords | None = None, use_cache: bool = True, step: Callable | None = None,
-        draft: Draft | None = None,
+        draft: Draft | None = None, cache_dtype: torch.dtype | None = None,
     ):  # fmt: skip
         """stop_ids end a text. Without the cache the same tokens come, more slowly. step stands for
-        one_step, but takes batch_size rows always. step and draft: see inference.prepared."""
+        one_step, but takes batch_size rows always. step, draft and cache_dtype: see inference.prepared."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.model, self.options, self.batch_size = model, options, batch_size
         self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
         self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.step, self.draft = step, draft
+        self.step, self.draft, self.cache_dtype = step, draft, cache_dtype
         self.device, self.cache = model.tok_embeddings.weight.device, None
         self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
 
@@ -176,7 +176,7 @@ class Decoder:
         rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
         length = min(rounded, self.model.args.max_seq_len) + 1  # a cache that is full would be compiled apart
         if not self.cache or self.cache.batch_size != self.batch_size:
-            self.cache, self.rows = new_cache(self.model, self.batch_size, length), []
+            self.cache, self.rows = new_cache(self.model, self.batch_size, length, self.cache_dtype), []
         elif self.cache.length < length:
             self.cache.lengthen(length)
 
@@ -401,7 +401,7 @@ def check_texts(**arguments):
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
     stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None,
-    draft: Draft | None = None, **options,
+    draft: Draft | None = None, cache_dtype: torch.dtype | None = None, **options,
 ) -> Iterator[Piece]:  # fmt: skip
     """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
     come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
@@ -414,7 +414,8 @@ def generate(
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
     size = min(batch_size, max(1, len(stories)))
-    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, step=step, draft=draft)
+    how = dict(step=step, draft=draft, cache_dtype=cache_dtype)
+    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, **how)
     for story, token in decoder.run(stories):
         text = story.show(token)
         yield Piece(*place[id(story)], token, text, "" if token is not None else story.finish)

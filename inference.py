@@ -14,6 +14,12 @@ from generation import Draft, one_step
 from model import KVCache, Transformer
 
 
+def frozen(tensor) -> nn.Parameter:
+    """A parameter that is not trained. Not a buffer: at each call, a compiled step looks whether its
+    buffers are still as they were, which takes longer than some of the products."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 class Int8Linear(nn.Module):
     """A matrix (out, in) of 8-bit integers with a scale for each of its rows. On a CPU the input is
     quantized too, with a scale for each of its rows, so that the product is one of integers: exact, the
@@ -24,8 +30,8 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         scale = weight.abs().amax(1) / 127  # (out,)
         quantized = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", quantized)
-        self.register_buffer("scale", scale)
+        self.weight = frozen(quantized)
+        self.scale = frozen(scale)
 
     def forward(self, x):
         if x.device.type != "cpu":
@@ -50,7 +56,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, rows: int):
         super().__init__()
         self.out_features = len(weight)
-        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
+        self.weight = frozen(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
 
     def forward(self, x):
         return torch.ops.cria.packed_linear(x.to(self.weight.dtype), self.weight, self.out_features).to(x.dtype)
@@ -76,7 +82,7 @@ class CastLinear(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        self.register_buffer("weight", weight.detach())
+        self.weight = frozen(weight)
 
     def forward(self, x):
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
@@ -173,12 +179,15 @@ def compiled_step():
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
-    """The arguments model, step and draft of a Decoder that is to tell batch_size texts at once with
-    matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the first
-    token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices, several
-    tokens at a time, and checked in one pass; its tokens are those of the model itself."""
+    """The arguments model, step, draft and cache_dtype of a Decoder that is to tell batch_size texts at
+    once with matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the
+    first token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices,
+    several tokens at a time, and checked in one pass; its tokens are those of the model itself. With
+    matrices of less than 32 bits, keys and values are kept in 16."""
     step, on_cpu = compiled_step() if compile else None, model.tok_embeddings.weight.device.type == "cpu"
     if on_cpu and kind != "int8" and compile and batch_size == 1:
         draft = Draft(for_inference(model, "int8"), step, compiled_step())
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
-    return dict(model=for_inference(model, kind, batch_size), step=step)
+    halved = on_cpu and compile and kind != "float32"  # uncompiled, attention would read them more slowly
+    cache_dtype = torch.bfloat16 if halved else None
+    return dict(model=for_inference(model, kind, batch_size), step=step, cache_dtype=cache_dtype)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import causal_attention
+from attention import attend_one, causal_attention
 from loss import linear_cross_entropy
 
 # Up to this length attention in blocks beats the fused kernel on a CPU; beyond it the gain is small
@@ -217,21 +217,23 @@ class Place(NamedTuple):
     mask: torch.Tensor | None = None  # which positions each token sees (B, 1, T, end); None: it is causal
 
     def remember(self, layer: int, k, v):
-        """Store k and v (B, n_kv_heads, T, head_dim) in the cache; returns those of all positions up
-        to the end."""
+        """Store k and v (B, n_kv_heads, T, head_dim) in the cache, in its number format; returns those
+        of all positions up to the end."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         batch, heads, length = k.shape[:3]
         if isinstance(self.start, int):
             rows = slice(batch) if self.rows is None else self.rows
-            keys[rows, :, self.start : self.end] = k
-            values[rows, :, self.start : self.end] = v
-            return (keys[rows, :, : self.end], values[rows, :, : self.end]) if self.start else (k, v)
-        number = torch.arange(max(batch, heads, length), device=k.device)
-        positions = self.start[:, None, None] + number[:length]
-        places = (number[:batch, None, None], number[:heads, None], positions)
-        keys.index_put_(places, k)
-        values.index_put_(places, v)
-        return keys[:batch, :, : self.end], values[:batch, :, : self.end]
+            keys[rows, :, self.start : self.end] = k.type_as(keys)
+            values[rows, :, self.start : self.end] = v.type_as(values)
+            if not self.start:
+                return k, v
+        else:
+            rows, number = slice(batch), torch.arange(max(batch, heads, length), device=k.device)
+            positions = self.start[:, None, None] + number[:length]
+            places = (number[:batch, None, None], number[:heads, None], positions)
+            keys.index_put_(places, k.type_as(keys))
+            values.index_put_(places, v.type_as(values))
+        return keys[rows, :, : self.end].type_as(k), values[rows, :, : self.end].type_as(v)
 
 
 def project(x, *layers: nn.Linear):
@@ -276,6 +278,8 @@ class Attention(nn.Module):
         length, seen = q.shape[2], k.shape[2]
         if length == 1:  # the queries that share a key are rows of one product
             grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
+            if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
+                return attend_one(grouped, k, v, mask).reshape(q.shape)
             y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
             return y.reshape(q.shape)
         if self.queries_per_kv > 1:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from attention import MOST_BLOCKS, SMALLEST_BLOCK, block_ends, causal_attention
+from attention import MOST_BLOCKS, SMALLEST_BLOCK, attend_one, block_ends, causal_attention
 
 
 def reference(q, k, v):
@@ -105,3 +105,13 @@ def test_without_gradients_it_gives_the_same():
     with torch.no_grad():
         alone = causal_attention(*inputs)
     assert torch.equal(alone, causal_attention(*inputs))
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 5, 12]], ids=["all alike", "of their own lengths"])
+def test_queries_of_one_position_see_what_the_mask_lets_them(lengths):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, 2, count, 8, generator=generator) for count in (4, 12, 12))
+    mask = None if lengths is None else torch.arange(12) < torch.tensor(lengths)[:, None, None, None]
+    scores = q @ k.transpose(-2, -1)
+    expected = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+    torch.testing.assert_close(attend_one(q, k, v, mask), expected)

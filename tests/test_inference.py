@@ -133,6 +133,19 @@ def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
 
 
 @needs_compiler
+def test_compiled_8_bit_rows_are_told_together_as_alone():
+    """Their keys and values are kept in 16 bits, in a batch and alone."""
+    model, told = random_model(max_seq_len=64), []
+    for batch_size in (1, 3):
+        decoder = Decoder(options=Decoding(100), batch_size=batch_size, **prepared(model, "int8", batch_size, True))
+        sequences = [Sequence([1, 2 + number], number) for number in range(3)]
+        list(decoder.run(sequences))
+        assert decoder.cache.keys[0].dtype == torch.bfloat16
+        told.append([sequence.tokens for sequence in sequences])
+    assert told[0] == told[1]
+
+
+@needs_compiler
 def test_drafts_of_a_compiled_step_are_nearly_always_right():
     model = random_model(max_seq_len=64)
     decoder = Decoder(options=Decoding(200), **prepared(model, compile=True))
