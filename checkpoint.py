@@ -3,10 +3,12 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with llama2.c's keys, so that its scripts read ours and we read theirs:
 model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand our own: scaler,
-position (sequences read so far), tokenizer_hash, versions. No random state: see train.py.
+position (sequences read so far), tokenizer_hash, versions, and sha256 of all the rest. No random state:
+see train.py.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 import pickle
@@ -36,10 +38,29 @@ def save_checkpoint(path: str, checkpoint: dict):
         raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
     try:
         with AtomicFile(path) as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint | {"sha256": fingerprint(checkpoint)}, file)
     except RuntimeError as error:  # PyTorch's writer hides the cause of a short write
         reason = str(error).splitlines()[0]
         raise OSError(f"{path}: could not be written whole; is the disk full? ({reason})") from error
+
+
+def fingerprint(checkpoint: dict) -> str:
+    """SHA-256 of a checkpoint's content but for its own sha256: of every name, number and tensor."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict | list | tuple):
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add({name: value for name, value in checkpoint.items() if name != "sha256"})
+    return digest.hexdigest()
 
 
 def reason_of(error: Exception) -> str:
@@ -68,6 +89,9 @@ def load_checkpoint(path: str) -> dict:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            written = checkpoint.get("sha256") if isinstance(checkpoint, dict) else None
+            if written is not None and written != fingerprint(checkpoint):
+                raise ValueError("its sha256 is another; if you changed it, delete that key")
         except UNREADABLE as error:
             raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     check_checkpoint(checkpoint, path)

@@ -2,6 +2,7 @@
 What a run measured: a line of JSON for each report, and the loss curve as a picture.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,15 +18,26 @@ class Metrics:
         self.path = os.path.join(out_dir, "metrics.jsonl")
         self.picture = os.path.join(out_dir, "loss.png")
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
+        self.is_behind = self.is_told = False  # whether the file lacks records, and whether that was said
+        self.write_anew()
+
+    def write_anew(self):
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "ab", buffering=0)
+        self.is_behind = self.is_told = False
 
     def write(self, **record):
-        """Add a line; a figure that is no number is written as null, which every reader knows."""
+        """Add a line; a figure that is no number is written as null, which every reader knows. Raises
+        OSError where it cannot; the next call then writes all lines again."""
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.is_behind:
+            return self.write_anew()
+        self.is_behind = True
+        line = (json.dumps(record) + "\n").encode()
+        if self.file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.is_behind = False
 
     def draw(self):
         """Training and validation loss over the steps so far."""

@@ -11,19 +11,21 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from atomic import write_atomically
-from checkpoint import FORMAT, load_checkpoint, load_weights, save_checkpoint, write_model_args
+from checkpoint import FORMAT, load_weights, save_checkpoint, write_model_args
 from configurator import parse
 from dataset import TokenWindows, read_meta, tokens_folder
 from device import pick_dtype
 from distributed import World
 from export import read_stored
 from formats import llama2c
-from formats.stored import StoredModel, stored
+from formats.stored import StoredModel, stored_weights
+from keeper import Keeper, newest_checkpoint, put_older_aside, snapshot
 from metrics import Metrics
 from model import ModelArgs, Transformer
 from optim import Together, load_optimizer, make_optimizer
@@ -58,16 +60,22 @@ class Run:
     best_val_loss: float = math.inf
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
+    keeper: Keeper = dataclasses.field(default_factory=Keeper)  # of the main process
 
     def say(self, text: str):
         if self.world.is_main:
-            with contextlib.suppress(BrokenPipeError):  # whoever read us may be gone; the run is not
+            with contextlib.suppress(OSError):  # whoever read us may be gone, or their disk full; the run is not
                 tqdm.write(text)
 
     def report(self, **figures):
         """Into metrics.jsonl, and to wandb when asked."""
         if self.world.is_main:
-            self.metrics.write(iter=self.iter_num, **figures)
+            try:
+                self.metrics.write(iter=self.iter_num, **figures)
+            except OSError as error:
+                if not self.metrics.is_told:
+                    self.say(f"{self.metrics.path}: {error.strerror}; its lines wait until it can be written")
+                self.metrics.is_told = True
             if self.config.wandb_log:
                 import wandb
 
@@ -77,11 +85,18 @@ class Run:
         return os.path.join(self.config.out_dir, name)
 
 
-def resume(config, given: dict):
-    """The options and the checkpoint to go on from: OUT_DIR/ckpt.pt."""
-    path = os.path.join(config.out_dir, "ckpt.pt")
-    checkpoint = load_checkpoint(path)
-    return resumed_config(config, given, checkpoint, path), checkpoint
+def resume(config, given: dict) -> tuple[object, tuple[str, dict] | None]:
+    """The options, and the path and content of the checkpoint to go on from: the newest in OUT_DIR that
+    is whole. None if there is none at all, and init_from is auto."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    found = newest_checkpoint(config.out_dir, print if is_main else lambda text: None)
+    if found is None and config.init_from == "auto":
+        return dataclasses.replace(config, init_from="scratch"), None
+    if found is None:
+        path = os.path.join(config.out_dir, "ckpt.pt")
+        raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
+    path, checkpoint = found
+    return resumed_config(dataclasses.replace(config, init_from="resume"), given, checkpoint, path), found
 
 
 def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
@@ -101,9 +116,9 @@ def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
     return dataclasses.replace(config, **options), pretrained
 
 
-def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, world: World, device: str) -> Run:
-    """Everything a run needs: new, from its checkpoint, or with the weights of another model."""
-    path = os.path.join(config.out_dir, "ckpt.pt")
+def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | None, world: World, device: str) -> Run:
+    """Everything a run needs: new, from the checkpoint found, or with the weights of another model."""
+    path, checkpoint = found or ("", None)
     if config.gradient_accumulation_steps % world.size:
         raise ValueError(
             f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
@@ -126,6 +141,11 @@ def set_up(config, checkpoint: dict | None, pretrained: StoredModel | None, worl
         )
     if checkpoint:
         restore(run, checkpoint, path)
+    if world.sum([float(run.iter_num)])[0] != run.iter_num * world.size:
+        raise ValueError(
+            f"this process is at step {run.iter_num}, others are not: --out_dir={config.out_dir} must be one folder "
+            "that all machines see"
+        )
     return run
 
 
@@ -276,30 +296,60 @@ def state_of(run: Run) -> dict:
     }
 
 
-def save(run: Run):
-    """Write ckpt.pt and, where they are asked for, numbered copies (main process only)."""
+def save(run: Run, newest: bool = True, best: bool = False):
+    """Have the main process write the state of this step in the background: as the newest, ckpt.pt, with
+    older ones beside it where they are asked for, and as the best, best.pt and, where the format can say
+    the model, model.bin."""
     if not run.world.is_main:
         return
-    save_checkpoint(run.path("ckpt.pt"), state_of(run))
-    run.saved_at = run.iter_num
-    if run.config.keep_checkpoints:
-        save_checkpoint(run.path(f"ckpt_{run.iter_num:06d}.pt"), state_of(run))
-        copies = [name for name in os.listdir(run.config.out_dir) if re.fullmatch(r"ckpt_\d+\.pt", name)]
-        for old in sorted(copies, key=lambda name: (len(name), name))[: -run.config.keep_checkpoints]:
-            os.remove(run.path(old))
+    run.keeper.wait()  # before memory is taken for another copy
+    state, writes = snapshot(state_of(run)), {}
 
+    def write_newest(step=run.iter_num):
+        if run.saved_at is not None:
+            put_older_aside(run.path("ckpt.pt"), run.saved_at, step, run.config.keep_checkpoints)
+        save_checkpoint(run.path("ckpt.pt"), state)
+        run.saved_at = step
 
-def save_best(run: Run):
-    """Write best.pt and, where the format can say the model, model.bin (main process only)."""
-    if run.world.is_main:
-        save_checkpoint(run.path("best.pt"), state_of(run))
+    if best:
+        writes[run.path("best.pt")] = lambda: save_checkpoint(run.path("best.pt"), state)
         if not llama2c.refusal(run.model.args):
-            llama2c.write(stored(run.model), run.path("model.bin"))
+            weights = stored_weights(run.model.args, state["model"])
+            writes[run.path("model.bin")] = lambda: llama2c.write(weights, run.path("model.bin"))
+    if newest:
+        writes[run.path("ckpt.pt")] = write_newest
+    if not os.path.exists(run.path("tokenizer.model")):  # the folder is gone
+        run.metrics.is_behind = True
+        writes |= tokenizer_writes(run)
+    run.keeper.keep(writes)
+
+
+def finish_saving(run: Run):
+    """Wait until all is written. Raises ValueError where something cannot be; then the other processes
+    end too."""
+    problem = ""
+    try:
+        run.keeper.finish()
+    except ValueError as error:
+        newest = "no checkpoint" if run.saved_at is None else f"the newest checkpoint is of step {run.saved_at}"
+        problem = f"{error}; {newest}"
+    if run.world.any(bool(problem)):
+        if problem:
+            raise ValueError(problem)
+        raise SystemExit(1)
+
+
+def tokenizer_writes(run: Run) -> dict:
+    """The vocabulary, beside the model that was trained with it."""
+    contents = {"tokenizer.model": run.tokenizer.content}
+    with contextlib.suppress(ValueError):  # a vocabulary that tokenizer.bin cannot say
+        contents["tokenizer.bin"] = run.tokenizer.to_bin()
+    return {run.path(name): partial(write_atomically, run.path(name), content) for name, content in contents.items()}
 
 
 def set_aside(out_dir: str):
     """Keep what an earlier run left here: a new one may not write over it."""
-    names = ["best.pt", "model.bin", "metrics.jsonl", "loss.png", "tokenizer.model", "tokenizer.bin"]
+    names = ["best.pt", "ckpt.damaged", "model.bin", "metrics.jsonl", "loss.png", "tokenizer.model", "tokenizer.bin"]
     found = [path for name in [*names, "ckpt*.pt"] for path in glob.glob(os.path.join(glob.escape(out_dir), name))]
     if not any(path.endswith(".pt") for path in found):
         return
@@ -311,18 +361,20 @@ def set_aside(out_dir: str):
     print(f"moved the earlier run in {out_dir} to {folder}")
 
 
-def open_out_dir(run: Run):
-    """Make the folder ready for this run's files (main process only)."""
+def open_out_dir(run: Run, resumed_from: str):
+    """Make the folder ready for the files of this run, which goes on from that checkpoint, if from any
+    (main process only)."""
     config = run.config
     if config.init_from != "resume":
         set_aside(config.out_dir)
     for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
         if re.fullmatch(r"(ckpt\w*\.pt|best\.pt|model\.bin|loss\.png|tokenizer\.\w+)\.\d+\.partial", name):
             os.remove(run.path(name))
+    if resumed_from and resumed_from != run.path("ckpt.pt") and os.path.exists(run.path("ckpt.pt")):
+        os.replace(run.path("ckpt.pt"), run.path("ckpt.damaged"))
     run.metrics = Metrics(config.out_dir, run.iter_num)
-    write_atomically(run.path("tokenizer.model"), run.tokenizer.content)
-    with contextlib.suppress(ValueError):  # of a vocabulary that tokenizer.bin cannot say
-        write_atomically(run.path("tokenizer.bin"), run.tokenizer.to_bin())
+    for write in tokenizer_writes(run).values():
+        write()
     if refusal := llama2c.refusal(run.model.args):
         print(f"no model.bin will be written: {refusal}")
     if config.wandb_log:

@@ -7,10 +7,10 @@ Train a Llama from scratch.
     python train.py --init_from=Llama-3.2-1B --max_seq_len=512 --learning_rate=1e-5
     torchrun --nproc_per_node=4 train.py
 
-Everything a run leaves is in out_dir: ckpt.pt (the newest), best.pt (the lowest validation loss),
-model.bin and tokenizer.bin (the best for C), metrics.jsonl and loss.png. All randomness is a
-function of (seed, batch_size, position in the data), so that a run goes on exactly where it
-stopped, on any number of processes.
+Everything a run leaves is in out_dir: ckpt.pt (the newest), ckpt_000200.pt (an older one), best.pt
+(the lowest validation loss), model.bin and tokenizer.bin (the best for C), metrics.jsonl and loss.png.
+All randomness is a function of (seed, batch_size, position in the data), so that a run goes on
+exactly where it stopped, on any number of processes.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from distributed import join_world, leave_world
 from evaluation import evaluate
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
-from run import ARCHITECTURE, Run, fine_tune, open_out_dir, resume, save, save_best, set_up
+from run import ARCHITECTURE, Run, fine_tune, finish_saving, open_out_dir, resume, save, set_up
 
 # Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
 COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}
@@ -54,9 +54,9 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation, not only when it is the best
     checkpoint_interval: int = 200  # steps between further writes of ckpt.pt; 0: at evaluations only
-    keep_checkpoints: int = 0  # how many numbered copies (ckpt_000200.pt) to keep beside the newest
+    keep_checkpoints: int = 1  # how many older ones (ckpt_000200.pt) to keep; one steps in where ckpt.pt is damaged
     sample_interval: int = 0  # steps between sample stories, told at evaluations; 0: never
-    init_from: str = "scratch"  # scratch; resume: go on from OUT_DIR/ckpt.pt; or the path of a model to fine-tune
+    init_from: str = "scratch"  # scratch; resume: go on in OUT_DIR; auto: if there is a run; or a model to fine-tune
     # wandb logging
     wandb_log: bool = False  # report to Weights & Biases
     wandb_project: str = "cria"  # its project
@@ -221,11 +221,11 @@ def evaluate_and_save(run: Run):
     is_best = quality.loss < run.best_val_loss
     if is_best:
         run.best_val_loss = quality.loss
-        save_best(run)
     if config.always_save_checkpoint or is_best or run.iter_num >= config.max_iters:
-        save(run)
+        save(run, best=is_best)
     if run.world.is_main:
-        run.metrics.draw()
+        with contextlib.suppress(OSError):  # a picture less; the next one shows all
+            run.metrics.draw()
         if config.sample_interval and run.iter_num % config.sample_interval == 0:
             tell_story(run)
 
@@ -320,7 +320,7 @@ def train(run: Run):
             if evaluates := run.iter_num % config.eval_interval == 0 or at_end or config.eval_only:
                 evaluate_and_save(run)
             if at_end or config.eval_only:
-                return
+                return finish_saving(run)
             if evaluates or run.iter_num == run.started_at:
                 began, since = time.perf_counter(), run.iter_num
             loss, norm = training_step(run, model, batches)
@@ -337,7 +337,10 @@ def train(run: Run):
                 check_finite(run, loss.item(), norm.item())
                 save(run)
                 began, since = time.perf_counter(), run.iter_num
+            for news in run.keeper.news():
+                run.say(f"step {run.iter_num}: {news}")
             if stops:
+                finish_saving(run)
                 go_on = f"python train.py --init_from=resume --out_dir={config.out_dir}"
                 return run.say(f"stopped after step {run.iter_num}; go on with: {go_on}")
 
@@ -355,9 +358,9 @@ def out_of_memory_in_words():
 
 def main():
     config, given = configure(TrainConfig)
-    checkpoint = pretrained = None
-    if config.init_from == "resume":
-        config, checkpoint = resume(config, given)
+    found = pretrained = None
+    if config.init_from in ("resume", "auto"):
+        config, found = resume(config, given)
     elif config.init_from != "scratch":
         config, pretrained = fine_tune(config, given)
     world, device = join_world(pick_device(config.device))
@@ -366,9 +369,9 @@ def main():
         print_overrides(config, given)
     writes = world.is_main and not config.eval_only
     with only_writer(config.out_dir) if writes else contextlib.nullcontext():
-        run = set_up(config, checkpoint, pretrained, world, device)
+        run = set_up(config, found, pretrained, world, device)
         if writes:
-            open_out_dir(run)
+            open_out_dir(run, found[0] if found else "")
         run.say(
             f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
             f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"

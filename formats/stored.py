@@ -76,12 +76,17 @@ class StoredModel:
 
 def stored(model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None) -> StoredModel:
     """A model in memory, seen as one in a file."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return stored_weights(model.args, weights, path, tokenizer)
+
+
+def stored_weights(args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None):
+    """The same of a state dict."""
     tensors = {
-        name: StoredTensor(tuple(parameter.shape), parameter.dtype, lambda parameter=parameter: parameter.cpu())
-        for name, parameter in parameters.items()
+        name: StoredTensor(tuple(weight.shape), weight.dtype, lambda weight=weight: weight.cpu())
+        for name, weight in weights.items()
     }
-    return StoredModel(path, model.args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
+    return StoredModel(path, args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
