@@ -74,7 +74,8 @@ def refuse(*problems: str, program: str = ""):
 
 def run_script(main):
     """Call main(). A user's mistake (ValueError), the system's refusal (OSError) or a lack of memory
-    ends with one sentence and status 1, Ctrl-C with 130; CRIA_TRACEBACK=1 in the environment shows where."""
+    ends with one sentence and status 1, Ctrl-C with 130; CRIA_TRACEBACK=1 in the environment shows where.
+    Of several processes each says which it is."""
     try:
         main()
     except (KeyboardInterrupt, ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -88,7 +89,8 @@ def run_script(main):
             sentence, status = "interrupted", 130
         elif isinstance(error, OSError) and error.strerror:
             sentence = error.strerror if error.filename is None else f"{error.filename or repr('')}: {error.strerror}"
-        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{os.path.basename(sys.argv[0])}: {rank}{sentence}", file=sys.stderr)
         raise SystemExit(status) from None
 
 

@@ -2,12 +2,21 @@
 Several processes that train together, as torchrun starts them; alone, everything is a no-op.
 """
 
+import atexit
+import contextlib
+import datetime
 import gc
 import os
+import sys
+import time
+import uuid
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+LONGEST_START = 300  # seconds from the first process's start to the last one's
 
 
 class World(NamedTuple):
@@ -35,8 +44,9 @@ class World(NamedTuple):
         return self.sum([float(flag)])[0] > 0
 
 
-def join_world(device: str) -> tuple[World, str]:
-    """Meet the other processes of torchrun; returns our place among them and our own device."""
+def join_world(device: str, timeout: float) -> tuple[World, str]:
+    """Meet the other processes of torchrun; returns our place among them and our own device. timeout:
+    seconds for which a process later waits for the others before it ends."""
     if "RANK" not in os.environ:
         return World(), device
     world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -47,8 +57,62 @@ def join_world(device: str) -> tuple[World, str]:
             )
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    to_meet = datetime.timedelta(seconds=max(timeout, LONGEST_START))
+    with lost_processes_in_words(to_meet.total_seconds()):
+        store = next(dist.rendezvous("env://", timeout=to_meet))[0]
+        store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=to_meet)
+        dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
     return world, device
+
+
+def agree_on_name(store, world: World, patience: float) -> str:
+    """A name for this start of the processes, which no earlier one had. torchrun's store outlives its
+    restarts, and processes that read there the addresses of dead ones would wait for them forever.
+
+    Each process leaves a mark of its own; the first offers a name for the marks that it sees, and a new
+    name when these change, until all have agreed to one. Raises ValueError after patience seconds."""
+    mine, deadline, offered = uuid.uuid4().hex, time.monotonic() + patience, None
+    store.set(f"mark{world.rank}", mine)
+    marks = [f"mark{rank}" for rank in range(world.size)]
+    while time.monotonic() < deadline:
+        if world.is_main and store.check(marks):
+            seen = [store.get(mark).decode() for mark in marks]
+            if seen != offered:
+                offered, name = seen, uuid.uuid4().hex
+                store.set("offer", " ".join([name, *seen]))
+        if store.check(["offer"]):
+            name, *seen = store.get("offer").decode().split()
+            if seen[world.rank : world.rank + 1] == [mine]:
+                store.set(f"{name}{world.rank}", "agreed")
+                if store.check([f"{name}{rank}" for rank in range(world.size)]):
+                    return name
+        time.sleep(0.02)
+    raise ValueError(f"not all of the {world.size} processes came within {patience:g} s")
+
+
+@contextlib.contextmanager
+def lost_processes_in_words(timeout: float):
+    """Raise ValueError in place of what PyTorch says when another process ends or no longer answers."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not (isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text):
+            raise
+        atexit.register(end_at_once)
+        is_late = "timed out" in text or "timeout" in text
+        reason = f"another process did not answer for {timeout:g} s (--timeout)" if is_late else "another one is gone"
+        raise ValueError(f"this process ends because {reason}; its own lines may say why") from error
+
+
+def end_at_once():
+    """A process group whose members are lost is not taken down in order: that would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def leave_world():

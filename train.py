@@ -31,7 +31,7 @@ from atomic import only_writer
 from configurator import configure, print_overrides, run_script
 from dataset import evaluation_batches, mix, prefetch, training_batches
 from device import autocast, keep_freed_memory, peak_flops, pick_device
-from distributed import join_world, leave_world
+from distributed import join_world, leave_world, lost_processes_in_words
 from evaluation import evaluate
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
@@ -98,6 +98,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = True  # compile the model with torch.compile
+    timeout: float = 600.0  # seconds that processes wait for one that does not answer
     recompute: bool = False  # less memory for more time: keep only what flows between blocks (long contexts)
 
     def problems(self):
@@ -113,6 +114,8 @@ class TrainConfig:
         for name in ("out_dir", "init_from"):
             if not getattr(self, name):
                 yield f"--{name}= is empty: leave it out, or name one"
+        if not 1 <= self.timeout <= 1e6:
+            yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
         if not 0 < self.wsd_cooldown <= 1:
             yield f"--wsd_cooldown={self.wsd_cooldown:g}: must be above 0 and at most 1"
         for name in ("beta1", "beta2"):
@@ -363,7 +366,7 @@ def main():
         config, found = resume(config, given)
     elif config.init_from != "scratch":
         config, pretrained = fine_tune(config, given)
-    world, device = join_world(pick_device(config.device))
+    world, device = join_world(pick_device(config.device), config.timeout)
     keep_freed_memory()
     if world.is_main:
         print_overrides(config, given)
@@ -376,7 +379,7 @@ def main():
             f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
             f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"
         )
-        with out_of_memory_in_words():
+        with out_of_memory_in_words(), lost_processes_in_words(config.timeout):
             train(run)
     leave_world()
 
