@@ -3,8 +3,8 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with llama2.c's keys, so that its scripts read ours and we read theirs:
 model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand our own: scaler,
-position (sequences read so far), tokenizer_hash, versions, and sha256 of all the rest. No random state:
-see train.py.
+position (sequences read so far), late_norms (see health.py), tokenizer_hash, versions, and sha256 of
+all the rest. No random state: see train.py.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 # Of what a checkpoint may hold beside the model and the optimizer's state.
-KINDS = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int}
+KINDS = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int, "late_norms": list}
 
 
 def check_checkpoint(checkpoint, path: str):

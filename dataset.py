@@ -135,12 +135,16 @@ class TokenWindows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Window index as int64 ids (seq_len + 1,), or fewer at a tail."""
+    def place(self, index: int) -> tuple[str, int, int]:
+        """The file of a window, which of its tokens is the first, and how many there are."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         path, start, stop = self.shards[shard]
         first = start + (index - (int(self.ends[shard - 1]) if shard else 0)) * self.seq_len
-        count = min(self.seq_len + 1, stop - first)
+        return path, first, min(self.seq_len + 1, stop - first)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Window index as int64 ids (seq_len + 1,), or fewer at a tail."""
+        path, first, count = self.place(index)
         tokens = np.fromfile(path, self.dtype, count, offset=first * self.dtype.itemsize)
         if len(tokens) != count or tokens.max() >= self.vocab_size:
             raise ValueError(f"{path} changed or is damaged; run python tinystories.py pretokenize again")

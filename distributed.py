@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-
 LONGEST_START = 300  # seconds from the first process's start to the last one's
 
 

@@ -58,6 +58,7 @@ class Run:
     iter_num: int = 0  # steps done
     position: int = 0  # sequences read
     best_val_loss: float = math.inf
+    late_norms: list[float] = dataclasses.field(default_factory=list)  # of gradients, to tell what is unusual
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
     keeper: Keeper = dataclasses.field(default_factory=Keeper)  # of the main process
@@ -235,7 +236,7 @@ def resumed_config(config, given: dict, checkpoint: dict, path: str):
     given would make it another model."""
     saved_args = checkpoint["model_args"]
     check_architecture(config, given, saved_args, path)
-    of_this_call = {"out_dir", "init_from", "eval_only", *given}
+    of_this_call = {"out_dir", "init_from", "eval_only", "debug_step", *given}
     if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
         of_this_call |= {"device", "compile"}
     types = {field.name: field.type for field in dataclasses.fields(config) if field.name not in of_this_call}
@@ -271,6 +272,7 @@ def restore(run: Run, checkpoint: dict, path: str):
             raise ValueError(f"{path}: its scaler has no {error}") from None
     run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
     run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
+    run.late_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
     saved = checkpoint.get("config", {})
     measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
     if all(saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure):
@@ -291,6 +293,7 @@ def state_of(run: Run) -> dict:
         "config": dataclasses.asdict(run.config),
         "scaler": run.scaler.state_dict(),
         "position": run.position,
+        "late_norms": run.late_norms,
         "tokenizer_hash": run.tokenizer.hash,
         "versions": {"format": FORMAT, "torch": str(torch.__version__), "python": sys.version.split()[0]},
     }

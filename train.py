@@ -30,16 +30,17 @@ import generation
 from atomic import only_writer
 from configurator import configure, print_overrides, run_script
 from dataset import evaluation_batches, mix, prefetch, training_batches
+from debug import show_step
 from device import autocast, keep_freed_memory, peak_flops, pick_device
 from distributed import join_world, leave_world, lost_processes_in_words
 from evaluation import evaluate
+from health import check_finite, skips, tell_spikes
 from model import ModelArgs, flops_per_token
 from optim import learning_rate_at
 from run import ARCHITECTURE, Run, fine_tune, finish_saving, open_out_dir, resume, save, set_up
 
 # Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
 COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}
-SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TrainConfig:
     log_interval: int = 1  # steps between reports of the training loss
     eval_iters: int = 100  # batches to evaluate on, the same every time; 0: all of the validation split
     eval_only: bool = False  # evaluate once and stop
+    debug_step: int | None = None  # show this step's batch, its losses and gradients, and stop
     always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation, not only when it is the best
     checkpoint_interval: int = 200  # steps between further writes of ckpt.pt; 0: at evaluations only
     keep_checkpoints: int = 1  # how many older ones (ckpt_000200.pt) to keep; one steps in where ckpt.pt is damaged
@@ -87,6 +89,7 @@ class TrainConfig:
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.95  # decay of the gradient's square
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: any
+    skip_spikes: float = 0.0  # skip an update whose gradient is so many times the usual norm; 0: never
     # learning rate decay settings
     decay_lr: bool = True  # come down after the warm-up
     lr_schedule: Literal["cosine", "wsd"] = "cosine"  # how: along a cosine; or late (warm up, stay, decay)
@@ -104,7 +107,7 @@ class TrainConfig:
     def problems(self):
         at_least = {1: ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")}
         at_least[0] = ("eval_iters", "checkpoint_interval", "keep_checkpoints", "sample_interval", "warmup_iters")
-        at_least[0] += ("learning_rate", "weight_decay", "grad_clip", "min_lr")
+        at_least[0] += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "skip_spikes")
         for least, names in at_least.items():
             for name in names:
                 if getattr(self, name) < least:
@@ -116,6 +119,8 @@ class TrainConfig:
                 yield f"--{name}= is empty: leave it out, or name one"
         if not 1 <= self.timeout <= 1e6:
             yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
+        if self.debug_step is not None and self.debug_step < 0:
+            yield f"--debug_step={self.debug_step}: must be 0 or more"
         if not 0 < self.wsd_cooldown <= 1:
             yield f"--wsd_cooldown={self.wsd_cooldown:g}: must be above 0 and at most 1"
         for name in ("beta1", "beta2"):
@@ -177,7 +182,8 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
         step_loss += loss.detach() / micro_steps
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    run.scaler.step(run.optimizer)
+    if not skips(run, norm):
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return step_loss, norm
@@ -245,7 +251,8 @@ def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
     """The line of a training step, on the terminal as a progress bar."""
     config = run.config
     loss, norm = run.world.sum([loss.item()])[0] / run.world.size, norm.item()
-    check_finite(run, loss, norm)
+    check_finite(run, run.iter_num, loss, norm)
+    tell_spikes(run, loss=loss, grad_norm=norm)
     tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
     shown = f"loss {loss:.4f} | lr {learning_rate(run):.3e} | {seconds * 1000:.0f} ms | {tokens_per_second:,.0f} tok/s"
     figures = dict(loss=loss, lr=learning_rate(run), grad_norm=norm, ms=seconds * 1000, tok_per_s=tokens_per_second)
@@ -257,21 +264,6 @@ def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
     bar.set_postfix_str(shown, refresh=False)
     if bar.disable:
         run.say(f"{run.iter_num} | {shown}")
-
-
-def check_finite(run: Run, loss: float, norm: float):
-    """Raise ValueError where the run cannot go on. In float16 an overflow only costs its step:
-    the scaler has skipped it and lowered the scale, until the scale itself gives out."""
-    if run.scaler.is_enabled():
-        if run.scaler.get_scale() > SMALLEST_SCALE:
-            return
-    elif math.isfinite(loss) and math.isfinite(norm):
-        return
-    kept = "nothing is saved yet" if run.saved_at is None else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
-    raise ValueError(
-        f"step {run.iter_num}: the loss is {loss} and the norm of the gradient {norm}; {kept}. "
-        "Lower --learning_rate or raise --warmup_iters"
-    )
 
 
 @torch.no_grad()
@@ -337,7 +329,7 @@ def train(run: Run):
             bar.update()
             stops = run.world.any(interrupt.asked)
             if stops or (config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0):
-                check_finite(run, loss.item(), norm.item())
+                check_finite(run, run.iter_num - 1, loss.item(), norm.item())
                 save(run)
                 began, since = time.perf_counter(), run.iter_num
             for news in run.keeper.news():
@@ -366,13 +358,17 @@ def main():
         config, found = resume(config, given)
     elif config.init_from != "scratch":
         config, pretrained = fine_tune(config, given)
+    if config.debug_step is not None and "RANK" in os.environ:
+        raise ValueError("--debug_step: one process is enough; leave torchrun out")
     world, device = join_world(pick_device(config.device), config.timeout)
     keep_freed_memory()
     if world.is_main:
         print_overrides(config, given)
-    writes = world.is_main and not config.eval_only
+    writes = world.is_main and not config.eval_only and config.debug_step is None
     with only_writer(config.out_dir) if writes else contextlib.nullcontext():
         run = set_up(config, found, pretrained, world, device)
+        if config.debug_step is not None:
+            return show_step(run, config.debug_step)
         if writes:
             open_out_dir(run, found[0] if found else "")
         run.say(
