@@ -1,0 +1,200 @@
+"""
+Runs that are hurt at random moments, again and again, and must end as if nothing had been:
+
+    python -m tests.chaos --runs=100 --seed=1
+
+A run of a small model, on 1, 2 or 4 processes, lives several times; in each life but the last something
+happens to it at a random moment. It must end with the weights of the undisturbed run: the same bits on one
+process, to 1e-5 on several. The table goes to standard output.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from checkpoint import load_checkpoint
+from keeper import newest_checkpoint
+from synthetic import story
+from tests.conftest import ROOT, VOCAB_SIZE, write_stories
+from tinystories import Pretokenize, run_pretokenize
+from tokenizer import train_sentencepiece
+
+STEPS = 300
+HANG = 180  # seconds without an end
+TIMEOUT = 8  # seconds that the processes wait for each other
+OPTIONS = (
+    *("--vocab_size=512", "--dim=32", "--n_layers=2", "--n_heads=4", "--max_seq_len=32", "--batch_size=2"),
+    *("--gradient_accumulation_steps=4", "--learning_rate=1e-3", "--warmup_iters=2", "--eval_interval=50"),
+    *("--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"),
+    *("--checkpoint_interval=5", "--keep_checkpoints=2", f"--max_iters={STEPS}", f"--timeout={TIMEOUT}"),
+)
+FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "deleted checkpoint")
+
+
+def make_data(folder: Path) -> Path:
+    rng = random.Random(1337)
+    stories = [story(rng) for _ in range(300)]
+    write_stories(folder / "stories" / "data00.json", stories)
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(stories, VOCAB_SIZE))
+    tokenizer, stories_dir = str(folder / "tokenizer.model"), str(folder / "stories")
+    options = dict(vocab_size=VOCAB_SIZE, tokenizer=tokenizer, input=stories_dir, val_fraction=0.1, num_workers=1)
+    with contextlib.redirect_stdout(sys.stderr):
+        run_pretokenize(Pretokenize(data_dir=str(folder), **options))
+    return folder
+
+
+def start(data: Path, out_dir: Path, processes: int, disk_is_full: bool = False) -> subprocess.Popen:
+    """A life of a run, in a session of its own, so that nothing of it survives."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+        command[1:1] = torchrun
+    command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}", "--init_from=auto"]
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))) if disk_is_full else None
+    with open(f"{out_dir}.log", "a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(command, **streams, env=environment, preexec_fn=limit, start_new_session=True)
+
+
+def workers(session: int) -> list[int]:
+    """The processes of a life that train, or will."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            is_ours = os.getsid(int(folder.name)) == session or os.getpgid(int(folder.name)) == session
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (folder / "cmdline").read_text()
+            is_worker = "train.py" in command and "torch.distributed.run" not in command
+            if is_worker and (is_ours or int(parent) == session):
+                found.append(int(folder.name))
+    return found
+
+
+def end(process: subprocess.Popen) -> int | None:
+    """Wait for a life's end; its status, or None for one that hangs. Nothing of it is left."""
+    try:
+        status = process.wait(HANG)
+    except subprocess.TimeoutExpired:
+        status = None
+    for pid in [*workers(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    return status
+
+
+def live(data: Path, out_dir: Path, processes: int, fault: str, moment: float) -> tuple[bool, int | None]:
+    """One life, with this fault after so many seconds: whether it was hit, and its status."""
+    process = start(data, out_dir, processes, fault == "full disk")
+    if fault == "full disk":
+        status = end(process)
+        return status != 0, status
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return False, process.wait(moment)
+    hit = workers(process.pid) or [process.pid]
+    victim = random.Random(moment).choice(hit)
+    name = fault if fault.startswith("SIG") else "SIGKILL"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, getattr(signal, name))
+    if name == "SIGSTOP" and processes == 1:  # nobody waits for it
+        time.sleep(1)
+        os.kill(victim, signal.SIGCONT)
+    if "checkpoint" in fault:
+        for pid in hit:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+    status = end(process)
+    newest = out_dir / "ckpt.pt"
+    if newest.exists() and fault == "cut checkpoint":
+        os.truncate(newest, os.path.getsize(newest) * 2 // 3)
+    elif newest.exists() and fault == "deleted checkpoint":
+        newest.unlink()
+    return True, status
+
+
+def newest_step(out_dir: Path) -> int:
+    try:
+        found = newest_checkpoint(str(out_dir), lambda text: None)
+    except ValueError:
+        return -1
+    return found[1]["iter_num"] if found else -1
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    a, b = (load_checkpoint(str(path / "ckpt.pt"))["model"] for path in (a, b))
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) -> tuple:
+    """The number of processes, the faults that hit, and how the run ended: '' where it ended well.
+    lengths: how many seconds an undisturbed run takes on so many processes."""
+    rng = random.Random(f"{seed} {number}")
+    processes, faults = rng.choice(list(lengths)), [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
+    out_dir, problem, lives, hits = folder / f"run{number}", "", 0, []
+    for fault in faults:
+        before = newest_step(out_dir)
+        is_hit, status = live(data, out_dir, processes, fault, rng.uniform(0.5, lengths[processes]))
+        lives, hits = lives + 1, hits + [fault] * is_hit
+        if status is None:
+            problem = f"hangs after {fault}"
+        elif newest_step(out_dir) < before and "checkpoint" not in fault:
+            problem = f"lost a checkpoint after {fault}"
+    while not problem and newest_step(out_dir) < STEPS:
+        lives += 1
+        if (status := end(start(data, out_dir, processes))) != 0 or lives > len(faults) + 3:
+            problem = "hangs" if status is None else f"does not end: status {status}"
+    if not problem:
+        off = largest_difference(folder / "undisturbed1", out_dir)
+        if off > (0 if processes == 1 else 1e-5):
+            problem = f"other weights, by {off:.1e}"
+    return processes, hits, problem
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    data = make_data(folder)
+    lengths = {}
+    for processes in (1, 2, 4):
+        began = time.monotonic()
+        assert end(start(data, folder / f"undisturbed{processes}", processes)) == 0
+        lengths[processes] = time.monotonic() - began
+        off = largest_difference(folder / "undisturbed1", folder / f"undisturbed{processes}")
+        print(f"undisturbed, {processes} process(es): {lengths[processes]:.0f} s, weights off by {off:.1e}", flush=True)
+    table, problems = collections.Counter(), []
+    for number in range(arguments.runs):
+        began = time.monotonic()
+        processes, faults, problem = hurt_run(data, folder, lengths, number, arguments.seed)
+        seconds = time.monotonic() - began
+        print(
+            f"{number}: {processes} process(es), {', '.join(faults)}: {problem or 'well'} ({seconds:.0f} s)", flush=True
+        )
+        table.update({(fault, processes): 1 for fault in set(faults)} | {("runs", processes): 1})
+        if problem:
+            problems.append(f"run {number}: {problem}; see {folder}/run{number}.log")
+        else:
+            shutil.rmtree(folder / f"run{number}")
+    print("\n| hit by | 1 process | 2 | 4 |\n|---|---:|---:|---:|")
+    for fault in ("runs", *FAULTS):
+        print(f"| {fault} | {table[fault, 1]} | {table[fault, 2]} | {table[fault, 4]} |")
+    print(f"\n{arguments.runs - len(problems)} of {arguments.runs} runs ended well.", *problems, sep="\n")
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Processes that end, hang and come back, on one machine and, as torchrun sees it, on two."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from checkpoint import load_checkpoint
+from tests.test_train import ROOT, TINY
+
+RUN = (*TINY, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
+
+
+@pytest.fixture
+def options(data_dir):
+    return [*RUN, f"--data_dir={data_dir}"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def run(processes: int, *args, torchrun=("--standalone",), **how) -> subprocess.Popen:
+    """train.py, under torchrun where there are several processes or agents."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    if processes > 1 or torchrun != ("--standalone",):
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, **streams, start_new_session=True, **how)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(said)
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return list(map(int, file.read().split()))
+
+
+def largest_difference(a, b) -> float:
+    a, b = (load_checkpoint(str(out_dir / "ckpt.pt"))["model"] for out_dir in (a, b))
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+linux_only = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir):
+    """A run of 40 steps on one process."""
+    out_dir = tmp_path_factory.mktemp("undisturbed")
+    process = run(1, *RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=40")
+    assert process.wait(120) == 0
+    return out_dir
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp_path):
+    for processes, steps in ((1, 10), (2, 20), (4, 30), (1, 40)):
+        process = run(processes, *options, f"--out_dir={tmp_path}", f"--max_iters={steps}")
+        assert process.communicate(timeout=180) and process.returncode == 0
+    assert largest_difference(undisturbed, tmp_path) < 1e-5
+
+
+@linux_only
+def test_a_run_whose_process_is_killed_begins_again_by_itself(options, undisturbed, tmp_path):
+    """The second start waited for ever for the addresses that the first had left in torchrun's store."""
+    restarting = ("--standalone", "--max-restarts=2")
+    slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40")
+    process = run(2, *options, *slowly, f"--out_dir={tmp_path}", torchrun=restarting)
+    wait_for(process, "5 | loss ")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == 0 and "another one is gone" in said, said
+    assert "init_from = 'resume'" in said and largest_difference(undisturbed, tmp_path) < 1e-5
+
+
+def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
+    place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    args = (*options, f"--out_dir={tmp_path}", "--timeout=3", "--max_iters=100000")
+    first, second = (
+        run(1, *args, env=os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)
+    )
+    wait_for(first, "5 | loss ")
+    second.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    said = first.communicate(timeout=60)[0]
+    second.kill()
+    assert first.returncode == 1 and "Traceback" not in said and time.monotonic() - began < 30
+    assert "train.py: rank 0: this process ends because another process did not answer for 3 s (--timeout)" in said
+    second.communicate()
+
+
+@linux_only
+def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undisturbed, tmp_path):
+    """Two agents of torchrun, as two machines would start them, each begun again when it ends."""
+    place = ("--nnodes=2", "--master_addr=localhost", f"--master_port={free_port()}")
+    slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40", f"--out_dir={tmp_path}", "--timeout=20")
+    start = lambda node: run(1, *options, *slowly, torchrun=(*place, f"--node_rank={node}"))
+    agents = [start(0), start(1)]
+    wait_for(agents[0], "5 | loss ")
+    for pid in [agents[1].pid, *children(agents[1].pid)]:
+        os.kill(pid, signal.SIGKILL)
+    said = agents[0].communicate(timeout=120)[0]
+    assert agents[0].returncode == 1 and "rank 0: this process ends because another one is gone" in said
+    agents[1].communicate()
+    agents = [start(0), start(1)]
+    assert [agent.communicate(timeout=180) and agent.returncode for agent in agents] == [0, 0]
+    assert largest_difference(undisturbed, tmp_path) < 1e-5
