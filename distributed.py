@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-LONGEST_START = 300  # seconds from the first process's start to the last one's
+LONGEST_START = 600  # seconds from the first process's start to the last one's
 
 
 class World(NamedTuple):
@@ -38,6 +38,11 @@ class World(NamedTuple):
         dist.all_reduce(total)
         return total.tolist()
 
+    def wait(self):
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         return self.sum([float(flag)])[0] > 0
@@ -57,7 +62,7 @@ def join_world(device: str, timeout: float) -> tuple[World, str]:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    to_meet = datetime.timedelta(seconds=max(timeout, LONGEST_START))
+    to_meet = datetime.timedelta(seconds=LONGEST_START)
     with lost_processes_in_words(to_meet.total_seconds()):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
         store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)

@@ -6,7 +6,8 @@ Text to tokens, in stages:
     python tinystories.py train_vocab    learn a vocabulary from the text
     python tinystories.py pretokenize    turn the text into token shards for train.py
 
-train_vocab and pretokenize take your own text with --input=FILE_OR_FOLDER.
+train_vocab and pretokenize take your own text with --input=FILE_OR_FOLDER. With many files on many
+machines, torchrun ... tinystories.py pretokenize divides the files among its processes.
 Each stage has its own options: python tinystories.py pretokenize --help
 """
 
@@ -32,6 +33,7 @@ from atomic import only_writer, write_atomically
 from configurator import configure, print_overrides, refuse, run_script
 from corpus import find_files, read_pieces
 from dataset import META_FILE, ShardWriter, split_point, token_dtype, tokens_folder, write_meta
+from distributed import World, join_world, leave_world, lost_processes_in_words
 from download import download, plain_reason, unpack
 from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from words import Encoder
@@ -40,6 +42,7 @@ ARCHIVE = "TinyStories_all_data.tar.gz"
 STORIES = "TinyStories_all_data"
 STORIES_PER_SHARD = 5000
 VOCAB_CHARACTERS = 100_000_000  # of text to learn a vocabulary from
+LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that a process waits for those that have more to do
 BATCH_CHARACTERS = 2**20  # of text handed to SentencePiece at a time
 
 
@@ -185,21 +188,17 @@ def beginning(file: str, separator: str, characters: int):
 
 
 def run_pretokenize(config: Pretokenize):
+    world, _ = join_world("cpu", LONGEST_WAIT)  # torchrun's processes take the files in turn
     files, data_dir = find_input(config)
     folder = tokens_folder(data_dir, config.vocab_source, config.vocab_size)
-    with only_writer(data_dir), only_writer(folder):
-        path = config.tokenizer or os.path.join(data_dir, f"tok{config.vocab_size}.model")
-        if not config.tokenizer and not os.path.exists(path):
-            learn_vocabulary(files, data_dir, config.vocab_size, separator_of(config))
-        elif not config.tokenizer:
-            print(f"with the vocabulary {path}, which is there already; delete it to learn it again")
-        tokenizer = load_tokenizer(path)
-        if config.vocab_source == "custom" and tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"{path} has {tokenizer.vocab_size} tokens, not --vocab_size={config.vocab_size}; "
-                f"give --vocab_size={tokenizer.vocab_size}"
-            )
-        write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lost_processes_in_words(LONGEST_WAIT))
+        if world.is_main:
+            stack.enter_context(only_writer(data_dir))
+            stack.enter_context(only_writer(folder))
+            prepare_tokenizer(config, files, data_dir, folder)
+        world.wait()
+        tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
         jobs = plan(config, files, folder, tokenizer)
         meta = {
             "vocab_source": config.vocab_source,
@@ -209,9 +208,28 @@ def run_pretokenize(config: Pretokenize):
             "complete": False,
             "shards": [],
         }
-        pretokenize(jobs, folder, meta, config.num_workers or os.cpu_count())
-    options = f"--data_dir={data_dir} --vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
-    print(f"next: python train.py {options}")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        pretokenize(jobs, folder, meta, config.num_workers or max(1, os.cpu_count() // here), world)
+        leave_world()
+    if world.is_main:
+        options = f"--data_dir={data_dir} --vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
+        print(f"next: python train.py {options}")
+
+
+def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, folder: str):
+    """Put the vocabulary to use into the folder of tokens, learned where there is none."""
+    path = config.tokenizer or os.path.join(data_dir, f"tok{config.vocab_size}.model")
+    if not config.tokenizer and not os.path.exists(path):
+        learn_vocabulary(files, data_dir, config.vocab_size, separator_of(config))
+    elif not config.tokenizer:
+        print(f"with the vocabulary {path}, which is there already; delete it to learn it again")
+    tokenizer = load_tokenizer(path)
+    if config.vocab_source == "custom" and tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} tokens, not --vocab_size={config.vocab_size}; "
+            f"give --vocab_size={tokenizer.vocab_size}"
+        )
+    write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
 
 
 def plan(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenizer) -> list[dict]:
@@ -232,53 +250,79 @@ def plan(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenize
     return jobs
 
 
-def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int):
-    """Run the jobs that are not done yet, recording each as it ends; meta.json is complete
-    only after the last."""
+def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, world: World):
+    """Run the jobs that are not done yet, each process its share of them, recording each as it ends;
+    meta.json is complete only after the last."""
     done = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
     finished = [done[json.dumps(job)] for job in jobs if json.dumps(job) in done]
     waiting = [job for job in jobs if json.dumps(job) not in done]
     others = {shard["job"]["source"] for shard in done.values()} - {job["source"] for job in jobs}
     if others and len(others) == len(done):
         raise ValueError(f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir")
-    if finished:
-        print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
+    world.wait()  # until all know what is done
+    if world.is_main:
+        if finished:
+            print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
+        write_meta(folder, meta | {"shards": finished})
+    own = []
 
     def record(shard):
-        finished.append(shard)
-        write_meta(folder, meta | {"shards": finished})
+        own.append(shard)
+        if world.is_main:
+            write_meta(folder, meta | {"shards": finished + own})
+        else:
+            part = json.dumps({"dtype": meta["dtype"], "shards": own})
+            write_atomically(os.path.join(folder, f"part{world.rank}.json"), part.encode())
 
-    write_meta(folder, meta | {"shards": finished})
-    run_jobs(waiting, folder, num_workers, record)
-    finished.sort(key=lambda shard: shard["file"])
-    for name in set(os.listdir(folder)) - {shard["file"] for shard in finished}:
-        if name.endswith((".bin", ".partial")):  # of files that are gone, or of an interrupted run
+    run_jobs(waiting[world.rank :: world.size], folder, num_workers, record, world.is_main)
+    world.wait()
+    if world.is_main:
+        recorded = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
+        complete(folder, meta, [recorded[json.dumps(job)] for job in jobs])
+
+
+def complete(folder: str, meta: dict, shards: list[dict]):
+    """Write the whole meta.json, and remove what is of files that are gone or of an interrupted run."""
+    for name in set(os.listdir(folder)) - {shard["file"] for shard in shards}:
+        if name.endswith((".bin", ".partial")):
             os.remove(os.path.join(folder, name))
-    tokens = {split: sum(s[split][1] - s[split][0] for s in finished) for split in ("train", "val")}
-    write_meta(folder, meta | {"shards": finished, "complete": True, "tokens": tokens})
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(finished)} shard(s)")
+    tokens = {split: sum(s[split][1] - s[split][0] for s in shards) for split in ("train", "val")}
+    write_meta(folder, meta | {"shards": shards, "complete": True, "tokens": tokens})
+    for path in part_files(folder):
+        os.remove(path)
+    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(shards)} shard(s)")
+
+
+def part_files(folder: str) -> list[str]:
+    """What processes but the first have recorded."""
+    return glob.glob(os.path.join(glob.escape(folder), "part*.json"))
 
 
 def recorded_shards(folder: str) -> list[dict]:
-    """The shards of an earlier run that are still whole."""
-    try:
-        with open(os.path.join(folder, META_FILE), encoding="utf-8") as file:
-            meta = json.load(file)
-        width = int(meta["dtype"][-1])
-        paths = [os.path.join(folder, shard["file"]) for shard in meta["shards"]]
-        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
-        return [s for s, size in zip(meta["shards"], sizes, strict=True) if size == s["tokens"] * width and "job" in s]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """The shards of an earlier run, or of this one so far, that are still whole."""
+    found = []
+    for record in (os.path.join(folder, META_FILE), *part_files(folder)):
+        try:
+            with open(record, encoding="utf-8") as file:
+                meta = json.load(file)
+            width = int(meta["dtype"][-1])
+            paths = [os.path.join(folder, shard["file"]) for shard in meta["shards"]]
+            sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+            shards = zip(meta["shards"], sizes, strict=True)
+            found += [s for s, size in shards if size == s["tokens"] * width and "job" in s]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
-def run_jobs(jobs: list[dict], folder: str, num_workers: int, record):
+def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: bool):
     """Tokenize in parallel under one progress bar. The first failure ends the run."""
     context = multiprocessing.get_context("spawn")
     bytes_read = context.Value("q", 0)
     workers = min(num_workers, len(jobs))
     threads = max(1, num_workers // max(1, workers))
-    bar = tqdm(disable=None, total=sum(job["size"] for job in jobs), unit="B", unit_scale=True, desc="tokenizing")
+    size, hides = sum(job["size"] for job in jobs), None if shows else True
+    bar = tqdm(disable=hides, total=size, unit="B", unit_scale=True, desc="tokenizing")
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
         if workers < 2:

@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -17,7 +19,7 @@ import download
 import tinystories
 from atomic import only_writer
 from dataset import read_meta
-from tests.conftest import VOCAB_SIZE, write_stories
+from tests.conftest import ROOT, VOCAB_SIZE, write_stories
 from tinystories import ARCHIVE, STORIES, main
 from tokenizer import load_tokenizer
 
@@ -595,3 +597,20 @@ def test_help_names_the_stages(monkeypatch, capsys, arguments):
     main()
     out = capsys.readouterr().out
     assert all(f"python tinystories.py {stage}" in out for stage in tinystories.STAGES)
+
+
+def test_processes_of_torchrun_divide_the_files_and_leave_the_same_tokens(tmp_path, stories, tokenizer_path):
+    texts = tmp_path / "stories"
+    for number in range(5):
+        write_stories(texts / f"data{number:02d}.json", stories[number::5])
+    script = [str(ROOT / "tinystories.py"), "pretokenize", f"--input={texts}", f"--tokenizer={tokenizer_path}"]
+    script += [f"--vocab_size={VOCAB_SIZE}", "--num_workers=1"]
+    found = []
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *start, *script, f"--data_dir={tmp_path / name}"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0 and result.stdout.count("5 shard(s)") == 1, result.stderr
+        folder = tmp_path / name / f"tok{VOCAB_SIZE}"
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(found[0]) == 5 + len(["meta.json", "tokenizer.model", ".lock"])
+    assert found[0] == found[1]
