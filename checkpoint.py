@@ -8,6 +8,7 @@ all the rest. No random state: see train.py.
 """
 
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -25,6 +26,8 @@ UNREADABLE = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
+# Of an OSError that tells nothing of what the file holds.
+PASSING = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
 FORMAT = 1  # of our own keys
 NOT_TIED = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
 LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
@@ -86,6 +89,8 @@ def load_checkpoint(path: str) -> dict:
     Raises ValueError, naming the file, where it is damaged, unsafe or not a checkpoint."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder, not a checkpoint")
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -93,6 +98,8 @@ def load_checkpoint(path: str) -> dict:
             if written is not None and written != fingerprint(checkpoint):
                 raise ValueError("its sha256 is another; if you changed it, delete that key")
         except UNREADABLE as error:
+            if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
+                raise
             raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     check_checkpoint(checkpoint, path)
     tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
@@ -117,6 +124,9 @@ def check_checkpoint(checkpoint, path: str):
     for name, kind in KINDS.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
+    for name in ("iter_num", "position"):
+        if not 0 <= checkpoint.get(name, 0) < 2**63:
+            raise ValueError(f"{path}: not a training checkpoint, its {name} is {checkpoint[name]}")
     checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}
     checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
     check_weights(checkpoint["model_args"], checkpoint["model"], path)

@@ -89,7 +89,8 @@ def run_script(main):
             sentence, status = "interrupted", 130
         elif isinstance(error, OSError) and error.strerror:
             sentence = error.strerror if error.filename is None else f"{error.filename or repr('')}: {error.strerror}"
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        is_one_of_many = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        rank = f"rank {os.environ['RANK']}: " if is_one_of_many else ""
         print(f"{os.path.basename(sys.argv[0])}: {rank}{sentence}", file=sys.stderr)
         raise SystemExit(status) from None
 

@@ -200,12 +200,13 @@ def training_batches(windows: TokenWindows, seed: int, batch_size: int, position
 
 
 def evaluation_batches(windows: TokenWindows, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1):
-    """This rank's share of num_batches batches spread evenly over the split, 0 for all of it:
-    the same windows at every evaluation."""
+    """This rank's share of num_batches batches spread evenly over the split, 0 for all of it: the same
+    windows at every evaluation. Every rank gets as many, of which the last may have no targets."""
     wanted = min(num_batches * batch_size or len(windows), len(windows))
     indices = [i * len(windows) // wanted for i in range(wanted)]
-    for start in range(rank * batch_size, wanted, batch_size * world_size):
-        yield collate([windows[i] for i in indices[start : start + batch_size]], batch_size, windows.seq_len)
+    for start in range(0, wanted, batch_size * world_size):
+        own = indices[start + rank * batch_size :][:batch_size]
+        yield collate([windows[i] for i in own], batch_size, windows.seq_len)
 
 
 def prefetch(batches: Iterable, device: str, ahead: int = 4) -> Iterator:

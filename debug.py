@@ -18,9 +18,12 @@ def show_step(run: Run, step: int):
     """Print the batch of a step, counted from 0, with the losses and gradients that the run's present
     weights have on it. The batch, and its dropout, are those of the step on any number of processes."""
     config = run.config
+    if run.position != run.iter_num * config.sequences_per_step and step != run.iter_num:
+        raise ValueError(
+            f"--debug_step={step}: the number of sequences in a step was changed, now or in the past; of such a run "
+            f"only the next step, {run.iter_num}, is known"
+        )
     first = run.position + (step - run.iter_num) * config.sequences_per_step
-    if first < 0:
-        raise ValueError(f"--debug_step={step}: the run has read nothing before its first step")
     print(f"step {step} reads sequences {first} to {first + config.sequences_per_step - 1} of the run's order;")
     print(f"losses and gradients are those of the weights of step {run.iter_num}")
     total = 0.0

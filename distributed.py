@@ -43,6 +43,10 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
+    def agree(self, number: int) -> bool:
+        """Whether it is the same in all processes, which all learn alike."""
+        return not self.any(self.sum([float(number)])[0] != float(number) * self.size)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         return self.sum([float(flag)])[0] > 0
@@ -53,6 +57,11 @@ def join_world(device: str, timeout: float) -> tuple[World, str]:
     seconds for which a process later waits for the others before it ends."""
     if "RANK" not in os.environ:
         return World(), device
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, or unset it"
+        )
     world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
     if device.startswith("cuda"):
         if world.local_rank >= torch.cuda.device_count():
@@ -63,7 +72,7 @@ def join_world(device: str, timeout: float) -> tuple[World, str]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     to_meet = datetime.timedelta(seconds=LONGEST_START)
-    with lost_processes_in_words(to_meet.total_seconds()):
+    with lost_processes_in_words("in time to begin"):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
         store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=to_meet)
@@ -98,8 +107,8 @@ def agree_on_name(store, world: World, patience: float) -> str:
 
 
 @contextlib.contextmanager
-def lost_processes_in_words(timeout: float):
-    """Raise ValueError in place of what PyTorch says when another process ends or no longer answers."""
+def lost_processes_in_words(in_time: str):
+    """Raise ValueError in place of what PyTorch says when another process ends, or does not answer in_time."""
     try:
         yield
     except RuntimeError as error:
@@ -108,7 +117,7 @@ def lost_processes_in_words(timeout: float):
             raise
         atexit.register(end_at_once)
         is_late = "timed out" in text or "timeout" in text
-        reason = f"another process did not answer for {timeout:g} s (--timeout)" if is_late else "another one is gone"
+        reason = f"another process did not answer {in_time}" if is_late else "another one is gone"
         raise ValueError(f"this process ends because {reason}; its own lines may say why") from error
 
 

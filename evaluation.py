@@ -36,7 +36,7 @@ def evaluate(model, windows: TokenWindows, byte_counts, batch_size: int, num_bat
         with autocast(device, dtype):
             _, loss = model(inputs.to(device), targets.to(device))
         predicted = targets[targets != -1]
-        nats += loss.item() * len(predicted)
+        nats += loss.item() * len(predicted) if len(predicted) else 0.0
         tokens += len(predicted)
         # The space before a text, which is none of it, is in the token that follows BOS.
         before = inputs[targets != -1].numpy()

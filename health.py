@@ -29,6 +29,8 @@ def skips(run: Run, norm) -> bool:
 def tell_spikes(run: Run, **figures):
     """Say where a figure is far above what it was of late."""
     for name, value in figures.items() if run.world.is_main else ():
+        if not math.isfinite(value):
+            continue  # in float16 an overflow, which the scaler sees to
         late = [record[name] for record in run.metrics.records[-MOST_NORMS:] if record.get(name)]
         usual = statistics.median(late) if len(late) >= FEWEST_NORMS else math.inf
         if value > SPIKE * usual:
@@ -43,6 +45,8 @@ def check_finite(run: Run, step: int, loss: float, norm: float):
             return
     elif math.isfinite(loss) and math.isfinite(norm):
         return
+    run.keeper.join()  # which may just be writing one
+    step = int(run.first_bad) if 0 <= int(run.first_bad) < step else step
     kept = "nothing is saved yet" if run.saved_at is None else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
     raise ValueError(
         f"step {step}, which reads from sequence {run.position + (step - run.iter_num) * run.config.sequences_per_step}"

@@ -182,8 +182,8 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
     """The arguments model, step, draft and cache_dtype of a Decoder that is to tell batch_size texts at
     once with matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the
     first token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices,
-    several tokens at a time, and checked in one pass; its tokens are those of the model itself. With
-    matrices of less than 32 bits, keys and values are kept in 16."""
+    several tokens at a time, and checked in one pass; its tokens are those of the model itself. Other
+    compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""
     step, on_cpu = compiled_step() if compile else None, model.tok_embeddings.weight.device.type == "cpu"
     if on_cpu and kind != "int8" and compile and batch_size == 1:
         draft = Draft(for_inference(model, "int8"), step, compiled_step())

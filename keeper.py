@@ -14,24 +14,27 @@ from collections.abc import Callable
 
 import torch
 
+from atomic import AtomicFile
 from checkpoint import load_checkpoint
+from parallel import whole
 
 RETRY_SECONDS = 30.0  # after a write that failed
 
 
-def snapshot(value, copies: dict | None = None):
-    """A copy on the CPU of what is to be written, so that training may go on meanwhile. Tensors that
-    are one, as a tied classifier and its embedding, stay one."""
+def snapshot(value, keeps: bool = True, copies: dict | None = None):
+    """A copy on the CPU of what is to be written, so that training may go on meanwhile. A tensor that is
+    there twice, as a tied classifier, stays one. All processes must ask where each has a share of the
+    tensors; keeps: whether this one wants the copy."""
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
-        key = value.data_ptr(), value.dtype, value.shape, value.stride()
-        if value.numel() == 0 or key not in copies:
-            copies[key] = value.detach().to("cpu", copy=True)
-        return copies[key]
+        if id(value) not in copies:
+            full = whole(value.detach())
+            copies[id(value)] = full.to("cpu", copy=True) if keeps else None
+        return copies[id(value)]
     if isinstance(value, dict):
-        return {key: snapshot(item, copies) for key, item in value.items()}
+        return {key: snapshot(item, keeps, copies) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(item, copies) for item in value)
+        return type(value)(snapshot(item, keeps, copies) for item in value)
     return value
 
 
@@ -60,21 +63,26 @@ class Keeper:
 
     def write(self):
         was_failing, self.failure = self.failure is not None, None
-        try:
-            for path, write in list(self.pending.items()):
+        for path, write in list(self.pending.items()):
+            try:
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 write()
                 del self.pending[path]
-        except OSError as error:
-            self.failure = error
-            if not was_failing:
-                self.untold.append(f"{in_words(error)}; the run goes on, and tries to save again")
-        except Exception as error:
-            self.error = error
-        else:
-            if was_failing:
-                self.untold.append("saving works again")
+            except OSError as error:  # the others may fare better
+                error.__cause__ = None
+                self.failure = self.failure or error.with_traceback(None)  # which would keep the state in memory
+            except Exception as error:
+                self.error = error
+        if self.failure and not was_failing:
+            self.untold.append(f"{in_words(self.failure)}; the run goes on, and tries to save again")
+        elif was_failing and not self.failure:
+            self.untold.append("saving works again")
         self.tried_at = time.monotonic()
+
+    def join(self):
+        """Until nothing is being written, however it went."""
+        if self.thread:
+            self.thread.join()
 
     def wait(self):
         """Until what is being written is written or has failed. Raises what is no failure of the disk."""
@@ -115,33 +123,40 @@ def step_of_copy(path: str) -> int:
 def numbered_copies(out_dir: str) -> list[str]:
     """The older checkpoints, the newest first."""
     found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*.pt"))
-    found = [path for path in found if re.fullmatch(r"ckpt_\d+\.pt", os.path.basename(path))]
+    found = [path for path in found if re.fullmatch(r"ckpt_\d+\.pt", os.path.basename(path)) and os.path.isfile(path)]
     return sorted(found, key=step_of_copy, reverse=True)
 
 
-def put_older_aside(path: str, older_step: int, step: int, count: int):
+def put_older_aside(path: str, older_step: int, step: int):
     """Before a checkpoint of this step is written to path: give the one that is there, of older_step,
-    a name with its number. Of these numbered ones the last count before step stay."""
-    out_dir = os.path.dirname(path)
-    if count and older_step < step and os.path.exists(path):
-        copy = os.path.join(out_dir, f"ckpt_{older_step:06d}.pt")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(copy)
-        try:
-            os.link(path, copy)  # the newest never is without its name
-        except OSError:  # a file system without links
-            shutil.copyfile(path, copy)
+    a name with its number."""
+    if older_step >= step or not os.path.exists(path):
+        return
+    copy = os.path.join(os.path.dirname(path), f"ckpt_{older_step:06d}.pt")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(copy)
+    try:
+        os.link(path, copy)  # the newest never is without its name
+    except OSError:  # a file system without links
+        with open(path, "rb") as source, AtomicFile(copy) as target:
+            shutil.copyfileobj(source, target)
+
+
+def remove_oldest(out_dir: str, step: int, count: int):
+    """Of the numbered checkpoints before this step, leave the last count, and those that cannot be removed."""
     for old in [copy for copy in numbered_copies(out_dir) if step_of_copy(copy) < step][count:]:
-        os.remove(old)
+        with contextlib.suppress(OSError):
+            os.remove(old)
 
 
 def newest_checkpoint(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, dict] | None:
-    """The path and the content of the newest checkpoint that is whole; where that is not ckpt.pt, say so.
-    None if there is none at all; raises ValueError, of the newest, if all are damaged."""
+    """The path and the content of ckpt.pt or, with a word on it, where that is damaged or gone, of the
+    whole checkpoint that was written last. None if there is none at all; raises ValueError, of the first,
+    if all are damaged."""
     newest, problems = os.path.join(out_dir, "ckpt.pt"), []
-    for path in (newest, *numbered_copies(out_dir), os.path.join(out_dir, "best.pt")):
-        if not os.path.exists(path):
-            continue
+    others = [path for path in (*numbered_copies(out_dir), os.path.join(out_dir, "best.pt")) if os.path.exists(path)]
+    others.sort(key=os.path.getmtime, reverse=True)
+    for path in [newest] * os.path.lexists(newest) + others:
         try:
             checkpoint = load_checkpoint(path)
         except ValueError as error:

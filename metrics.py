@@ -2,12 +2,16 @@
 What a run measured: a line of JSON for each report, and the loss curve as a picture.
 """
 
+import contextlib
 import errno
 import json
 import math
 import os
+import time
 
 from atomic import AtomicFile, write_atomically
+
+RETRY_SECONDS = 30.0  # after a write that failed
 
 
 class Metrics:
@@ -18,26 +22,42 @@ class Metrics:
         self.path = os.path.join(out_dir, "metrics.jsonl")
         self.picture = os.path.join(out_dir, "loss.png")
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
+        self.file, self.tried_at = None, 0.0
         self.is_behind = self.is_told = False  # whether the file lacks records, and whether that was said
         self.write_anew()
 
     def write_anew(self):
+        self.tried_at = time.monotonic()
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        if self.file:
+            self.file.close()
         self.file = open(self.path, "ab", buffering=0)
         self.is_behind = self.is_told = False
 
     def write(self, **record):
         """Add a line; a figure that is no number is written as null, which every reader knows. Raises
-        OSError where it cannot; the next call then writes all lines again."""
+        OSError where it cannot; a later call then writes all lines again."""
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(record)
         if self.is_behind:
-            return self.write_anew()
-        self.is_behind = True
+            if not self.tried_at or time.monotonic() - self.tried_at > RETRY_SECONDS:
+                self.write_anew()
+            return
+        self.is_behind, self.tried_at = True, time.monotonic()
         line = (json.dumps(record) + "\n").encode()
         if self.file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.is_behind = False
+
+    def forget_file(self):
+        """It is gone: the next call writes all lines again."""
+        self.is_behind, self.tried_at = True, 0.0
+
+    def finish(self):
+        """Write what is missing, where that can be done now."""
+        if self.is_behind:
+            with contextlib.suppress(OSError):
+                self.write_anew()
 
     def draw(self):
         """Training and validation loss over the steps so far."""
@@ -60,9 +80,11 @@ class Metrics:
         axes.yaxis.set_minor_formatter("{x:.1g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        with AtomicFile(self.picture) as file:
-            figure.savefig(file, format="png", dpi=120)
-        pyplot.close(figure)
+        try:
+            with AtomicFile(self.picture) as file:
+                figure.savefig(file, format="png", dpi=120)
+        finally:
+            pyplot.close(figure)
 
 
 def read_records(path: str) -> list[dict]:
@@ -75,4 +97,4 @@ def read_records(path: str) -> list[dict]:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
-    return [record for record in records if isinstance(record, dict) and "iter" in record]
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("iter"), int)]

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from parallel import share_like
+
 
 def make_optimizer(model, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float):
     """adamw: fused AdamW (arXiv 1711.05101). muon: Muon for the matrices inside the blocks, and AdamW
@@ -77,11 +79,15 @@ def load_optimizer(optimizer, state: dict, path: str):
         known = {number for group in groups for number in group["params"]}
         if state["state"] and state["state"].keys() != known:
             raise ValueError("it has no moments for some of the parameters")
+        own = {}
         for mine, saved in zip(optimizer.param_groups, groups, strict=True):
             moments = ("momentum_buffer",) if "momentum" in mine else ("exp_avg", "exp_avg_sq")
             for parameter, number in zip(mine["params"], saved["params"], strict=True):
                 check_moments(state["state"].get(number), moments, parameter)
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+                if number in state["state"]:
+                    shared = {name: share_like(state["state"][number][name], parameter) for name in moments}
+                    own[number] = state["state"][number] | shared
+        optimizer.load_state_dict({"state": own, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit the model ({error})") from error
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,12 +26,14 @@ from distributed import World
 from export import read_stored
 from formats import llama2c
 from formats.stored import StoredModel, stored_weights
-from keeper import Keeper, newest_checkpoint, put_older_aside, snapshot
+from keeper import Keeper, newest_checkpoint, put_older_aside, remove_oldest, snapshot
 from metrics import Metrics
 from model import ModelArgs, Transformer
 from optim import Together, load_optimizer, make_optimizer
+from parallel import is_sharded, shard
 from tokenizer import Tokenizer, load_tokenizer
 
+OURS = r"ckpt\w*\.pt|best\.pt|model\.bin|loss\.png|metrics\.jsonl|tokenizer\.\w+"  # what a run writes
 LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
 # Options that a resumed run cannot change: they are the checkpoint's.
 ARCHITECTURE = (
@@ -58,6 +61,7 @@ class Run:
     iter_num: int = 0  # steps done
     position: int = 0  # sequences read
     best_val_loss: float = math.inf
+    first_bad: torch.Tensor | int = -1  # the step whose gradient was the first that is no number
     late_norms: list[float] = dataclasses.field(default_factory=list)  # of gradients, to tell what is unusual
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
@@ -142,11 +146,14 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
         )
     if checkpoint:
         restore(run, checkpoint, path)
-    if world.sum([float(run.iter_num)])[0] != run.iter_num * world.size:
+    if not world.agree(run.iter_num):
         raise ValueError(
-            f"this process is at step {run.iter_num}, others are not: --out_dir={config.out_dir} must be one folder "
-            "that all machines see"
+            f"this process would begin at step {run.iter_num}, others elsewhere: --out_dir={config.out_dir} must be "
+            "one folder that all machines see and can read"
         )
+    options = dataclasses.asdict(config) | dict(out_dir="", data_dir="", tokenizer="", device="")
+    if not world.agree(zlib.crc32(repr(options).encode())):
+        raise ValueError("the processes were given different options: start train.py with the same ones everywhere")
     return run
 
 
@@ -155,6 +162,8 @@ def equip(config, world: World, device: str, data: tuple, model: Transformer) ->
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     dtype, model = pick_dtype(config.dtype, device), model.to(device)
     model.recompute = config.recompute
+    if config.parallel == "fsdp" and world.size > 1:
+        shard(model, device, world.size)
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
@@ -272,7 +281,10 @@ def restore(run: Run, checkpoint: dict, path: str):
             raise ValueError(f"{path}: its scaler has no {error}") from None
     run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
     run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
-    run.late_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
+    try:
+        run.late_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: its late_norms are no numbers") from None
     saved = checkpoint.get("config", {})
     measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
     if all(saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure):
@@ -284,8 +296,11 @@ def restore(run: Run, checkpoint: dict, path: str):
 
 def state_of(run: Run) -> dict:
     """All that the run needs to go on: llama2.c's keys, then ours."""
+    weights = run.model.state_dict()
+    if run.model.args.tie_embeddings:
+        weights["output.weight"] = weights["tok_embeddings.weight"]  # the same object, so that it is copied once
     return {
-        "model": run.model.state_dict(),
+        "model": weights,
         "optimizer": run.optimizer.state_dict(),
         "model_args": write_model_args(run.model.args),
         "iter_num": run.iter_num,
@@ -299,32 +314,36 @@ def state_of(run: Run) -> dict:
     }
 
 
-def save(run: Run, newest: bool = True, best: bool = False):
+def save(run: Run, best: bool = False):
     """Have the main process write the state of this step in the background: as the newest, ckpt.pt, with
     older ones beside it where they are asked for, and as the best, best.pt and, where the format can say
     the model, model.bin."""
-    if not run.world.is_main:
+    if not run.world.is_main and not is_sharded(run.model):
         return
     run.keeper.wait()  # before memory is taken for another copy
-    state, writes = snapshot(state_of(run)), {}
+    run.keeper.pending.pop(run.path("ckpt.pt"), None)
+    folder_is_gone = run.world.is_main and not os.path.exists(run.path("tokenizer.model"))
+    state, writes = snapshot(state_of(run), keeps=run.world.is_main), {}
+    if not run.world.is_main:
+        return
 
     def write_newest(step=run.iter_num):
-        if run.saved_at is not None:
-            put_older_aside(run.path("ckpt.pt"), run.saved_at, step, run.config.keep_checkpoints)
+        if run.saved_at is not None and run.config.keep_checkpoints:
+            put_older_aside(run.path("ckpt.pt"), run.saved_at, step)
         save_checkpoint(run.path("ckpt.pt"), state)
         run.saved_at = step
+        remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
 
-    if best:
+    if folder_is_gone:
+        best = True  # the newest stands in for the best, which is gone
+        run.metrics.forget_file()
+        writes |= tokenizer_writes(run)
+    if best:  # before the newest, which knows how good the best is
         writes[run.path("best.pt")] = lambda: save_checkpoint(run.path("best.pt"), state)
         if not llama2c.refusal(run.model.args):
             weights = stored_weights(run.model.args, state["model"])
             writes[run.path("model.bin")] = lambda: llama2c.write(weights, run.path("model.bin"))
-    if newest:
-        writes[run.path("ckpt.pt")] = write_newest
-    if not os.path.exists(run.path("tokenizer.model")):  # the folder is gone
-        run.metrics.is_behind = True
-        writes |= tokenizer_writes(run)
-    run.keeper.keep(writes)
+    run.keeper.keep(writes | {run.path("ckpt.pt"): write_newest})
 
 
 def finish_saving(run: Run):
@@ -332,6 +351,8 @@ def finish_saving(run: Run):
     end too."""
     problem = ""
     try:
+        if run.metrics:
+            run.metrics.finish()
         run.keeper.finish()
     except ValueError as error:
         newest = "no checkpoint" if run.saved_at is None else f"the newest checkpoint is of step {run.saved_at}"
@@ -371,7 +392,7 @@ def open_out_dir(run: Run, resumed_from: str):
     if config.init_from != "resume":
         set_aside(config.out_dir)
     for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
-        if re.fullmatch(r"(ckpt\w*\.pt|best\.pt|model\.bin|loss\.png|tokenizer\.\w+)\.\d+\.partial", name):
+        if re.fullmatch(rf"({OURS})\.\d+\.partial", name):
             os.remove(run.path(name))
     if resumed_from and resumed_from != run.path("ckpt.pt") and os.path.exists(run.path("ckpt.pt")):
         os.replace(run.path("ckpt.pt"), run.path("ckpt.damaged"))

@@ -192,7 +192,7 @@ def run_pretokenize(config: Pretokenize):
     files, data_dir = find_input(config)
     folder = tokens_folder(data_dir, config.vocab_source, config.vocab_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lost_processes_in_words(LONGEST_WAIT))
+        stack.enter_context(lost_processes_in_words("for a week"))
         if world.is_main:
             stack.enter_context(only_writer(data_dir))
             stack.enter_context(only_writer(folder))

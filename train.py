@@ -32,11 +32,13 @@ from configurator import configure, print_overrides, run_script
 from dataset import evaluation_batches, mix, prefetch, training_batches
 from debug import show_step
 from device import autocast, keep_freed_memory, peak_flops, pick_device
-from distributed import join_world, leave_world, lost_processes_in_words
+from distributed import World, join_world, leave_world, lost_processes_in_words
 from evaluation import evaluate
 from health import check_finite, skips, tell_spikes
-from model import ModelArgs, flops_per_token
+from keeper import snapshot
+from model import ModelArgs, Transformer, flops_per_token
 from optim import learning_rate_at
+from parallel import gradients_meet, is_sharded, whole
 from run import ARCHITECTURE, Run, fine_tune, finish_saving, open_out_dir, resume, save, set_up
 
 # Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
@@ -101,6 +103,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = True  # compile the model with torch.compile
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model; or a share of it
     timeout: float = 600.0  # seconds that processes wait for one that does not answer
     recompute: bool = False  # less memory for more time: keep only what flows between blocks (long contexts)
 
@@ -117,6 +120,10 @@ class TrainConfig:
         for name in ("out_dir", "init_from"):
             if not getattr(self, name):
                 yield f"--{name}= is empty: leave it out, or name one"
+        if 0 < self.skip_spikes <= 1 or not math.isfinite(self.skip_spikes):
+            yield f"--skip_spikes={self.skip_spikes:g}: must be 0, or above 1"
+        if self.parallel == "fsdp" and (self.optimizer == "muon" or self.dtype == "float16"):
+            yield "--parallel=fsdp: goes with --optimizer=adamw, and not with --dtype=float16; take --parallel=ddp"
         if not 1 <= self.timeout <= 1e6:
             yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
         if self.debug_step is not None and self.debug_step < 0:
@@ -129,7 +136,7 @@ class TrainConfig:
         if 0 <= self.learning_rate < self.min_lr:
             yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
         try:
-            if self.init_from == "scratch":  # else the rest of the architecture is in the file
+            if self.init_from in ("scratch", "auto"):  # else the rest of the architecture is in the file
                 self.model_args()
         except ValueError as error:
             yield f"--{error}"
@@ -150,7 +157,12 @@ def compiled(run: Run) -> torch.nn.Module:
     began = time.perf_counter()
     tokens = torch.zeros(2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device)
     try:
-        model = torch.compile(run.model, options=COMPILE_OPTIONS if run.device == "cpu" else None)
+        options, model = COMPILE_OPTIONS if run.device == "cpu" else None, run.model
+        if is_sharded(model):  # a block at a time: what brings its shares together is not compiled
+            for block in model.layers:
+                block.forward = torch.compile(block.forward, options=options)
+        else:
+            model = torch.compile(model, options=options)
         with autocast(run.device, run.dtype):
             model(*tokens.unbind())[1].backward()
     except torch.OutOfMemoryError:
@@ -159,6 +171,8 @@ def compiled(run: Run) -> torch.nn.Module:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         run.say(f"cannot compile here, going on without: {reason}")
         model = run.model
+        for block in model.layers:
+            block.__dict__.pop("forward", None)
     run.optimizer.zero_grad(set_to_none=True)
     run.say(f"... took {time.perf_counter() - began:.0f} s")
     return model
@@ -175,13 +189,15 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
         # Dropout is a function of the position, like the data: the same on any number of processes.
         torch.manual_seed(mix(mix(config.seed) + micro_batch_position(run, run.position, micro_step)))
         is_last = micro_step == micro_steps - 1
-        with model.no_sync() if run.world.size > 1 and not is_last else contextlib.nullcontext():
+        with gradients_meet(model, now=is_last):
             with autocast(run.device, run.dtype):
                 _, loss = model(inputs, targets)
             run.scaler.scale(loss / micro_steps).backward()
         step_loss += loss.detach() / micro_steps
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+    is_first = ~norm.isfinite() & (torch.as_tensor(run.first_bad, device=norm.device) < 0)
+    run.first_bad = torch.where(is_first, run.iter_num, run.first_bad)  # stays on the device: nobody waits for it
     if not skips(run, norm):
         run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -235,16 +251,23 @@ def evaluate_and_save(run: Run):
     if run.world.is_main:
         with contextlib.suppress(OSError):  # a picture less; the next one shows all
             run.metrics.draw()
-        if config.sample_interval and run.iter_num % config.sample_interval == 0:
-            tell_story(run)
+    if config.sample_interval and run.iter_num % config.sample_interval == 0:
+        tell_story(run)
 
 
 def tell_story(run: Run):
-    run.model.eval()
-    options = dict(max_new_tokens=max(1, run.model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0)
-    story = "".join(piece.text for piece in generation.generate(run.model, run.tokenizer, [""], **options))
-    run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
-    run.model.train()
+    model = run.model
+    if is_sharded(model):
+        weights = snapshot(model.state_dict(), keeps=run.world.is_main)  # all must take part
+        model = Transformer.empty(model.args) if run.world.is_main else None
+        if model:
+            model.load_state_dict(weights)
+    if run.world.is_main:
+        model.eval()
+        options = dict(max_new_tokens=max(1, model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0)
+        story = "".join(piece.text for piece in generation.generate(model, run.tokenizer, [""], **options))
+        run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
+        model.train()
 
 
 def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
@@ -304,7 +327,7 @@ def train(run: Run):
     if run.device.startswith("mps"):
         check_against_cpu(run)
     run.forward = model = compiled(run)
-    if run.world.size > 1:
+    if run.world.size > 1 and not is_sharded(run.model):
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     micro_batches = training_batches(run.train_windows, config.seed, config.batch_size, positions(run))
     batches = prefetch(micro_batches, run.device)
@@ -364,6 +387,13 @@ def main():
     keep_freed_memory()
     if world.is_main:
         print_overrides(config, given)
+    with lost_processes_in_words(f"for {config.timeout:g} s (--timeout)"), out_of_memory_in_words():
+        go_through(config, found, pretrained, world, device)
+        leave_world()
+
+
+def go_through(config, found, pretrained, world: World, device: str):
+    """The run, set up and trained; or one step of it shown."""
     writes = world.is_main and not config.eval_only and config.debug_step is None
     with only_writer(config.out_dir) if writes else contextlib.nullcontext():
         run = set_up(config, found, pretrained, world, device)
@@ -375,9 +405,10 @@ def main():
             f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
             f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"
         )
-        with out_of_memory_in_words(), lost_processes_in_words(config.timeout):
+        try:
             train(run)
-    leave_world()
+        finally:
+            run.keeper.join()  # before another may write here
 
 
 if __name__ == "__main__":

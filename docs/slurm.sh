@@ -7,19 +7,19 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --requeue
 #SBATCH --open-mode=append
-# Two minutes before the time limit every process is asked to finish its step and save.
+# Two minutes before the time limit every process is asked to finish its step and save; torchrun grants 30 seconds.
 #SBATCH --signal=TERM@120
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head
 srun --kill-on-bad-exit=0 bash -c '
-    tries=0
-    until torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --nproc_per_node=8 \
-        --master_addr="$head" --master_port=29500 train.py config/stories15M.py --init_from=auto
-    do
-        tries=$((tries + 1))
-        [ "$tries" -lt 10 ] || exit 1
+    trap "asked=yes" TERM  # bash waits for torchrun, which is asked too
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --nproc_per_node=8 \
+            --master_addr="$head" --master_port=29500 train.py config/stories15M.py --init_from=auto && exit 0
+        [ -z "$asked" ] || exit 3
         sleep 5
-    done'
+    done
+    exit 1'
+[ $? -ne 3 ] || scontrol requeue "$SLURM_JOB_ID"

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from checkpoint import load_checkpoint
@@ -54,7 +55,7 @@ def make_data(folder: Path) -> Path:
 
 
 def start(data: Path, out_dir: Path, processes: int, disk_is_full: bool = False) -> subprocess.Popen:
-    """A life of a run, in a session of its own, so that nothing of it survives."""
+    """A life of a run."""
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
@@ -62,21 +63,22 @@ def start(data: Path, out_dir: Path, processes: int, disk_is_full: bool = False)
     command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}", "--init_from=auto"]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))) if disk_is_full else None
     with open(f"{out_dir}.log", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        name = uuid.uuid4().hex  # by which its processes are known
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CRIA_LIFE": name}
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        return subprocess.Popen(command, **streams, env=environment, preexec_fn=limit, start_new_session=True)
+        process = subprocess.Popen(command, **streams, env=environment, preexec_fn=limit)
+        process.name = name
+        return process
 
 
-def workers(session: int) -> list[int]:
+def workers(life: subprocess.Popen) -> list[int]:
     """The processes of a life that train, or will."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            is_ours = os.getsid(int(folder.name)) == session or os.getpgid(int(folder.name)) == session
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_text()
             is_worker = "train.py" in command and "torch.distributed.run" not in command
-            if is_worker and (is_ours or int(parent) == session):
+            if is_worker and f"CRIA_LIFE={life.name}\0" in (folder / "environ").read_text():
                 found.append(int(folder.name))
     return found
 
@@ -87,7 +89,7 @@ def end(process: subprocess.Popen) -> int | None:
         status = process.wait(HANG)
     except subprocess.TimeoutExpired:
         status = None
-    for pid in [*workers(process.pid), process.pid]:
+    for pid in [*workers(process), process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -102,7 +104,7 @@ def live(data: Path, out_dir: Path, processes: int, fault: str, moment: float) -
         return status != 0, status
     with contextlib.suppress(subprocess.TimeoutExpired):
         return False, process.wait(moment)
-    hit = workers(process.pid) or [process.pid]
+    hit = workers(process) or [process.pid]
     victim = random.Random(moment).choice(hit)
     name = fault if fault.startswith("SIG") else "SIGKILL"
     with contextlib.suppress(ProcessLookupError):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import keeper as keeper_module
+from atomic import only_writer
 from checkpoint import load_checkpoint, save_checkpoint
-from keeper import Keeper, newest_checkpoint, numbered_copies, put_older_aside, snapshot
+from keeper import Keeper, newest_checkpoint, numbered_copies, put_older_aside, remove_oldest, snapshot
 from tests.test_checkpoint import checkpoint_of, random_model
 from tests.test_train import ROOT, TINY, records, same_state
 
@@ -21,8 +22,9 @@ def save_steps(out_dir, steps, count: int) -> str:
     path, before = str(out_dir / "ckpt.pt"), None
     for step in steps:
         if before is not None:
-            put_older_aside(path, before, step, count)
+            put_older_aside(path, before, step)
         save_checkpoint(path, checkpoint_of(random_model(), iter_num=step))
+        remove_oldest(str(out_dir), step, count)
         before = step
     return path
 
@@ -40,7 +42,9 @@ def flip(path):
 
 def test_a_snapshot_is_of_its_moment_and_keeps_what_is_tied():
     model = random_model()
-    state = snapshot({"model": model.state_dict(), "more": [1, ("a", torch.ones(2))]})
+    weights = model.state_dict()
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    state = snapshot({"model": weights, "more": [1, ("a", torch.ones(2))]})
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         model.tok_embeddings.weight.add_(1)
@@ -54,6 +58,12 @@ def test_the_last_few_older_checkpoints_stay(tmp_path):
     assert [os.path.basename(path) for path in numbered_copies(str(tmp_path))] == ["ckpt_000020.pt", "ckpt_000015.pt"]
     assert [load_checkpoint(path)["iter_num"] for path in numbered_copies(str(tmp_path))] == [20, 15]
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 25
+
+
+def test_what_only_looks_like_an_older_checkpoint_is_in_nobody_s_way(tmp_path):
+    (tmp_path / "ckpt_000001.pt").mkdir()
+    save_steps(tmp_path, [5, 10, 15], count=1)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000001.pt", "ckpt_000010.pt"]
 
 
 def test_an_older_checkpoint_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
@@ -124,16 +134,35 @@ def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
         keeper.finish()
 
 
+def test_what_cannot_be_written_is_in_nobody_s_way(tmp_path):
+    (tmp_path / "model.bin").mkdir()
+    keeper, path = Keeper(), str(tmp_path / "ckpt.pt")
+    writes = {name: lambda name=name: save_checkpoint(name, checkpoint_of(random_model())) for name in
+              (str(tmp_path / "model.bin"), path)}  # fmt: skip
+    keeper.keep(writes)
+    with pytest.raises(ValueError, match=r"not written: \S*/model\.bin$"):
+        keeper.finish()
+    assert load_checkpoint(path)["iter_num"] == 7
+
+
 def test_a_later_state_takes_the_place_of_one_that_could_not_be_written(tmp_path):
     keeper, done = Keeper(), []
     keeper.keep({str(tmp_path / "a"): failing([1], []), str(tmp_path / "b"): lambda: done.append("b")})
     keeper.keep({str(tmp_path / "a"): lambda: done.append("a")})
     keeper.finish()
-    assert done == ["a", "b"]
+    assert done == ["b", "a"]
 
 
-def start(out_dir, data_dir, *options) -> subprocess.Popen:
-    """A run that never ends by itself, once it takes steps."""
+@pytest.fixture
+def start():
+    """start(out_dir, data_dir): a run that does not end by itself before the test, once it takes steps."""
+    started = []
+    yield lambda *args: started.append(begin(*args)) or started[-1]
+    for process in started:
+        process.kill()
+
+
+def begin(out_dir, data_dir, *options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={out_dir}", *TINY]
     command += ["--checkpoint_interval=1", "--max_iters=1000000", "--decay_lr=False", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -150,7 +179,7 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(said + process.stderr.read())
 
 
-def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(tmp_path, data_dir):
+def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp_path, data_dir):
     process = start(tmp_path / "out", data_dir)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)  # a file may have come meanwhile
@@ -161,7 +190,7 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(tmp_path, 
     assert process.returncode == 0 and "Traceback" not in errors, errors
     step = load_checkpoint(str(tmp_path / "out/ckpt.pt"))["iter_num"]
     assert f"stopped after step {step}" in said and len(records(tmp_path / "out", "loss")) == step
-    assert {"tokenizer.model", "tokenizer.bin"} <= set(os.listdir(tmp_path / "out"))
+    assert {"tokenizer.model", "tokenizer.bin", "best.pt", "model.bin"} <= set(os.listdir(tmp_path / "out"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
@@ -179,12 +208,22 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial"))]
 
 
+def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, data_dir):
+    with only_writer(str(tmp_path)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ours = result.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0]  # then torchrun's own
+    assert "rank 0: " in ours and "another process is writing here" in ours and "Traceback" not in ours
+
+
 def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_path, data_dir):
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     options = (*TINY, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--max_iters=30")
     assert run_script("train.py", *options, f"--out_dir={straight}").returncode == 0
     shutil.copytree(straight, hurt)
     cut(hurt / "ckpt.pt")
+    os.remove(hurt / "best.pt")  # of the same step
     result = run_script("train.py", f"--out_dir={hurt}", "--init_from=auto")
     assert result.returncode == 0 and f"going on from {hurt}/ckpt_000025.pt, which is of step 25" in result.stdout
     assert same_state(straight / "ckpt.pt", hurt / "ckpt.pt") and (hurt / "ckpt.damaged").exists()

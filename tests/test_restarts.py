@@ -20,6 +20,9 @@ def options(data_dir):
     return [*RUN, f"--data_dir={data_dir}"]
 
 
+started: list[subprocess.Popen] = []
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -32,7 +35,16 @@ def run(processes: int, *args, torchrun=("--standalone",), **how) -> subprocess.
     if processes > 1 or torchrun != ("--standalone",):
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, **streams, start_new_session=True, **how)
+    started.append(subprocess.Popen(command, **streams, **how))
+    return started[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    for process in started:
+        process.kill()  # torchrun's own processes notice that it is gone
+    started.clear()
 
 
 def wait_for(process: subprocess.Popen, text: str) -> str:
@@ -67,8 +79,9 @@ def undisturbed(tmp_path_factory, data_dir):
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp_path):
-    for processes, steps in ((1, 10), (2, 20), (4, 30), (1, 40)):
-        process = run(processes, *options, f"--out_dir={tmp_path}", f"--max_iters={steps}")
+    for processes, steps, parallel in ((1, 10, "ddp"), (2, 20, "fsdp"), (4, 30, "ddp"), (1, 40, "fsdp")):
+        shape = (f"--max_iters={steps}", f"--parallel={parallel}", f"--sample_interval={steps}")
+        process = run(processes, *options, f"--out_dir={tmp_path}", *shape)
         assert process.communicate(timeout=180) and process.returncode == 0
     assert largest_difference(undisturbed, tmp_path) < 1e-5
 

@@ -1,0 +1,49 @@
+"""
+A model over several processes: each with all of it (DDP), or each with a share (FSDP2).
+"""
+
+import contextlib
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import Transformer
+
+
+def shard(model: Transformer, device: str, processes: int):
+    """Leave each process a share of every weight, and so of its gradient and moments. A block's weights
+    are brought together when it computes, and given up again."""
+    mesh = init_device_mesh(device.partition(":")[0], (processes,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is in no block, a tied classifier among it
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def gradients_meet(model: torch.nn.Module, now: bool):
+    """Whether the processes' gradients are averaged in the backward pass of this micro-batch."""
+    with contextlib.ExitStack() as stack:
+        if is_sharded(model):
+            model.set_requires_gradient_sync(now)
+        elif isinstance(model, DistributedDataParallel) and not now:
+            stack.enter_context(model.no_sync())
+        yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all processes' shares, which all must ask for; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """This process's share of a whole tensor, cut as own is; all of it where own is whole."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
