@@ -52,7 +52,7 @@ class World(NamedTuple):
         return self.sum([float(flag)])[0] > 0
 
 
-def join_world(device: str, timeout: float) -> tuple[World, str]:
+def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
     """Meet the other processes of torchrun; returns our place among them and our own device. timeout:
     seconds for which a process later waits for the others before it ends."""
     if "RANK" not in os.environ:

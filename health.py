@@ -46,7 +46,8 @@ def check_finite(run: Run, step: int, loss: float, norm: float):
     elif math.isfinite(loss) and math.isfinite(norm):
         return
     run.keeper.join()  # which may just be writing one
-    step = int(run.first_bad) if 0 <= int(run.first_bad) < step else step
+    if not run.scaler.is_enabled() and 0 <= int(run.first_bad) < step:
+        step = int(run.first_bad)  # it is noticed only where the loss is reported
     kept = "nothing is saved yet" if run.saved_at is None else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
     raise ValueError(
         f"step {step}, which reads from sequence {run.position + (step - run.iter_num) * run.config.sequences_per_step}"

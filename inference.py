@@ -133,6 +133,9 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
     return packed.eval()
 
 
+MOST_COMPILED = 64  # steps for other lengths and options; beyond a limit PyTorch silently compiles no more
+
+
 def compiled_step():
     """generation.one_step, compiled at its first call; where that fails, it stays as it is. What grows
     from call to call, the filled part of the cache, is the size of a tensor, which is taken as one that
@@ -143,6 +146,7 @@ def compiled_step():
     def step(model: Transformer, cache: KVCache, tokens, starts, filled, keys, how: dict):
         return one_step(model, cache, tokens, starts, filled.shape[0], keys, **how)
 
+    step.__code__ = step.__code__.replace()  # with which PyTorch keeps what it compiled: of this step alone
     compiled = torch.compile(step, dynamic=False)
     works = usual = None  # not known yet
 
@@ -162,7 +166,8 @@ def compiled_step():
                 usual = None  # it does not, and nothing was done
         torch._dynamo.maybe_mark_dynamic(filled, 0)
         try:
-            with torch._inductor.config.patch(cpp_wrapper=on_cpu):
+            many = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
+            with many, torch._inductor.config.patch(cpp_wrapper=on_cpu):
                 result = compiled(model, cache, tokens, starts, filled, keys, how)
         except torch.OutOfMemoryError:
             raise

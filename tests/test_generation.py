@@ -31,10 +31,10 @@ INF = math.inf
 V = 61
 
 
-def random_model(max_seq_len=16) -> Transformer:
+def random_model(max_seq_len=16, vocab_size=V) -> Transformer:
     """Weights large enough that the tokens it likes best depend on all of the context."""
     torch.manual_seed(0)
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V, max_seq_len=max_seq_len)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocab_size, max_seq_len=max_seq_len)
     model = Transformer(args)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -133,6 +133,20 @@ def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
 
 
 @needs_compiler
+def test_several_compiled_models_are_not_taken_for_one_another():
+    """PyTorch keeps what it compiled with the code of the step; they shared it, and after some more were
+    compiled one was taken for another."""
+    models = [random_model(vocab_size=size, max_seq_len=64) for size in (V, 61)]
+    decoders = [Decoder(options=Decoding(20), **prepared(model, "float32", compile=True)) for model in models]
+    alone = [together(model, [[1]], 1, max_new_tokens=20)[0] for model in models]
+    for _ in range(3):
+        for decoder, expected in zip(decoders, alone, strict=True):
+            told = Sequence([1])
+            list(decoder.run([told]))
+            assert told.tokens == expected
+
+
+@needs_compiler
 def test_compiled_8_bit_rows_are_told_together_as_alone():
     """Their keys and values are kept in 16 bits, in a batch and alone."""
     model, told = random_model(max_seq_len=64), []
