@@ -1,13 +1,11 @@
 """
-A model over several processes: each with all of it (DDP), or each with a share (FSDP2).
+A model over several processes: each with all of it (DDP), or each with a share (FSDP2), whose
+modules take most of a second to import and are not needed without it.
 """
 
 import contextlib
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Transformer
@@ -16,6 +14,9 @@ from model import Transformer
 def shard(model: Transformer, device: str, processes: int):
     """Leave each process a share of every weight, and so of its gradient and moments. A block's weights
     are brought together when it computes, and given up again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.partition(":")[0], (processes,))
     for block in model.layers:
         fully_shard(block, mesh=mesh)
@@ -23,7 +24,7 @@ def shard(model: Transformer, device: str, processes: int):
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "set_requires_gradient_sync")  # of an FSDPModule
 
 
 @contextlib.contextmanager
@@ -39,11 +40,13 @@ def gradients_meet(model: torch.nn.Module, now: bool):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all processes' shares, which all must ask for; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def share_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """This process's share of a whole tensor, cut as own is; all of it where own is whole."""
-    if not isinstance(own, DTensor):
+    if not hasattr(own, "placements"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
