@@ -14,7 +14,7 @@ from pathlib import Path
 from checkpoint import load_checkpoint
 from tests.test_train import ROOT, TINY, same_state
 
-KILLS = int(os.environ.get("CRIA_KILLS", "3"))
+KILLS = int(os.environ.get("CRIA_KILLS", "2"))
 STEPS = 60 * KILLS  # too many for one life, so that every kill hits
 
 
