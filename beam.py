@@ -1,5 +1,5 @@
 """
-Beam search: the texts that a model finds likeliest as a whole after a prompt, where generation.py
+Beam search: the texts that a model finds likeliest as a whole after a prompt, where decoder.py
 chooses one token after another. No files here.
 """
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from generation import check_numbers, new_cache, window_start
+from decoder import check_numbers, new_cache, window_start
 from model import KVCache, Transformer
 
 

@@ -19,10 +19,10 @@ import torch
 
 import peers
 from bench_data import path_problems
+from decoder import Decoder, Decoding, Sequence
 from device import pick_dtype
 from export import write_model
 from formats.stored import stored
-from generation import Decoder, Decoding, Sequence
 from inference import prepared
 from model import ModelArgs, Transformer
 from tokenizer import BOS_ID, BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, proto_from_pieces

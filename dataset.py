@@ -192,10 +192,20 @@ def collate(windows: list[np.ndarray], batch_size: int, seq_len: int):
     return inputs, targets
 
 
+def training_indices(windows: TokenWindows, seed: int, batch_size: int, position: int) -> list[int]:
+    """The windows of the batch whose first sequence stands at this position in the run."""
+    return [training_window(position + i, len(windows), seed) for i in range(batch_size)]
+
+
+def dropout_seed(seed: int, position: int) -> int:
+    """Dropout is a function of the batch's position, like the data: the same on any number of processes."""
+    return mix(mix(seed) + position)
+
+
 def training_batches(windows: TokenWindows, seed: int, batch_size: int, positions: Iterable[int]) -> Iterator:
     """One (inputs, targets) for every position, which is where its first sequence stands in the run."""
     for position in positions:
-        indices = [training_window(position + i, len(windows), seed) for i in range(batch_size)]
+        indices = training_indices(windows, seed, batch_size, position)
         yield collate([windows[i] for i in indices], batch_size, windows.seq_len)
 
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from dataset import collate, mix, training_window
+from dataset import collate, dropout_seed, training_indices
 from device import autocast
 from run import Run
 
@@ -30,7 +30,7 @@ def show_step(run: Run, step: int):
     for position in range(first, first + config.sequences_per_step, config.batch_size):
         total += show_micro_batch(run, position) / config.gradient_accumulation_steps
     norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
-    norm = math.sqrt(sum(value**2 for value in norms.values()))
+    norm = math.hypot(*norms.values())
     print(f"loss {total:.6f}, norm of the gradient {norm:.6f}; largest:")
     unusual_first = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
     for name in unusual_first[:SHOWN]:
@@ -41,7 +41,7 @@ def show_micro_batch(run: Run, position: int) -> float:
     """The lines of the sequences that begin at this position, as many as a micro-batch has. Adds to the
     gradients; returns the mean loss."""
     config, windows = run.config, run.train_windows
-    numbers = [training_window(position + i, len(windows), config.seed) for i in range(config.batch_size)]
+    numbers = training_indices(windows, config.seed, config.batch_size, position)
     batch = collate([windows[number] for number in numbers], config.batch_size, windows.seq_len)
     inputs, targets = (tokens.to(run.device) for tokens in batch)
     run.model.eval()
@@ -52,7 +52,7 @@ def show_micro_batch(run: Run, position: int) -> float:
         text = run.tokenizer.decode(inputs[row, :24].tolist())
         print(f"{position + row:>10}  {path}:{start}  loss {loss:.4f}  {text[:60]!r}")
     run.model.train()
-    torch.manual_seed(mix(mix(config.seed) + position))  # of the dropout, as in training
+    torch.manual_seed(dropout_seed(config.seed, position))
     with autocast(run.device, run.dtype):
         loss = run.model(inputs, targets)[1]
     (loss / config.gradient_accumulation_steps).backward()

@@ -5,6 +5,8 @@ Whether a run is well: spikes of its loss and gradient, and numbers that are non
 import math
 import statistics
 
+import torch
+
 from run import Run
 
 FEWEST_NORMS, MOST_NORMS = 20, 100  # of gradients, of which the median is the usual one
@@ -35,6 +37,12 @@ def tell_spikes(run: Run, **figures):
         usual = statistics.median(late) if len(late) >= FEWEST_NORMS else math.inf
         if value > SPIKE * usual:
             run.say(f"step {run.iter_num}: {name} {value:.4g} is {value / usual:.0f} times what is usual")
+
+
+def remember_bad(run: Run, norm):
+    """Note the first step whose gradient is no number; on the device, so that nobody waits for it."""
+    is_first = ~norm.isfinite() & (run.first_bad < 0)
+    run.first_bad = torch.where(is_first, run.iter_num, run.first_bad)
 
 
 def check_finite(run: Run, step: int, loss: float, norm: float):

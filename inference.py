@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from decoder import Draft, one_step
 from device import DTYPES
-from generation import Draft, one_step
 from model import KVCache, Transformer
 
 
@@ -137,7 +137,7 @@ MOST_COMPILED = 64  # steps for other lengths and options; beyond a limit PyTorc
 
 
 def compiled_step():
-    """generation.one_step, compiled at its first call; where that fails, it stays as it is. What grows
+    """decoder.one_step, compiled at its first call; where that fails, it stays as it is. What grows
     from call to call, the filled part of the cache, is the size of a tensor, which is taken as one that
     changes from the first."""
     import torch._dynamo  # takes a second, which only those wait for who compile

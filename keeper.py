@@ -86,9 +86,7 @@ class Keeper:
 
     def wait(self):
         """Until what is being written is written or has failed. Raises what is no failure of the disk."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
+        self.join()
         if self.error:
             self.pending.clear()
             raise self.error

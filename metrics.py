@@ -10,8 +10,7 @@ import os
 import time
 
 from atomic import AtomicFile, write_atomically
-
-RETRY_SECONDS = 30.0  # after a write that failed
+from keeper import RETRY_SECONDS
 
 
 class Metrics:
@@ -23,7 +22,7 @@ class Metrics:
         self.picture = os.path.join(out_dir, "loss.png")
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
         self.file, self.tried_at = None, 0.0
-        self.is_behind = self.is_told = False  # whether the file lacks records, and whether that was said
+        self.is_behind = False  # whether the file lacks records
         self.write_anew()
 
     def write_anew(self):
@@ -32,16 +31,16 @@ class Metrics:
         if self.file:
             self.file.close()
         self.file = open(self.path, "ab", buffering=0)
-        self.is_behind = self.is_told = False
+        self.is_behind = False
 
     def write(self, **record):
         """Add a line; a figure that is no number is written as null, which every reader knows. Raises
-        OSError where it cannot; a later call then writes all lines again."""
+        OSError once where it cannot; later calls then try to write all lines again."""
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(record)
         if self.is_behind:
             if not self.tried_at or time.monotonic() - self.tried_at > RETRY_SECONDS:
-                self.write_anew()
+                self.finish()
             return
         self.is_behind, self.tried_at = True, time.monotonic()
         line = (json.dumps(record) + "\n").encode()

@@ -27,15 +27,13 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")  # of an FSDPModule
 
 
-@contextlib.contextmanager
 def gradients_meet(model: torch.nn.Module, now: bool):
-    """Whether the processes' gradients are averaged in the backward pass of this micro-batch."""
-    with contextlib.ExitStack() as stack:
-        if is_sharded(model):
-            model.set_requires_gradient_sync(now)
-        elif isinstance(model, DistributedDataParallel) and not now:
-            stack.enter_context(model.no_sync())
-        yield
+    """The context of a micro-batch, in whose backward pass the processes' gradients are averaged or not."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(now)
+    elif isinstance(model, DistributedDataParallel) and not now:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

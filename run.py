@@ -61,7 +61,7 @@ class Run:
     iter_num: int = 0  # steps done
     position: int = 0  # sequences read
     best_val_loss: float = math.inf
-    first_bad: torch.Tensor | int = -1  # the step whose gradient was the first that is no number
+    first_bad: torch.Tensor | None = None  # -1, or the step whose gradient was the first that is no number
     late_norms: list[float] = dataclasses.field(default_factory=list)  # of gradients, to tell what is unusual
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
@@ -78,9 +78,7 @@ class Run:
             try:
                 self.metrics.write(iter=self.iter_num, **figures)
             except OSError as error:
-                if not self.metrics.is_told:
-                    self.say(f"{self.metrics.path}: {error.strerror}; its lines wait until it can be written")
-                self.metrics.is_told = True
+                self.say(f"{self.metrics.path}: {error.strerror}; its lines wait until it can be written")
             if self.config.wandb_log:
                 import wandb
 
@@ -167,7 +165,8 @@ def equip(config, world: World, device: str, data: tuple, model: Transformer) ->
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    return Run(config, world, device, dtype, *data, model, optimizer, scaler)
+    first_bad = torch.tensor(-1, device=device)
+    return Run(config, world, device, dtype, *data, model, optimizer, scaler, first_bad=first_bad)
 
 
 def make_model(config, checkpoint: dict | None, pretrained: StoredModel | None, path: str) -> Transformer:

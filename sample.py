@@ -22,9 +22,10 @@ from typing import Literal
 
 from beam import Hypothesis, beam_search
 from configurator import configure, print_overrides, run_script
+from decoder import Decoder, Decoding, decoding_problems
 from device import pick_device, pick_dtype
 from export import read_model
-from generation import Decoder, Decoding, Piece, Story, decoding_problems, generate
+from generation import Piece, Story, generate
 from inference import prepared
 from model import Transformer
 from sampling import BadWords
@@ -66,7 +67,7 @@ class SampleConfig:
 
     @property
     def decoding(self) -> dict:
-        """The options of generation.Decoding."""
+        """The options of decoder.Decoding."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Decoding)}
 
     def problems(self):

@@ -4,7 +4,7 @@ How likely a model finds a text that is there already. No files here.
 
 import torch
 
-from generation import check_numbers, window_start
+from decoder import check_numbers, window_start
 from model import KVCache, Transformer
 
 SCORED_AT_ONCE = 256  # positions, whose logits are in memory together

@@ -26,15 +26,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import generation
 from atomic import only_writer
 from configurator import configure, print_overrides, run_script
-from dataset import evaluation_batches, mix, prefetch, training_batches
+from dataset import dropout_seed, evaluation_batches, prefetch, training_batches
 from debug import show_step
 from device import autocast, keep_freed_memory, peak_flops, pick_device
 from distributed import World, join_world, leave_world, lost_processes_in_words
 from evaluation import evaluate
-from health import check_finite, skips, tell_spikes
+from generation import generate
+from health import check_finite, remember_bad, skips, tell_spikes
 from keeper import snapshot
 from model import ModelArgs, Transformer, flops_per_token
 from optim import learning_rate_at
@@ -186,8 +186,7 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
     step_loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
         inputs, targets = next(batches)
-        # Dropout is a function of the position, like the data: the same on any number of processes.
-        torch.manual_seed(mix(mix(config.seed) + micro_batch_position(run, run.position, micro_step)))
+        torch.manual_seed(dropout_seed(config.seed, micro_batch_position(run, run.position, micro_step)))
         is_last = micro_step == micro_steps - 1
         with gradients_meet(model, now=is_last):
             with autocast(run.device, run.dtype):
@@ -196,8 +195,7 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
         step_loss += loss.detach() / micro_steps
     run.scaler.unscale_(run.optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
-    is_first = ~norm.isfinite() & (torch.as_tensor(run.first_bad, device=norm.device) < 0)
-    run.first_bad = torch.where(is_first, run.iter_num, run.first_bad)  # stays on the device: nobody waits for it
+    remember_bad(run, norm)
     if not skips(run, norm):
         run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -265,7 +263,7 @@ def tell_story(run: Run):
     if run.world.is_main:
         model.eval()
         options = dict(max_new_tokens=max(1, model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0)
-        story = "".join(piece.text for piece in generation.generate(model, run.tokenizer, [""], **options))
+        story = "".join(piece.text for piece in generate(model, run.tokenizer, [""], **options))
         run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
         model.train()
 

@@ -23,10 +23,9 @@ import time
 import uuid
 from pathlib import Path
 
-from checkpoint import load_checkpoint
 from keeper import newest_checkpoint
 from synthetic import story
-from tests.conftest import ROOT, VOCAB_SIZE, write_stories
+from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import train_sentencepiece
 
@@ -132,11 +131,6 @@ def newest_step(out_dir: Path) -> int:
     except ValueError:
         return -1
     return found[1]["iter_num"] if found else -1
-
-
-def largest_difference(a: Path, b: Path) -> float:
-    a, b = (load_checkpoint(str(path / "ckpt.pt"))["model"] for path in (a, b))
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) -> tuple:

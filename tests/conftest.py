@@ -125,6 +125,22 @@ def run_here(monkeypatch, capsys):
     return run
 
 
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """What a process says up to the line with this text, or all of it in an AssertionError."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(said + (process.stderr.read() if process.stderr else ""))
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Between the weights of two runs' newest checkpoints."""
+    a, b = (load_checkpoint(str(out_dir / "ckpt.pt"))["model"] for out_dir in (a, b))
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
 def load_model(path: str) -> tuple[Transformer, dict]:
     """The model of a checkpoint, as a run goes on with it, and the checkpoint."""
     checkpoint = load_checkpoint(path)

@@ -6,7 +6,7 @@ import torch
 
 import beam as beam_module
 from beam import beam_search
-from generation import new_cache, window_start
+from decoder import new_cache, window_start
 from tests.test_model import in_transformers, random_model
 
 PROMPT = [1, 5, 9]

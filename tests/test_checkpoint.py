@@ -216,6 +216,23 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
         load_checkpoint("nowhere/ckpt.pt")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(errno.EIO, os.strerror(errno.EIO))],
+    ids=["memory", "input"],
+)
+def test_what_says_nothing_of_the_file_is_not_called_damage(error, good, path, monkeypatch):
+    """A run would go on from an older checkpoint, and put a good one aside."""
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        load_checkpoint(path)
+    assert raised.value is error
+
+
 class Hostile:
     """Writes a file when it is unpickled."""
 

@@ -15,10 +15,10 @@ import torch
 
 import export
 from checkpoint import save_checkpoint, write_model_args
+from decoder import continuation
 from export import FORMATS, format_of, read_stored, write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, StoredTensor, stored
-from generation import continuation
 from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
 
 TARGETS = [name for module in FORMATS for name in module.DTYPES]

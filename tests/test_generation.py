@@ -4,15 +4,8 @@ import math
 import pytest
 import torch
 
-from generation import (
-    Decoder,
-    Decoding,
-    Sequence,
-    Story,
-    continuation,
-    one_step,
-    window_start,
-)
+from decoder import Decoder, Decoding, Sequence, continuation, one_step, window_start
+from generation import Story
 from model import ModelArgs, Transformer
 from sampling import (
     BadWords,

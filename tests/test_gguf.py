@@ -10,10 +10,10 @@ import pytest
 import requests
 import torch
 
+from decoder import continuation
 from export import read_stored, write_model
 from formats import gguf, gguf_file
 from formats.stored import expanded, stored
-from generation import continuation
 from tests.test_formats import LLAMA3, random_model
 from tests.test_hugging_face import slices_of, small_llama3
 from tokenizer import load_tokenizer

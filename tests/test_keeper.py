@@ -13,6 +13,7 @@ import keeper as keeper_module
 from atomic import only_writer
 from checkpoint import load_checkpoint, save_checkpoint
 from keeper import Keeper, newest_checkpoint, numbered_copies, put_older_aside, remove_oldest, snapshot
+from tests.conftest import wait_for
 from tests.test_checkpoint import checkpoint_of, random_model
 from tests.test_train import ROOT, TINY, records, same_state
 
@@ -168,15 +169,6 @@ def begin(out_dir, data_dir, *options) -> subprocess.Popen:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, " | loss ")
     return process
-
-
-def wait_for(process: subprocess.Popen, text: str) -> str:
-    said = ""
-    for line in process.stdout:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(said + process.stderr.read())
 
 
 def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp_path, data_dir):

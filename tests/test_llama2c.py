@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from checkpoint import save_checkpoint, write_model_args
+from decoder import continuation
 from export import read_stored
 from formats import llama2c, stored
 from formats.stored import StoredModel
-from generation import continuation
 from model import ModelArgs, Transformer, rope_tables
 from tokenizer import load_tokenizer
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from checkpoint import load_checkpoint
+from tests.conftest import largest_difference, wait_for
 from tests.test_train import ROOT, TINY
 
 RUN = (*TINY, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
@@ -47,23 +47,9 @@ def nothing_is_left():
     started.clear()
 
 
-def wait_for(process: subprocess.Popen, text: str) -> str:
-    said = ""
-    for line in process.stdout:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(said)
-
-
 def children(pid: int) -> list[int]:
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return list(map(int, file.read().split()))
-
-
-def largest_difference(a, b) -> float:
-    a, b = (load_checkpoint(str(out_dir / "ckpt.pt"))["model"] for out_dir in (a, b))
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 linux_only = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
@@ -99,12 +85,22 @@ def test_a_run_whose_process_is_killed_begins_again_by_itself(options, undisturb
     assert "init_from = 'resume'" in said and largest_difference(undisturbed, tmp_path) < 1e-5
 
 
+def pair(*args, of_the_second=()) -> list[subprocess.Popen]:
+    """Two processes of one run, as torchrun would start them."""
+    place = os.environ | dict(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    places = [place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    return [run(1, *args, env=places[0]), run(1, *args, *of_the_second, env=places[1])]
+
+
+def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
+    both = pair(*options, f"--out_dir={tmp_path}", "--max_iters=3", of_the_second=["--max_iters=4"])
+    for process in both:
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and "were given different options" in said and "Traceback" not in said
+
+
 def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
-    place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    args = (*options, f"--out_dir={tmp_path}", "--timeout=3", "--max_iters=100000")
-    first, second = (
-        run(1, *args, env=os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)
-    )
+    first, second = pair(*options, f"--out_dir={tmp_path}", "--timeout=3", "--max_iters=100000")
     wait_for(first, "5 | loss ")
     second.send_signal(signal.SIGSTOP)
     began = time.monotonic()

@@ -12,9 +12,10 @@ import sample
 from atomic import write_atomically
 from beam import beam_search
 from checkpoint import save_checkpoint, write_model_args
+from decoder import continuation
 from formats import llama2c
 from formats.stored import stored
-from generation import Story, continuation, generate
+from generation import Story, generate
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer, train_sentencepiece
 

@@ -1,0 +1,319 @@
+"""
+The loop that chooses one token after another for several texts at once. No text here, and no files.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from model import KVCache, Transformer
+from sampling import BadWords, choose, draw_key, first_choice, penalize_repeats
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to go on from a text. Raises ValueError for what cannot be."""
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0  # the text does not end by itself before there are so many
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 1337
+
+    def __post_init__(self):
+        for problem in decoding_problems(self):
+            raise ValueError(problem)
+
+
+def decoding_problems(options) -> Iterator[str]:
+    """What is wrong with options of these names."""
+    rules = {
+        "max_new_tokens": (options.max_new_tokens >= 1, "at least 1"),
+        "min_new_tokens": (0 <= options.min_new_tokens <= options.max_new_tokens, "from 0 to max_new_tokens"),
+        "temperature": (options.temperature >= 0, "0 or more"),
+        "top_k": (options.top_k >= 0, "0 or more"),
+        "top_p": (0 < options.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= options.min_p <= 1, "at least 0 and at most 1"),
+        "repetition_penalty": (0.01 <= options.repetition_penalty <= 100, "at least 0.01 and at most 100"),
+        "seed": (0 <= options.seed < 2**63, "at least 0 and below 2**63"),
+    }
+    for name, (fits, rule) in rules.items():
+        if not fits:
+            value = getattr(options, name)
+            yield f"{name}={value:g}: must be {rule}" if isinstance(value, float) else f"{name}={value}: must be {rule}"
+
+
+def window_start(length: int, max_seq_len: int) -> int:
+    """Where the model's context begins when length tokens are there: at 0 as long as they fit,
+    then it moves on by half a context at a time, so that a cache is refilled rarely."""
+    stride = max(1, max_seq_len // 2)
+    return max(0, -(-(length - max_seq_len) // stride)) * stride
+
+
+def check_numbers(logits):
+    """Raise ValueError where a model has come to nothing."""
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: its weights are damaged, or its training diverged")
+
+
+def new_cache(model: Transformer, batch_size: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+    """A cache in this number format, or in the one that the model computes with here."""
+    weight, kind = model.tok_embeddings.weight, model.tok_embeddings.weight.device.type
+    usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.args, batch_size, length, weight.device, dtype or usual)
+
+
+class Sequence:
+    """A text that is being told, as tokens."""
+
+    def __init__(self, tokens: Collection[int], sample: int = 0):
+        if not tokens:
+            raise ValueError("nothing to go on from: begin with at least one token, such as BOS")
+        self.tokens = list(tokens)
+        self.sample = sample  # its number among those with the same beginning
+        self.new = 0  # how many of the tokens were chosen
+        self.finish = ""  # when it is over: "stop" or "length"
+        self.start = self.cached = 0  # how many tokens from start on are in the cache
+        self.read_by: Decoder | None = None  # whose cache that is
+
+    @property
+    def unread(self) -> int:
+        return len(self.tokens) - self.start - self.cached
+
+    def forget_beyond(self):
+        """The cache may hold more than the tokens, drafted; and one token must be left to read."""
+        self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
+
+
+def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
+    """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
+    holds, from the positions starts (B,) on and before end; and what first_choice says of them."""
+    logits = model.output(model.hidden(tokens, cache, starts, end)).flatten(0, 1)
+    return logits, first_choice(logits, keys.flatten(), **how)
+
+
+class Draft(NamedTuple):
+    """A smaller model with the same cache, which proposes tokens that the model itself then checks, all
+    in one pass (speculative decoding, arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
+
+    model: Transformer
+    step: Callable = one_step  # of the smaller model
+    check: Callable = one_step  # of the model itself
+    tokens: int = 7  # proposed at a time
+
+
+READ_AT_ONCE = 8192  # tokens of prompts, with what fills up the shorter ones
+
+
+class Decoder:
+    """A model that tells several texts at once, each in a row of one cache. A row that is over makes
+    room for the next text; rows are of different lengths and need not be padded."""
+
+    def __init__(
+        self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
+        bad_words: BadWords | None = None, use_cache: bool = True, step: Callable | None = None,
+        draft: Draft | None = None, cache_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        """stop_ids end a text. Without the cache the same tokens come, more slowly. step stands for
+        one_step, but takes batch_size rows always. step, draft and cache_dtype: see inference.prepared."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        self.model, self.options, self.batch_size = model, options, batch_size
+        self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
+        self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self.step, self.draft, self.cache_dtype = step, draft, cache_dtype
+        self.device, self.cache = model.tok_embeddings.weight.device, None
+        self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
+
+    @torch.inference_mode()
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, int | None]]:
+        """Yield (sequence, token) for every token that is chosen, and (sequence, None) where one is
+        over. To end one earlier, set its finish. One that ran before goes on from where it was, if
+        it has the rows for itself. Raises ValueError where no token is left to choose."""
+        waiting = deque(sequences)
+        longest = max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens
+        self.reserve(longest + self.draft.tokens if self.draft else longest)
+        if self.rows == list(waiting) and all(sequence.read_by is self for sequence in waiting):
+            waiting.clear()
+        else:
+            self.rows = []
+        for sequence in waiting:
+            sequence.start, sequence.cached, sequence.read_by = 0, 0, self
+        for sequence in [*waiting, *self.rows]:
+            sequence.new, sequence.finish = 0, ""
+            sequence.forget_beyond()
+        while waiting or any(not sequence.finish for sequence in self.rows):
+            self.admit(waiting)
+            for sequence, token in self.choose_next():
+                if sequence.finish:
+                    continue  # one that was drafted beyond the end
+                if token in self.stop_ids:
+                    sequence.finish = "stop"
+                else:
+                    sequence.tokens.append(token)
+                    sequence.new += 1
+                    yield sequence, token
+                if not sequence.finish and sequence.new == self.options.max_new_tokens:
+                    sequence.finish = "length"
+                if sequence.finish:
+                    sequence.forget_beyond()
+                    yield sequence, None
+
+    def reserve(self, length: int):
+        """Room in the cache for rows of this length."""
+        rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
+        length = min(rounded, self.model.args.max_seq_len) + 1  # a cache that is full would be compiled apart
+        if not self.cache or self.cache.batch_size != self.batch_size:
+            self.cache, self.rows = new_cache(self.model, self.batch_size, length, self.cache_dtype), []
+        elif self.cache.length < length:
+            self.cache.lengthen(length)
+
+    def admit(self, waiting: deque[Sequence]):
+        """Put the waiting in the place of those that are over; when none waits, close the ranks."""
+        over = [row for row, sequence in enumerate(self.rows) if sequence.finish]
+        for row in over[: len(waiting)]:
+            self.rows[row] = waiting.popleft()
+        while waiting and len(self.rows) < self.batch_size:
+            self.rows.append(waiting.popleft())
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        if going_on and len(going_on) < len(self.rows) and self.step is None:
+            self.rows = [self.rows[row] for row in going_on]
+            self.cache.take(torch.tensor(going_on, device=self.device))
+
+    def choose_next(self) -> list[tuple[Sequence, int]]:
+        """The next token of every text that goes on; or of some, as long as not all of each text but
+        its last token is in the cache."""
+        going_on = [sequence for sequence in self.rows if not sequence.finish]
+        for sequence in going_on:
+            moved_start = window_start(len(sequence.tokens), self.model.args.max_seq_len)
+            if moved_start != sequence.start or not self.use_cache:
+                sequence.start, sequence.cached = moved_start, 0
+        behind = [sequence for sequence in going_on if sequence.unread > 1 or not sequence.cached]
+        if behind:
+            going_on = self.read_together(behind)
+            logits, first = self.read(going_on), None
+            check_numbers(logits)
+        elif self.may_draft(going_on):
+            return self.draft_and_check()
+        else:
+            logits, first = self.take_step()
+        for sequence in going_on:
+            sequence.cached += sequence.unread
+        return list(zip(going_on, self.pick(going_on, logits, first), strict=True))
+
+    def read_together(self, behind: list[Sequence]) -> list[Sequence]:
+        """Those to read at once: of similar lengths, and not too much; one alone that is partly read."""
+        if partly := [sequence for sequence in behind if sequence.cached]:
+            return partly[:1]
+        behind = sorted(behind, key=lambda sequence: sequence.unread)
+        return [
+            sequence for number, sequence in enumerate(behind, 1)
+            if number == 1 or number * sequence.unread <= READ_AT_ONCE
+        ]  # fmt: skip
+
+    def read(self, sequences: list[Sequence]):
+        """The logits (B, V) after all tokens that are not in the cache, put there in one pass. What
+        fills up the shorter texts lies behind them, where nothing attends to it."""
+        lengths = torch.tensor([sequence.unread for sequence in sequences])
+        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : lengths[row]] = torch.tensor(sequence.tokens[-lengths[row] :])
+        rows = torch.tensor([self.rows.index(sequence) for sequence in sequences], device=self.device)
+        x = self.model.hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
+        return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
+
+    def take_step(self):
+        """The logits (B, V) after one more token in each text, and the first choice where it is known."""
+        going_on, tokens, starts, end, keys = self.inputs(1)
+        step = self.step or one_step
+        logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
+        if len(going_on) == len(tokens):
+            return logits, first
+        return logits[going_on], tuple(part[going_on] for part in first)
+
+    def inputs(self, count: int):
+        """Which rows go on, and for each row its last token (B, 1), the position of that (B,), one
+        beyond the last of these, and the keys of the next count draws (B, count)."""
+        size = self.batch_size if self.step else len(self.rows)
+        for sequence in self.rows:
+            if sequence.finish:
+                sequence.cached = 0  # whatever is read in its row is written over its beginning
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
+        for row in going_on:
+            sequence = self.rows[row]
+            tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
+        end = max(starts) + 1
+        tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
+        return going_on, tokens[:, None], starts, end, torch.tensor(keys, dtype=torch.int32, device=self.device)
+
+    def keys(self, sequence: Sequence, count: int = 1) -> list[int]:
+        length = len(sequence.tokens)
+        return [draw_key(self.options.seed, sequence.sample, position) for position in range(length, length + count)]
+
+    def may_draft(self, going_on: list[Sequence]) -> bool:
+        """Whether tokens can be proposed ahead: what may come next must not depend on those before."""
+        if not self.draft or self.bad_words or self.options.repetition_penalty != 1:
+            return False
+        longest = min(self.cache.length, self.model.args.max_seq_len)
+        return all(
+            sequence.cached + 1 + self.draft.tokens <= longest and sequence.new >= self.options.min_new_tokens
+            for sequence in going_on
+        )
+
+    def draft_and_check(self) -> list[tuple[Sequence, int]]:
+        """The next tokens of every text: as many of the proposed ones as the model draws itself, and
+        the one that it draws after them."""
+        draft, count = self.draft, self.draft.tokens
+        going_on, token, starts, end, keys = self.inputs(count + 1)
+        tokens = [token]
+        for i in range(count):
+            key = keys[:, i : i + 1].contiguous()
+            logits, first = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
+            tokens.append(choose(logits, key[:, 0], **self.how, first=first)[:, None])
+        tokens = torch.cat(tokens, dim=1)  # (B, 1 + count)
+        logits, first = draft.check(self.model, self.cache, tokens, starts, end + count, keys, **self.how)
+        drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
+        agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
+        chosen = []
+        for row in going_on:
+            self.rows[row].cached += 1 + agreeing[row]
+            chosen += [(self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()]
+        return chosen
+
+    def pick(self, sequences: list[Sequence], logits, first) -> list[int]:
+        """The token that each text goes on with, of logits (B, V)."""
+        penalty = self.options.repetition_penalty
+        forbidden = [self.forbidden(sequence) for sequence in sequences]
+        if penalty != 1 or any(forbidden):
+            logits, first = logits.float().clone(), None
+        for row, sequence in enumerate(sequences):
+            if penalty != 1:
+                seen = torch.tensor([sequence.tokens], device=self.device)
+                logits[row : row + 1] = penalize_repeats(logits[row : row + 1], seen, penalty)
+            if forbidden[row]:
+                logits[row, forbidden[row]] = float("-inf")
+                if logits[row].isneginf().all():
+                    raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
+        keys = [self.keys(sequence)[0] for sequence in sequences]
+        keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
+        return choose(logits, keys, **self.how, first=first).tolist()
+
+    def forbidden(self, sequence: Sequence) -> list[int]:
+        """The tokens that may not come next."""
+        found = self.stop_ids if sequence.new < self.options.min_new_tokens else []
+        return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
+
+
+def continuation(model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options) -> list[int]:
+    """The tokens that a model goes on with after those of the prompt. options: Decoding's."""
+    sequence = Sequence(prompt)
+    for _ in Decoder(model, Decoding(**options), stop_ids=stop_ids).run([sequence]):
+        pass
+    return sequence.tokens[len(prompt) :]
