@@ -3,7 +3,8 @@ Measure what the README claims.
 
     python bench.py train                        training speed and memory beside others' loops
     python bench.py train --preset=15M --json=bench.json
-    python bench.py cost                         training cost as models, contexts and batches grow
+    python bench.py cost                         training cost as models, contexts, batches and processes grow
+    python bench.py save                         what writing checkpoints costs a run
     python bench.py data                         pretokenizing and reading batches
     python bench.py sample                       decoding, and the time to the first token
 
@@ -11,11 +12,14 @@ Every variant lives in a process of its own. They take turns, round after round,
 that slows down slows all of them; quoted are medians, and the ratio to plain of the same round.
 """
 
+import dataclasses
 import json
 import os
 import platform
 import statistics
 import sys
+import tempfile
+import types
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -31,8 +35,10 @@ from bench_data import path_problems
 from configurator import configure, refuse, run_script
 from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
 from distributed import join_world
-from model import Transformer, flops_per_token
+from model import Transformer, draw_weights, flops_per_token
+from parallel import fill, is_sharded
 from run import equip
+from saving import save
 from turns import Measured, Variant, measure, timing_problems
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
@@ -70,6 +76,7 @@ class CostBench:
 
     rounds: int = 3  # how often each setting has its turn
     seconds: float = 4.0  # how long a turn lasts, at least one step
+    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = "all"  # the size of the model
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
@@ -78,24 +85,70 @@ class CostBench:
         yield from path_problems(self.json)
 
 
+@dataclass(frozen=True)
+class SaveBench:
+    """A run that saves in the background beside one that does not."""
+
+    preset: Literal["260K", "15M", "15M-32000", "42M", "110M"] = "15M"  # the size of the model
+    checkpoint_interval: int = 50  # steps between checkpoints
+    rounds: int = 5  # how often each has its turn, of so many steps
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    json: str = ""  # also write the records here
+
+    def problems(self):
+        for name in ("checkpoint_interval", "rounds"):
+            if getattr(self, name) < 1:
+                yield f"--{name}={getattr(self, name)}: must be 1 or more"
+        yield from path_problems(self.json)
+
+
 def ours(options: list[str], device: str):
     """Our own training step, as train.py runs it."""
+    return our_step(*our_run(options, device))
+
+
+def our_run(options: list[str], device: str):
     config, _ = configure(train.TrainConfig, options)
     world, device = join_world(device)
     keep_freed_memory()
     torch.manual_seed(0)
-    run = equip(config, world, device, (None, None, None), Transformer(config.model_args()))
+    run = equip(config, world, device, (None, None, None), config.model_args())
+    fill(run.model, draw_weights(config.model_args()))
     forward = train.compiled(run)
-    if world.size > 1:
+    if world.size > 1 and not is_sharded(run.model):
         forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    batches = random_batches(config, device)
+    return run, forward
+
+
+def our_step(run, forward):
+    batches = random_batches(run.config, run.device)
 
     def step() -> int:
         train.training_step(run, forward, batches)
         run.iter_num += 1
-        return config.sequences_per_step * config.max_seq_len
+        return run.config.sequences_per_step * run.config.max_seq_len
 
     return step
+
+
+def saving(options: list[str], device: str, interval: int, saves: bool):
+    """So many of our steps, with a checkpoint before them or not."""
+    run, forward = our_run(options, device)
+    folder, step = tempfile.TemporaryDirectory(), our_step(run, forward)
+    run.config = dataclasses.replace(run.config, out_dir=folder.name)
+    run.tokenizer = types.SimpleNamespace(hash="")
+    write_atomically(run.path("tokenizer.model"), b"")  # save would think that the folder was deleted
+
+    def steps() -> int:
+        if saves:
+            save(run)
+        done = sum(step() for _ in range(interval))
+        if run.keeper.failure:
+            raise run.keeper.failure
+        return done
+
+    steps.folder = folder  # it is removed with what is in it
+    return steps
 
 
 def plain(options: list[str], device: str, compile: bool, dtype: str, of="plain"):
@@ -225,7 +278,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes)
+COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes, and how they share the model)
     *((preset, 256, 8, 1) for preset in PRESETS),
     *(("15M", length, 2048 // length or 1, 1) for length in (512, 1024, 2048, 4096)),
     ("15M", 256, 1, 1),
@@ -234,30 +287,38 @@ COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes)
     ("110M", 1024, 2, 1),
     ("15M", 256, 4, 2),
     ("110M", 256, 4, 2),
+    ("110M", 256, 2, 4),
+    ("110M", 256, 4, 2, "fsdp"),
+    ("110M", 256, 2, 4, "fsdp"),
 ]
 
 
 def run_cost(config: CostBench):
     device, records = pick_device(config.device), []
     print(machine(device))
-    print("\n| preset | length | sequences | processes | tokens/s | of ceiling | peak memory of a process |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for preset, length, batch, processes in COSTS:
-        if device.startswith("cuda") and processes > torch.cuda.device_count():
+    print("\n| preset | length | sequences | processes | | tokens/s | of ceiling | peak memory of a process |")
+    print("|---|---:|---:|---:|---|---:|---:|---:|")
+    for preset, length, batch, processes, *parallel in COSTS:
+        lacks_gpus = device.startswith("cuda") and processes > torch.cuda.device_count()
+        if lacks_gpus or config.preset not in ("all", preset):
             continue
+        parallel = parallel[0] if parallel else "ddp"
         options = [*options_of(preset, device, batch, length), f"--gradient_accumulation_steps={processes}"]
+        options += [f"--parallel={parallel}"]
         variant = Variant(preset, ours, dict(options=options, device=device), processes)
         measured = measure([variant, ceilings(device)[-1]], config.rounds, config.seconds)
         figures, most = measured.values()
         args = configure(train.TrainConfig, options)[0].model_args()
         used = figures.rate * flops_per_token(args, length) / (peak_flops(device) or most.rate)
         print(
-            f"| {preset} | {length} | {batch} | {processes} | {figures.rate:,.0f} | {used:.0%} "
+            f"| {preset} | {length} | {batch} | {processes} | {parallel if processes > 1 else ''} "
+            f"| {figures.rate:,.0f} | {used:.0%} "
             f"| {figures.peak_memory / 2**20:,.0f} MB |",
             flush=True,
         )
         records.append({
             "preset": preset, "max_seq_len": length, "batch_size": batch, "processes": processes,
+            "parallel": parallel,
             "tokens_per_second": figures.rate, "share_of_ceiling": used, "peak_memory_bytes": figures.peak_memory,
         })  # fmt: skip
         write_records(config.json, records)
@@ -266,6 +327,26 @@ def run_cost(config: CostBench):
 def write_records(path: str, records: list[dict]):
     if path:
         write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
+
+
+def run_save(config: SaveBench):
+    device = pick_device(config.device)
+    options = options_of(config.preset, device, 0)
+    settings = dict(options=options, device=device, interval=config.checkpoint_interval)
+    names = {"no checkpoints": False, f"one in {config.checkpoint_interval} steps": True}
+    variants = [Variant(name, saving, settings | dict(saves=saves), warm_up=1) for name, saves in names.items()]
+    measured = measure(variants, config.rounds, seconds=1e-3)
+    without, with_them = measured.values()
+    ratios = [mine / base for mine, base in zip(with_them.rates, without.rates, strict=True)]
+    print(f"{machine(device)}\n\n| {config.preset} | tokens/s | x without | spread |\n|---|---:|---:|---:|")
+    ratio, spread = statistics.median(ratios), f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"| {variants[0].name} | {without.rate:,.0f} | 1 | |")
+    print(f"| {variants[1].name} | {with_them.rate:,.0f} | {ratio:.3f} | {spread} |")
+    records = [{
+        "preset": config.preset, "checkpoint_interval": config.checkpoint_interval, "ratio": ratio,
+        "tokens_per_second": with_them.rate, "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }]  # fmt: skip
+    write_records(config.json, records)
 
 
 def run_data(config: bench_data.DataBench):
@@ -294,6 +375,7 @@ def run_sample(config: bench_sample.SampleBench):
 BENCHES = {
     "train": (TrainBench, run_train),
     "cost": (CostBench, run_cost),
+    "save": (SaveBench, run_save),
     "data": (bench_data.DataBench, run_data),
     "sample": (bench_sample.SampleBench, run_sample),
 }

@@ -91,21 +91,27 @@ def load_checkpoint(path: str) -> dict:
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
     if os.path.isdir(path):
         raise ValueError(f"{path}: is a folder, not a checkpoint")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            written = checkpoint.get("sha256") if isinstance(checkpoint, dict) else None
-            if written is not None and written != fingerprint(checkpoint):
-                raise ValueError("its sha256 is another; if you changed it, delete that key")
-        except UNREADABLE as error:
-            if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
-                raise
-            raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
+    try:
+        checkpoint = read_whole_file(path)
+    except UNREADABLE as error:
+        if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
+            raise
+        raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
     check_checkpoint(checkpoint, path)
     tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
     if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):
         raise ValueError(f"{path}: {NOT_TIED}")
     return checkpoint
+
+
+def read_whole_file(path: str) -> dict:
+    """What torch.save wrote, compared with the SHA-256 in it, if there is one. Raises an UNREADABLE."""
+    with open(path, "rb") as file:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    written = content.get("sha256") if isinstance(content, dict) else None
+    if written is not None and written != fingerprint(content):
+        raise ValueError("its sha256 is another; if you changed it, delete that key")
+    return content
 
 
 # Of what a checkpoint may hold beside the model and the optimizer's state.
@@ -183,3 +189,8 @@ def load_weights(model: Transformer, state: dict, path: str):
     check_weights(model.args, state, path)
     tied = {"output.weight": state["tok_embeddings.weight"]} if model.args.tie_embeddings else {}
     model.load_state_dict(state | tied)
+
+
+def is_in_shares(path: str) -> bool:
+    """Whether it is a folder as sharded.py writes it."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (".metadata", "run.pt"))

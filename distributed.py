@@ -51,6 +51,13 @@ class World(NamedTuple):
         """Whether it is true in any process."""
         return self.sum([float(flag)])[0] > 0
 
+    def mesh_of_its_own(self, timeout: float):
+        """All processes, on the CPU, in a group for a thread of its own: what they say to each other there
+        is not mixed up with what is said here. timeout: as of join_world."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)), "cpu")
+
 
 def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
     """Meet the other processes of torchrun; returns our place among them and our own device. timeout:

@@ -23,6 +23,7 @@ from atomic import write_atomically
 from configurator import configure, print_overrides, run_script
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, one_line
+from keeper import newest_path
 from model import MAX_POSITIONS, Transformer, parameter_shapes
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -99,7 +100,7 @@ class ExportConfig:
     """Write a model in another format."""
 
     output: str = ""  # the file or folder to write; may be given bare
-    # a model in any format; None: out/ckpt.pt
+    # a model in any format; None: the newest checkpoint in out
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     # auto: by output's suffix; .pt: ckpt, .bin: v0, .gguf: gguf, none: hf
     format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"
@@ -116,7 +117,7 @@ class ExportConfig:
     @property
     def sources(self) -> list[str]:
         named = (self.from_, self.checkpoint, self.meta_llama, self.hf)
-        return [path for path in named if path is not None] or ["out/ckpt.pt"]
+        return [path for path in named if path is not None] or [newest_path("out")]
 
     @property
     def source(self) -> str:

@@ -19,6 +19,7 @@ from checkpoint import load_checkpoint
 from parallel import whole
 
 RETRY_SECONDS = 30.0  # after a write that failed
+NEWEST = ("ckpt.pt", "ckpt.dcp")  # a file, or a folder of shares (see sharded.py); older ones have a number in the name
 
 
 def snapshot(value, keeps: bool = True, copies: dict | None = None):
@@ -42,7 +43,9 @@ class Keeper:
     """Writes files one after another, in a thread. What cannot be written, for want of space, of
     permission or of the folder, is tried again later and does not stop the run."""
 
-    def __init__(self):
+    def __init__(self, alone: bool = True):
+        """alone: whether no other process takes part in the writing, so that it may be tried again any time."""
+        self.alone = alone
         self.pending: dict[str, Callable] = {}  # what is to be written yet: path -> what writes it
         self.thread = None
         self.failure: OSError | None = None  # of the last try
@@ -95,7 +98,7 @@ class Keeper:
         """What went wrong since this was last asked; starts another try when it is time. Raises as wait."""
         if not (self.thread and self.thread.is_alive()):
             self.wait()
-            if self.failure and time.monotonic() - self.tried_at > RETRY_SECONDS:
+            if self.failure and self.alone and time.monotonic() - self.tried_at > RETRY_SECONDS:
                 self.begin()
         told, self.untold = self.untold, []
         return told
@@ -115,48 +118,89 @@ def in_words(error: OSError) -> str:
 
 
 def step_of_copy(path: str) -> int:
-    return int(re.search(r"(\d+)\.pt$", path)[1])
+    return int(re.search(r"(\d+)\.\w+$", path)[1])
 
 
 def numbered_copies(out_dir: str) -> list[str]:
     """The older checkpoints, the newest first."""
-    found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*.pt"))
-    found = [path for path in found if re.fullmatch(r"ckpt_\d+\.pt", os.path.basename(path)) and os.path.isfile(path)]
+    found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*"))
+    found = [path for path in found if re.fullmatch(r"ckpt_\d+\.(pt|dcp)", os.path.basename(path))]
+    found = [path for path in found if os.path.isdir(path) == path.endswith(".dcp")]
     return sorted(found, key=step_of_copy, reverse=True)
 
 
-def put_older_aside(path: str, older_step: int, step: int):
-    """Before a checkpoint of this step is written to path: give the one that is there, of older_step,
-    a name with its number."""
-    if older_step >= step or not os.path.exists(path):
-        return
-    copy = os.path.join(os.path.dirname(path), f"ckpt_{older_step:06d}.pt")
+def remove(path: str):
+    """A file or a folder of shares, if it is there."""
+    if os.path.isdir(path) and ".dcp" in os.path.basename(path):
+        return shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
-        os.remove(copy)
+        os.remove(path)
+
+
+def link_or_copy(source: str, target: str):
     try:
-        os.link(path, copy)  # the newest never is without its name
+        os.link(source, target)
     except OSError:  # a file system without links
-        with open(path, "rb") as source, AtomicFile(copy) as target:
-            shutil.copyfileobj(source, target)
+        with open(source, "rb") as content, AtomicFile(target) as file:
+            shutil.copyfileobj(content, file)
+
+
+def put_older_aside(out_dir: str, older_step: int, writing: str, step: int):
+    """Before a checkpoint of this step takes the name that is written: give the one that is there, of
+    older_step, a name with its number. A file keeps its own too, so that the newest never is without."""
+    for name in NEWEST:
+        path = os.path.join(out_dir, name)
+        aside = f"_{older_step:06d}".join(os.path.splitext(path))
+        if not os.path.exists(path):
+            continue
+        if not name == writing == "ckpt.pt":
+            remove(aside)
+            os.rename(path, aside)
+        elif older_step < step:
+            remove(aside)
+            link_or_copy(path, aside)
 
 
 def remove_oldest(out_dir: str, step: int, count: int):
     """Of the numbered checkpoints before this step, leave the last count, and those that cannot be removed."""
     for old in [copy for copy in numbered_copies(out_dir) if step_of_copy(copy) < step][count:]:
         with contextlib.suppress(OSError):
-            os.remove(old)
+            remove(old)
+
+
+def written_at(path: str) -> float:
+    """When a checkpoint was finished; 0 for what is not whole."""
+    with contextlib.suppress(OSError):
+        return os.path.getmtime(os.path.join(path, "run.pt") if path.endswith(".dcp") else path)
+    return 0.0
+
+
+def newest_path(out_dir: str) -> str:
+    """Where the newest checkpoint is, or would be."""
+    paths = [os.path.join(out_dir, name) for name in NEWEST]
+    return max(filter(os.path.lexists, paths), key=written_at, default=paths[0])
+
+
+def open_checkpoint(path: str) -> dict:
+    """load_checkpoint; of shares what sharded.read_outline gives."""
+    if path.endswith(".dcp"):
+        from sharded import read_outline
+
+        return read_outline(path)
+    return load_checkpoint(path)
 
 
 def newest_checkpoint(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, dict] | None:
-    """The path and the content of ckpt.pt or, with a word on it, where that is damaged or gone, of the
-    whole checkpoint that was written last. None if there is none at all; raises ValueError, of the first,
-    if all are damaged."""
-    newest, problems = os.path.join(out_dir, "ckpt.pt"), []
-    others = [path for path in (*numbered_copies(out_dir), os.path.join(out_dir, "best.pt")) if os.path.exists(path)]
-    others.sort(key=os.path.getmtime, reverse=True)
+    """The path and the content (see open_checkpoint) of the newest or, with a word on it, where that is
+    damaged or gone, of the whole checkpoint that was written last. None if there is none at all; raises
+    ValueError, of the first, if all are damaged."""
+    newest, problems = newest_path(out_dir), []
+    others = [*numbered_copies(out_dir), *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp"))]
+    others = [path for path in others if path != newest and os.path.exists(path)]
+    others.sort(key=written_at, reverse=True)
     for path in [newest] * os.path.lexists(newest) + others:
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = open_checkpoint(path)
         except ValueError as error:
             problems.append(error)
             continue

@@ -321,13 +321,35 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def init_matrix(name: str, matrix, args: ModelArgs):
+    """Normal with deviation 0.02; what is added to the residual stream is scaled down by the square
+    root of the number of additions, so that the stream's variance does not grow with depth (GPT-2's
+    report, section 2.3)."""
+    into_residual = name.endswith(("wo.weight", "w2.weight"))
+    std = 0.02 / math.sqrt(2 * args.n_layers) if into_residual else 0.02
+    nn.init.normal_(matrix, mean=0.0, std=std)
+
+
+def draw_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names and weights of a new Transformer(args), bit for bit, of which one is in memory at a time."""
+    nn.Embedding(args.vocab_size, args.dim)  # layers draw weights of their own, which are not used
+    for layer in range(args.n_layers):
+        TransformerBlock(args, layer)
+    nn.Linear(args.dim, args.vocab_size, bias=False)
+    for name, shape in parameter_shapes(args):
+        weight = torch.ones(shape)
+        if len(shape) > 1:
+            init_matrix(name, weight, args)
+        yield name, weight
+
+
 class Transformer(nn.Module):
     """The whole model. Its parameters' names and order are those of llama2.c's checkpoints."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.recompute = False  # in training: keep only what flows between blocks, compute the rest again
+        self.activation_checkpointing = False  # in training: keep what flows between blocks, compute the rest again
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -336,13 +358,23 @@ class Transformer(nn.Module):
         self.init_weights()
 
     @classmethod
+    def outline(cls, args: ModelArgs) -> "Transformer":
+        """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
+        with torch.device("meta"):
+            return cls(args)
+
+    @classmethod
     def empty(cls, args: ModelArgs) -> "Transformer":
         """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
-        with torch.device("meta"):
-            model = cls(args)
-        model.to_empty(device="cpu")
-        model.register_buffers_and_ties()
-        return model
+        return cls.outline(args).allocate("cpu")
+
+    def allocate(self, device: str) -> "Transformer":
+        """Take memory on the device for an outline, the weights in it still to be set."""
+        self.to_empty(device=device)
+        self.register_buffers_and_ties()
+        for name, buffer in list(self.named_buffers()):
+            self.register_buffer(name, buffer.to(device), persistent=False)
+        return self
 
     def register_buffers_and_ties(self):
         if self.args.tie_embeddings:
@@ -352,16 +384,10 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
-    @torch.no_grad()
     def init_weights(self):
-        """Normal with deviation 0.02; what is added to the residual stream is scaled down by
-        the square root of the number of additions, so that the stream's variance does not
-        grow with depth (GPT-2's report, section 2.3)."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                into_residual = name.endswith(("wo.weight", "w2.weight"))
-                std = 0.02 / math.sqrt(2 * self.args.n_layers) if into_residual else 0.02
-                nn.init.normal_(parameter, mean=0.0, std=std)
+            if parameter.dim() > 1:  # the norms' gains are ones
+                init_matrix(name, parameter, self.args)
 
     def forward(self, tokens, targets=None, cache: KVCache | None = None, start_pos=0):
         """tokens (B, T) -> (logits, loss).
@@ -396,7 +422,7 @@ class Transformer(nn.Module):
         place = Place(self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask)
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
-            if self.recompute and self.training and cache is None:
+            if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, place, use_reentrant=False)
             else:
                 x = layer(x, place)

@@ -4,6 +4,7 @@ modules take most of a second to import and are not needed without it.
 """
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -11,20 +12,31 @@ from torch.nn.parallel import DistributedDataParallel
 from model import Transformer
 
 
-def shard(model: Transformer, device: str, processes: int):
+def shard(model: Transformer, device: str, processes: int, dtype: str):
     """Leave each process a share of every weight, and so of its gradient and moments. A block's weights
-    are brought together when it computes, and given up again."""
+    are brought together when it computes, and given up again; in 16 bits where its products are."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.partition(":")[0], (processes,))
+    policy = MixedPrecisionPolicy()
+    if dtype == "bfloat16":  # what flows between the blocks stays float32, as with autocast alone
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # what is in no block, a tied classifier among it
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")  # of an FSDPModule
+
+
+@torch.no_grad()
+def fill(model: Transformer, weights: Iterable[tuple[str, torch.Tensor]]):
+    """Set the weights, or this process's share of them, from whole ones."""
+    for name, weight in weights:
+        parameter = model.get_parameter(name)
+        parameter.copy_(share_like(weight, parameter))
 
 
 def gradients_meet(model: torch.nn.Module, now: bool):
@@ -36,15 +48,23 @@ def gradients_meet(model: torch.nn.Module, now: bool):
     return contextlib.nullcontext()
 
 
+def is_share(value) -> bool:
+    """Whether a tensor is one process's share of a whole (a DTensor)."""
+    return hasattr(value, "full_tensor")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all processes' shares, which all must ask for; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_share(tensor) else tensor
 
 
 def share_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This process's share of a whole tensor, cut as own is; all of it where own is whole."""
-    if not hasattr(own, "placements"):
+    """This process's share of a whole tensor that each process has, cut as own is; all of it where
+    own is whole. Zeros for a tensor whose values come later."""
+    if not is_share(own):
         return tensor
+    if tensor.is_meta:
+        return torch.zeros_like(own)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

@@ -1,39 +1,31 @@
 """
-The parts of a training run: built, saved, and restored. How it goes on from there is train.py's.
+The parts of a training run: built, and restored from a checkpoint. How it goes on from there is train.py's.
 """
 
 import contextlib
 import dataclasses
-import glob
-import itertools
 import math
 import os
-import re
-import sys
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from atomic import write_atomically
-from checkpoint import FORMAT, load_weights, save_checkpoint, write_model_args
 from configurator import parse
 from dataset import TokenWindows, read_meta, tokens_folder
 from device import pick_dtype
 from distributed import World
 from export import read_stored
-from formats import llama2c
-from formats.stored import StoredModel, stored_weights
-from keeper import Keeper, newest_checkpoint, put_older_aside, remove_oldest, snapshot
+from formats.stored import StoredModel
+from keeper import Keeper, newest_checkpoint
 from metrics import Metrics
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, draw_weights, parameter_shapes
 from optim import Together, load_optimizer, make_optimizer
-from parallel import is_sharded, shard
+from parallel import fill, shard
 from tokenizer import Tokenizer, load_tokenizer
 
-OURS = r"ckpt\w*\.pt|best\.pt|model\.bin|loss\.png|metrics\.jsonl|tokenizer\.\w+"  # what a run writes
 LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
 # Options that a resumed run cannot change: they are the checkpoint's.
 ARCHITECTURE = (
@@ -65,7 +57,8 @@ class Run:
     late_norms: list[float] = dataclasses.field(default_factory=list)  # of gradients, to tell what is unusual
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
-    keeper: Keeper = dataclasses.field(default_factory=Keeper)  # of the main process
+    keeper: Keeper = dataclasses.field(default_factory=Keeper)
+    saving_mesh: object | None = None  # the processes once more, on the CPU, to save shares in the background
 
     def say(self, text: str):
         if self.world.is_main:
@@ -128,6 +121,10 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
             f"{world.size} processes; give a multiple of {world.size}"
         )
     data = open_data(config)
+    if checkpoint and "table" in checkpoint and not in_shares(config, world):
+        from sharded import with_whole_tensors
+
+        checkpoint = with_whole_tensors(path, checkpoint)
     if checkpoint:
         check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
     elif pretrained:
@@ -136,7 +133,9 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
             print(f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?")
         check_tokenizer(data[0], expected, pretrained.path, config)
     torch.manual_seed(config.seed)
-    run = equip(config, world, device, data, make_model(config, checkpoint, pretrained, path))
+    args, weights = first_weights(config, checkpoint, pretrained)
+    run = equip(config, world, device, data, args)
+    fill(run.model, weights)
     if run.train_windows.unused > 0.1:
         run.say(
             f"note: {run.train_windows.unused:.0%} of the training tokens are not read, in many short shards; "
@@ -155,31 +154,40 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
     return run
 
 
-def equip(config, world: World, device: str, data: tuple, model: Transformer) -> Run:
-    """A run of this model on the device, with what it takes to train it."""
+def in_shares(config, world: World) -> bool:
+    """Whether each process has a share of the model, and not all of it."""
+    return config.parallel == "fsdp" and world.size > 1
+
+
+def equip(config, world: World, device: str, data: tuple, args: ModelArgs) -> Run:
+    """A run of a model on the device, its weights still to be set, with what it takes to train it."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
-    dtype, model = pick_dtype(config.dtype, device), model.to(device)
-    model.recompute = config.recompute
-    if config.parallel == "fsdp" and world.size > 1:
-        shard(model, device, world.size)
+    dtype, model = pick_dtype(config.dtype, device), Transformer.outline(args)
+    model.activation_checkpointing = config.activation_checkpointing
+    if shares := in_shares(config, world):
+        shard(model, device, world.size, dtype)
+    model.allocate(device)
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    first_bad = torch.tensor(-1, device=device)
-    return Run(config, world, device, dtype, *data, model, optimizer, scaler, first_bad=first_bad)
+    run = Run(config, world, device, dtype, *data, model, optimizer, scaler, keeper=Keeper(alone=not shares))
+    run.first_bad = torch.tensor(-1, device=device)
+    run.saving_mesh = world.mesh_of_its_own(config.timeout) if shares else None
+    return run
 
 
-def make_model(config, checkpoint: dict | None, pretrained: StoredModel | None, path: str) -> Transformer:
-    """The model of the checkpoint, or the pretrained one, or a new one."""
+def first_weights(config, checkpoint: dict | None, pretrained: StoredModel | None) -> tuple[ModelArgs, Iterable]:
+    """The model to begin with: the checkpoint's, the pretrained one, or a new one; and its weights, one at a
+    time. Those of a checkpoint in shares come later: each process reads its own."""
     if not checkpoint and not pretrained:
-        return Transformer(config.model_args())
+        return config.model_args(), draw_weights(config.model_args())
     args = checkpoint["model_args"] if checkpoint else pretrained.args
-    args = dataclasses.replace(args, dropout=config.dropout)
+    names = [name for name, _ in parameter_shapes(args)]
     if pretrained:
-        return dataclasses.replace(pretrained, args=args).model().train()
-    model = Transformer.empty(args)
-    load_weights(model, checkpoint["model"], path)
-    return model
+        weights = ((name, pretrained.read(name)) for name in names)
+    else:
+        weights = () if "table" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+    return dataclasses.replace(args, dropout=config.dropout), weights
 
 
 def hash_of_tokenizer(pretrained: StoredModel) -> str | None:
@@ -273,6 +281,13 @@ def restore(run: Run, checkpoint: dict, path: str):
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     else:
         run.say(f"{path} has no optimizer state: its moments begin anew")
+    if "table" in checkpoint:
+        from sharded import read_tensors, split
+
+        shares = split({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})[0]
+        if run.model.args.tie_embeddings:
+            del shares["model/output.weight"]
+        read_tensors(path, checkpoint["table"], shares)
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
             run.scaler.load_state_dict(checkpoint["scaler"])
@@ -291,116 +306,3 @@ def restore(run: Run, checkpoint: dict, path: str):
             run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{path}: its best_val_loss is no number") from None
-
-
-def state_of(run: Run) -> dict:
-    """All that the run needs to go on: llama2.c's keys, then ours."""
-    weights = run.model.state_dict()
-    if run.model.args.tie_embeddings:
-        weights["output.weight"] = weights["tok_embeddings.weight"]  # the same object, so that it is copied once
-    return {
-        "model": weights,
-        "optimizer": run.optimizer.state_dict(),
-        "model_args": write_model_args(run.model.args),
-        "iter_num": run.iter_num,
-        "best_val_loss": torch.tensor(run.best_val_loss, dtype=torch.float64),
-        "config": dataclasses.asdict(run.config),
-        "scaler": run.scaler.state_dict(),
-        "position": run.position,
-        "late_norms": run.late_norms,
-        "tokenizer_hash": run.tokenizer.hash,
-        "versions": {"format": FORMAT, "torch": str(torch.__version__), "python": sys.version.split()[0]},
-    }
-
-
-def save(run: Run, best: bool = False):
-    """Have the main process write the state of this step in the background: as the newest, ckpt.pt, with
-    older ones beside it where they are asked for, and as the best, best.pt and, where the format can say
-    the model, model.bin."""
-    if not run.world.is_main and not is_sharded(run.model):
-        return
-    run.keeper.wait()  # before memory is taken for another copy
-    run.keeper.pending.pop(run.path("ckpt.pt"), None)
-    folder_is_gone = run.world.is_main and not os.path.exists(run.path("tokenizer.model"))
-    state, writes = snapshot(state_of(run), keeps=run.world.is_main), {}
-    if not run.world.is_main:
-        return
-
-    def write_newest(step=run.iter_num):
-        if run.saved_at is not None and run.config.keep_checkpoints:
-            put_older_aside(run.path("ckpt.pt"), run.saved_at, step)
-        save_checkpoint(run.path("ckpt.pt"), state)
-        run.saved_at = step
-        remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
-
-    if folder_is_gone:
-        best = True  # the newest stands in for the best, which is gone
-        run.metrics.forget_file()
-        writes |= tokenizer_writes(run)
-    if best:  # before the newest, which knows how good the best is
-        writes[run.path("best.pt")] = lambda: save_checkpoint(run.path("best.pt"), state)
-        if not llama2c.refusal(run.model.args):
-            weights = stored_weights(run.model.args, state["model"])
-            writes[run.path("model.bin")] = lambda: llama2c.write(weights, run.path("model.bin"))
-    run.keeper.keep(writes | {run.path("ckpt.pt"): write_newest})
-
-
-def finish_saving(run: Run):
-    """Wait until all is written. Raises ValueError where something cannot be; then the other processes
-    end too."""
-    problem = ""
-    try:
-        if run.metrics:
-            run.metrics.finish()
-        run.keeper.finish()
-    except ValueError as error:
-        newest = "no checkpoint" if run.saved_at is None else f"the newest checkpoint is of step {run.saved_at}"
-        problem = f"{error}; {newest}"
-    if run.world.any(bool(problem)):
-        if problem:
-            raise ValueError(problem)
-        raise SystemExit(1)
-
-
-def tokenizer_writes(run: Run) -> dict:
-    """The vocabulary, beside the model that was trained with it."""
-    contents = {"tokenizer.model": run.tokenizer.content}
-    with contextlib.suppress(ValueError):  # a vocabulary that tokenizer.bin cannot say
-        contents["tokenizer.bin"] = run.tokenizer.to_bin()
-    return {run.path(name): partial(write_atomically, run.path(name), content) for name, content in contents.items()}
-
-
-def set_aside(out_dir: str):
-    """Keep what an earlier run left here: a new one may not write over it."""
-    names = ["best.pt", "ckpt.damaged", "model.bin", "metrics.jsonl", "loss.png", "tokenizer.model", "tokenizer.bin"]
-    found = [path for name in [*names, "ckpt*.pt"] for path in glob.glob(os.path.join(glob.escape(out_dir), name))]
-    if not any(path.endswith(".pt") for path in found):
-        return
-    number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f"previous{n}")))
-    folder = os.path.join(out_dir, f"previous{number}")
-    os.makedirs(folder)
-    for path in found:
-        os.rename(path, os.path.join(folder, os.path.basename(path)))
-    print(f"moved the earlier run in {out_dir} to {folder}")
-
-
-def open_out_dir(run: Run, resumed_from: str):
-    """Make the folder ready for the files of this run, which goes on from that checkpoint, if from any
-    (main process only)."""
-    config = run.config
-    if config.init_from != "resume":
-        set_aside(config.out_dir)
-    for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
-        if re.fullmatch(rf"({OURS})\.\d+\.partial", name):
-            os.remove(run.path(name))
-    if resumed_from and resumed_from != run.path("ckpt.pt") and os.path.exists(run.path("ckpt.pt")):
-        os.replace(run.path("ckpt.pt"), run.path("ckpt.damaged"))
-    run.metrics = Metrics(config.out_dir, run.iter_num)
-    for write in tokenizer_writes(run).values():
-        write()
-    if refusal := llama2c.refusal(run.model.args):
-        print(f"no model.bin will be written: {refusal}")
-    if config.wandb_log:
-        import wandb
-
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=dataclasses.asdict(config))

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from device import pick_device, pick_dtype
 from export import read_model
 from generation import Piece, Story, generate
 from inference import prepared
+from keeper import newest_path
 from model import Transformer
 from sampling import BadWords
 from scoring import log_probabilities
@@ -37,7 +37,7 @@ from tokenizer import Tokenizer
 class SampleConfig:
     """Print text that goes on from --start, as it is generated."""
 
-    init_from: str = "resume"  # resume: OUT_DIR/ckpt.pt; or the path of a model in any format
+    init_from: str = "resume"  # resume: the newest in OUT_DIR; or the path of a model in any format
     out_dir: str = "out"  # where resume looks
     tokenizer: str = ""  # a tokenizer.model or tokenizer.bin; if empty, the one in or beside the model
     start: str = ""  # the text to go on from, or FILE:path of it, or - for a text in each line of standard input
@@ -309,7 +309,7 @@ def main():
     with contextlib.redirect_stdout(sys.stderr) if config.format != "text" else contextlib.nullcontext():
         print_overrides(config, given)
     device = pick_device(config.device)
-    path = os.path.join(config.out_dir, "ckpt.pt") if config.init_from == "resume" else config.init_from
+    path = newest_path(config.out_dir) if config.init_from == "resume" else config.init_from
     model, tokenizer = read_model(path, config.tokenizer)
     prompts = [] if config.score else read_prompts(config.start)
     teller = Storyteller(config, model, tokenizer, device, stories=max(1, len(prompts) * config.num_samples))

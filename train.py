@@ -39,7 +39,8 @@ from keeper import snapshot
 from model import ModelArgs, Transformer, flops_per_token
 from optim import learning_rate_at
 from parallel import gradients_meet, is_sharded, whole
-from run import ARCHITECTURE, Run, fine_tune, finish_saving, open_out_dir, resume, save, set_up
+from run import ARCHITECTURE, Run, fine_tune, resume, set_up
+from saving import finish_saving, open_out_dir, save
 
 # Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
 COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}
@@ -105,7 +106,7 @@ class TrainConfig:
     compile: bool = True  # compile the model with torch.compile
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model; or a share of it
     timeout: float = 600.0  # seconds that processes wait for one that does not answer
-    recompute: bool = False  # less memory for more time: keep only what flows between blocks (long contexts)
+    activation_checkpointing: bool = False  # less memory for more time: compute activations again (long contexts)
 
     def problems(self):
         at_least = {1: ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")}
@@ -367,8 +368,8 @@ def out_of_memory_in_words():
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            advice = "halve --batch_size and double --gradient_accumulation_steps, or give --recompute=True"
-            raise ValueError(f"out of memory: {advice}") from error
+            advice = "halve --batch_size and double --gradient_accumulation_steps"
+            raise ValueError(f"out of memory: {advice}, or give --activation_checkpointing=True") from error
         raise
 
 

@@ -1,15 +1,17 @@
 """
-ckpt.pt, a checkpoint of ours or of llama2.c's: the table of its tensors is the model's state dict.
+ckpt.pt, a checkpoint of ours or of llama2.c's: the table of its tensors is the model's state dict. Read
+as well: ckpt.dcp, a checkpoint in shares (see sharded.py).
 What training needs beyond the weights is checkpoint.py's; it is neither read nor written here.
 """
 
 import math
 import os
+from functools import partial
 
 import torch
 
 from atomic import AtomicFile
-from checkpoint import NOT_TIED, check_checkpoint, write_model_args
+from checkpoint import NOT_TIED, check_checkpoint, is_in_shares, write_model_args
 from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, same_values, to_write, tokenizer_in
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from tokenizer import Llama3Tokenizer, Tokenizer
@@ -18,10 +20,12 @@ DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
 def recognises(path: str) -> bool:
-    return os.path.isfile(path) and is_zip(path)
+    return is_in_shares(path) or (os.path.isfile(path) and is_zip(path))
 
 
 def read(path: str) -> StoredModel:
+    if is_in_shares(path):
+        return read_in_shares(path)
     checkpoint = read_torch_file(path)
     check_checkpoint(checkpoint, path)
     args, tensors = checkpoint["model_args"], checkpoint["model"]
@@ -30,6 +34,24 @@ def read(path: str) -> StoredModel:
         raise ValueError(f"{path}: {NOT_TIED}")
     tokenizer_hash = checkpoint.get("tokenizer_hash")
     return StoredModel(path, args, tensors, lambda: tokenizer_in(os.path.dirname(path)), tokenizer_hash)
+
+
+def read_in_shares(path: str) -> StoredModel:
+    from sharded import read_outline, read_tensors
+
+    outline = read_outline(path)
+
+    def read_one(name: str, outlined: torch.Tensor) -> torch.Tensor:
+        tensor = torch.empty(outlined.shape, dtype=outlined.dtype)
+        read_tensors(path, outline["table"], {f"model/{name}": tensor})
+        return tensor
+
+    tensors = {
+        name: StoredTensor(tuple(outlined.shape), outlined.dtype, partial(read_one, name, outlined))
+        for name, outlined in outline["model"].items()
+    }
+    own_tokenizer = partial(tokenizer_in, os.path.dirname(path.rstrip(os.sep)))
+    return StoredModel(path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash"))
 
 
 def refusal(args) -> None:

@@ -3,9 +3,10 @@ Runs that are hurt at random moments, again and again, and must end as if nothin
 
     python -m tests.chaos --runs=100 --seed=1
 
-A run of a small model, on 1, 2 or 4 processes, lives several times; in each life but the last something
-happens to it at a random moment. It must end with the weights of the undisturbed run: the same bits on one
-process, to 1e-5 on several. The table goes to standard output.
+A run of a small model, on 1, 2 or 4 processes, with all of it in each (ddp) or a share (fsdp), or now so
+and now so, lives several times; in each life but the last something happens to it at a random moment. It
+must end with the weights of the undisturbed run: the same bits on one process, to 1e-5 on several. The
+table goes to standard output.
 """
 
 import argparse
@@ -23,13 +24,13 @@ import time
 import uuid
 from pathlib import Path
 
-from keeper import newest_checkpoint
+from keeper import newest_checkpoint, newest_path, remove
 from synthetic import story
 from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import train_sentencepiece
 
-STEPS = 300
+STEPS = 200
 HANG = 180  # seconds without an end
 TIMEOUT = 8  # seconds that the processes wait for each other
 OPTIONS = (
@@ -38,6 +39,7 @@ OPTIONS = (
     *("--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"),
     *("--checkpoint_interval=5", "--keep_checkpoints=2", f"--max_iters={STEPS}", f"--timeout={TIMEOUT}"),
 )
+KINDS = ("1 process", "2 ddp", "2 fsdp", "4 ddp", "4 fsdp", "mixed")  # mixed: each life is another
 FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "deleted checkpoint")
 
 
@@ -53,13 +55,14 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def start(data: Path, out_dir: Path, processes: int, disk_is_full: bool = False) -> subprocess.Popen:
+def start(data: Path, out_dir: Path, kind: str, disk_is_full: bool = False) -> subprocess.Popen:
     """A life of a run."""
+    processes, parallel = int(kind.split()[0]), kind.split()[1].replace("process", "ddp")
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
         command[1:1] = torchrun
-    command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}", "--init_from=auto"]
+    command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}", "--init_from=auto", f"--parallel={parallel}"]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))) if disk_is_full else None
     with open(f"{out_dir}.log", "a") as log:
         name = uuid.uuid4().hex  # by which its processes are known
@@ -95,9 +98,9 @@ def end(process: subprocess.Popen) -> int | None:
     return status
 
 
-def live(data: Path, out_dir: Path, processes: int, fault: str, moment: float) -> tuple[bool, int | None]:
+def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tuple[bool, int | None]:
     """One life, with this fault after so many seconds: whether it was hit, and its status."""
-    process = start(data, out_dir, processes, fault == "full disk")
+    process = start(data, out_dir, kind, fault == "full disk")
     if fault == "full disk":
         status = end(process)
         return status != 0, status
@@ -108,7 +111,7 @@ def live(data: Path, out_dir: Path, processes: int, fault: str, moment: float) -
     name = fault if fault.startswith("SIG") else "SIGKILL"
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, getattr(signal, name))
-    if name == "SIGSTOP" and processes == 1:  # nobody waits for it
+    if name == "SIGSTOP" and kind == "1 process":  # nobody waits for it
         time.sleep(1)
         os.kill(victim, signal.SIGCONT)
     if "checkpoint" in fault:
@@ -117,11 +120,14 @@ def live(data: Path, out_dir: Path, processes: int, fault: str, moment: float) -
                 os.kill(pid, signal.SIGKILL)
         process.kill()
     status = end(process)
-    newest = out_dir / "ckpt.pt"
+    newest = Path(newest_path(str(out_dir)))
     if newest.exists() and fault == "cut checkpoint":
-        os.truncate(newest, os.path.getsize(newest) * 2 // 3)
+        part = random.Random(moment).choice(sorted(newest.iterdir())) if newest.is_dir() else newest
+        copy = part.read_bytes()  # the file may have another name, by which it is an older checkpoint's
+        part.unlink()
+        part.write_bytes(copy[: len(copy) * 2 // 3])
     elif newest.exists() and fault == "deleted checkpoint":
-        newest.unlink()
+        remove(str(newest))
     return True, status
 
 
@@ -134,14 +140,16 @@ def newest_step(out_dir: Path) -> int:
 
 
 def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) -> tuple:
-    """The number of processes, the faults that hit, and how the run ended: '' where it ended well.
-    lengths: how many seconds an undisturbed run takes on so many processes."""
+    """The kind of run, the faults that hit, and how the run ended: '' where it ended well.
+    lengths: how many seconds an undisturbed life of each kind takes."""
     rng = random.Random(f"{seed} {number}")
-    processes, faults = rng.choice(list(lengths)), [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
+    kind, faults = KINDS[number % len(KINDS)], [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
+    kind_of_life = lambda: rng.choice(list(lengths)) if kind == "mixed" else kind
     out_dir, problem, lives, hits = folder / f"run{number}", "", 0, []
     for fault in faults:
         before = newest_step(out_dir)
-        is_hit, status = live(data, out_dir, processes, fault, rng.uniform(0.5, lengths[processes]))
+        now = kind_of_life()
+        is_hit, status = live(data, out_dir, now, fault, rng.uniform(0.5, lengths[now]))
         lives, hits = lives + 1, hits + [fault] * is_hit
         if status is None:
             problem = f"hangs after {fault}"
@@ -149,13 +157,13 @@ def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) ->
             problem = f"lost a checkpoint after {fault}"
     while not problem and newest_step(out_dir) < STEPS:
         lives += 1
-        if (status := end(start(data, out_dir, processes))) != 0 or lives > len(faults) + 3:
+        if (status := end(start(data, out_dir, kind_of_life()))) != 0 or lives > len(faults) + 3:
             problem = "hangs" if status is None else f"does not end: status {status}"
     if not problem:
-        off = largest_difference(folder / "undisturbed1", out_dir)
-        if off > (0 if processes == 1 else 1e-5):
+        off = largest_difference(folder / f"undisturbed {KINDS[0]}", out_dir)
+        if off > (0 if kind == "1 process" else 1e-5):
             problem = f"other weights, by {off:.1e}"
-    return processes, hits, problem
+    return kind, hits, problem
 
 
 def main():
@@ -166,28 +174,26 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     data = make_data(folder)
     lengths = {}
-    for processes in (1, 2, 4):
+    for kind in KINDS[:-1]:
         began = time.monotonic()
-        assert end(start(data, folder / f"undisturbed{processes}", processes)) == 0
-        lengths[processes] = time.monotonic() - began
-        off = largest_difference(folder / "undisturbed1", folder / f"undisturbed{processes}")
-        print(f"undisturbed, {processes} process(es): {lengths[processes]:.0f} s, weights off by {off:.1e}", flush=True)
+        assert end(start(data, folder / f"undisturbed {kind}", kind)) == 0
+        lengths[kind] = time.monotonic() - began
+        off = largest_difference(folder / f"undisturbed {KINDS[0]}", folder / f"undisturbed {kind}")
+        print(f"undisturbed, {kind}: {lengths[kind]:.0f} s, weights off by {off:.1e}", flush=True)
     table, problems = collections.Counter(), []
     for number in range(arguments.runs):
         began = time.monotonic()
-        processes, faults, problem = hurt_run(data, folder, lengths, number, arguments.seed)
+        kind, faults, problem = hurt_run(data, folder, lengths, number, arguments.seed)
         seconds = time.monotonic() - began
-        print(
-            f"{number}: {processes} process(es), {', '.join(faults)}: {problem or 'well'} ({seconds:.0f} s)", flush=True
-        )
-        table.update({(fault, processes): 1 for fault in set(faults)} | {("runs", processes): 1})
+        print(f"{number}: {kind}, {', '.join(faults)}: {problem or 'well'} ({seconds:.0f} s)", flush=True)
+        table.update({(fault, kind): 1 for fault in set(faults)} | {("runs", kind): 1})
         if problem:
             problems.append(f"run {number}: {problem}; see {folder}/run{number}.log")
         else:
             shutil.rmtree(folder / f"run{number}")
-    print("\n| hit by | 1 process | 2 | 4 |\n|---|---:|---:|---:|")
+    print(f"\n| hit by | {' | '.join(KINDS)} |\n|---|{'---:|' * len(KINDS)}")
     for fault in ("runs", *FAULTS):
-        print(f"| {fault} | {table[fault, 1]} | {table[fault, 2]} | {table[fault, 4]} |")
+        print(f"| {fault} | {' | '.join(str(table[fault, kind]) for kind in KINDS)} |")
     print(f"\n{arguments.runs - len(problems)} of {arguments.runs} runs ended well.", *problems, sep="\n")
     raise SystemExit(bool(problems))
 

@@ -21,6 +21,7 @@ import torch
 import configurator
 from atomic import write_atomically
 from checkpoint import load_checkpoint, load_weights
+from keeper import newest_path
 from model import Transformer
 from synthetic import story
 from tinystories import Pretokenize, run_pretokenize
@@ -135,9 +136,18 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(said + (process.stderr.read() if process.stderr else ""))
 
 
+def weights_in(path: str) -> dict:
+    """A checkpoint's, in one file or in shares."""
+    from sharded import read_outline, with_whole_tensors
+
+    if path.endswith(".dcp"):
+        return with_whole_tensors(path, read_outline(path))["model"]
+    return load_checkpoint(path)["model"]
+
+
 def largest_difference(a: Path, b: Path) -> float:
     """Between the weights of two runs' newest checkpoints."""
-    a, b = (load_checkpoint(str(out_dir / "ckpt.pt"))["model"] for out_dir in (a, b))
+    a, b = (weights_in(newest_path(str(out_dir))) for out_dir in (a, b))
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 

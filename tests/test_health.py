@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import types
 
 import pytest
@@ -56,10 +57,10 @@ def test_a_spike_of_the_loss_is_told():
 
 def test_a_resumed_run_skips_the_same_updates(train, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    whole = train(*TINY, SPIKED, "--max_iters=60", f"--out_dir={straight}")
+    whole = train(*TINY, SPIKED, "--max_iters=60", f"--out_dir={straight}", "--keep_checkpoints=9")
     assert whole.stdout.count("skipped, its gradient") > 2, whole.stdout
-    assert train(*TINY, SPIKED, "--max_iters=60", f"--out_dir={resumed}", "--keep_checkpoints=9").returncode == 0
-    (resumed / "ckpt_000040.pt").replace(resumed / "ckpt.pt")
+    resumed.mkdir()
+    shutil.copy(straight / "ckpt_000040.pt", resumed / "ckpt.pt")
     rest = train("--init_from=resume", f"--out_dir={resumed}")
     skips_of = lambda text: re.findall(r"step ([45]\d): skipped", text)
     assert skips_of(rest.stdout) == skips_of(whole.stdout) != []

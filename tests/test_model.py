@@ -159,7 +159,7 @@ def test_recomputing_gives_the_same_gradients_and_keeps_far_less(dropout, attent
     model = random_model(n_layers=4, dropout=dropout).train()
     tokens = random_tokens(3, 40)
     expected, kept = gradients_and_bytes_kept(model, tokens)
-    model.recompute = True
+    model.activation_checkpointing = True
     gradients, kept_now = gradients_and_bytes_kept(model, tokens)
     assert all(map(torch.equal, gradients, expected))
     assert kept_now < kept / 3

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.conftest import largest_difference, wait_for
-from tests.test_train import ROOT, TINY
+from tests.test_train import ROOT, TINY, records
 
 RUN = (*TINY, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
 
@@ -70,6 +70,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
         process = run(processes, *options, f"--out_dir={tmp_path}", *shape)
         assert process.communicate(timeout=180) and process.returncode == 0
     assert largest_difference(undisturbed, tmp_path) < 1e-5
+    assert records(tmp_path, "val_loss")[-1] == pytest.approx(records(undisturbed, "val_loss")[-1], abs=1e-5)
 
 
 @linux_only

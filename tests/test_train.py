@@ -162,27 +162,32 @@ def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_p
     assert same_tensors(before["model"], after["model"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir, tmp_path, number):
+def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert train(*TINY, "--max_iters=200", f"--out_dir={straight}").returncode == 0
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=200", "--checkpoint_interval=0"]
+    assert train(*TINY, "--max_iters=120", f"--out_dir={straight}").returncode == 0
+    for number, step in ((signal.SIGINT, 10), (signal.SIGTERM, 60)):
+        interrupt(stopped, data_dir, number, step)
+    assert train("--init_from=resume", f"--out_dir={stopped}").returncode == 0
+    assert same_state(straight / "ckpt.pt", stopped / "ckpt.pt")
+    assert records(straight, "loss") == records(stopped, "loss")
+
+
+def interrupt(out_dir: Path, data_dir, number: signal.Signals, step: int):
+    """Let a run of 120 steps begin, or go on, and interrupt it at this step."""
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=120", "--checkpoint_interval=0"]
     process = subprocess.Popen(
-        [*command, f"--data_dir={data_dir}", f"--out_dir={stopped}"],
+        [*command, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--init_from=auto"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("10 |"):
+        if line.startswith(f"{step} |"):
             process.send_signal(number)
             break
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "--init_from=resume" in rest and "Traceback" not in errors
-    assert 10 < load_checkpoint(str(stopped / "ckpt.pt"))["iter_num"] < 200
-    assert train("--init_from=resume", f"--out_dir={stopped}").returncode == 0
-    assert same_state(straight / "ckpt.pt", stopped / "ckpt.pt")
-    assert records(straight, "loss") == records(stopped, "loss")
+    assert step < load_checkpoint(str(out_dir / "ckpt.pt"))["iter_num"] < 120
 
 
 def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
@@ -215,7 +220,8 @@ def test_a_new_run_moves_an_earlier_one_aside(train, tmp_path):
 
 
 def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path):
-    assert train(*TINY, "--max_iters=3", f"--out_dir={tmp_path}", "--eval_iters=0").returncode == 0
+    everything = ("--eval_iters=0", "--batch_size=64", "--gradient_accumulation_steps=1")
+    assert train(*TINY, *everything, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = train("--init_from=resume", "--eval_only=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
@@ -233,7 +239,7 @@ def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, 
         return recompute(block, *inputs, **how)
 
     monkeypatch.setattr(model_module, "checkpoint", count)
-    status, _, errors = run_here(train_module, *options, "--recompute=True", f"--out_dir={recomputed}")
+    status, _, errors = run_here(train_module, *options, "--activation_checkpointing=True", f"--out_dir={recomputed}")
     assert status == 0, errors
     assert len(blocks) == 3 * 4 * 2  # steps, micro-batches, blocks
     assert same_state(kept / "ckpt.pt", recomputed / "ckpt.pt")

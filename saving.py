@@ -1,0 +1,202 @@
+"""
+What a run leaves in its folder: checkpoints, the best model, the vocabulary and the figures.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import itertools
+import os
+import re
+import sys
+from functools import partial
+
+import torch
+
+from atomic import AtomicFolder, sync_folder, write_atomically
+from checkpoint import FORMAT, save_checkpoint, write_model_args
+from formats import llama2c
+from formats.stored import stored_weights
+from keeper import NEWEST, link_or_copy, put_older_aside, remove, remove_oldest, snapshot
+from metrics import Metrics
+from parallel import is_sharded
+from run import Run
+
+# Names of what a run writes.
+OURS = r"(ckpt\w*|best)\.(pt|dcp)|model\.bin|loss\.png|metrics\.jsonl|tokenizer\.\w+"
+
+
+def state_of(run: Run) -> dict:
+    """All that the run needs to go on: llama2.c's keys, then ours."""
+    weights = run.model.state_dict()
+    if run.model.args.tie_embeddings:
+        weights["output.weight"] = weights["tok_embeddings.weight"]  # the same object, so that it is copied once
+    return {
+        "model": weights,
+        "optimizer": run.optimizer.state_dict(),
+        "model_args": write_model_args(run.model.args),
+        "iter_num": run.iter_num,
+        "best_val_loss": torch.tensor(run.best_val_loss, dtype=torch.float64),
+        "config": dataclasses.asdict(run.config),
+        "scaler": run.scaler.state_dict(),
+        "position": run.position,
+        "late_norms": run.late_norms,
+        "tokenizer_hash": run.tokenizer.hash,
+        "versions": {"format": FORMAT, "torch": str(torch.__version__), "python": sys.version.split()[0]},
+    }
+
+
+def save(run: Run, best: bool = False):
+    """Have the state of this step written in the background: as the newest, with older ones beside it where
+    they are asked for, and as the best. The main process writes all of it, or each its share."""
+    if is_sharded(run.model):
+        save_shares(run, best)
+    elif run.world.is_main:
+        save_files(run, best)
+
+
+def save_files(run: Run, best: bool):
+    """As ckpt.pt, and the best as best.pt and, where the format can say the model, model.bin."""
+    run.keeper.wait()  # before memory is taken for another copy
+    run.keeper.pending.pop(run.path("ckpt.pt"), None)
+    state, writes = snapshot(state_of(run)), {}
+
+    def write_newest(step=run.iter_num):
+        put_aside(run, "ckpt.pt", step)
+        save_checkpoint(run.path("ckpt.pt"), state)
+        settle(run, step)
+
+    if not os.path.exists(run.path("tokenizer.model")):  # the folder was deleted
+        best = True  # the newest stands in for the best, which is gone
+        run.metrics.forget_file()
+        writes |= tokenizer_writes(run)
+    if best:  # before the newest, which knows how good the best is
+        writes[run.path("best.pt")] = partial(write_best, run, state)
+        if not llama2c.refusal(run.model.args):
+            weights = stored_weights(run.model.args, state["model"])
+            writes[run.path("model.bin")] = lambda: llama2c.write(weights, run.path("model.bin"))
+    run.keeper.keep(writes | {run.path("ckpt.pt"): write_newest})
+
+
+def write_best(run: Run, state: dict):
+    save_checkpoint(run.path("best.pt"), state)
+    remove(run.path("best.dcp"))
+
+
+def save_shares(run: Run, best: bool):
+    """As the folder ckpt.dcp, and the best as best.dcp, made of the same files; by all processes together."""
+    from sharded import cpu_copy, split, write_shares
+
+    run.keeper.wait()
+    is_gone = run.world.any(run.world.is_main and not os.path.exists(run.path("tokenizer.model")))
+    shares, rest = split(state_of(run))
+    if run.model.args.tie_embeddings:
+        del shares["model/output.weight"]
+    shares = {place: cpu_copy(share, run.saving_mesh) for place, share in shares.items()}
+    rest = snapshot(rest)
+
+    def put_in_place(folder: str, step=run.iter_num):  # by the main process
+        if is_gone:
+            run.metrics.forget_file()
+            for write in tokenizer_writes(run).values():
+                write()
+        put_aside(run, "ckpt.dcp", step)
+        os.rename(folder, run.path("ckpt.dcp"))
+        sync_folder(run.config.out_dir)
+        remove(run.path(f"ckpt_{step:06d}.dcp"))  # of the same step, if one was put aside
+        if best or is_gone:
+            write_best_of_shares(run)
+        settle(run, step)
+
+    def write():
+        write_shares(shares, rest, run.path("ckpt.dcp"), run.saving_mesh, put_in_place)
+
+    run.keeper.keep({run.path("ckpt.dcp"): write})
+
+
+def write_best_of_shares(run: Run):
+    with AtomicFolder(run.path("best.dcp"), may_replace=lambda name: True) as folder:
+        for name in os.listdir(run.path("ckpt.dcp")):
+            link_or_copy(os.path.join(run.path("ckpt.dcp"), name), os.path.join(folder, name))
+    for name in ("best.pt", "model.bin"):  # of a lesser model
+        remove(run.path(name))
+
+
+def put_aside(run: Run, name: str, step: int):
+    """Make way for a checkpoint of this step."""
+    is_kept = run.config.keep_checkpoints or name != "ckpt.pt"
+    if run.saved_at is not None and (is_kept or os.path.exists(run.path("ckpt.dcp"))):
+        put_older_aside(run.config.out_dir, run.saved_at, name, step)
+
+
+def settle(run: Run, step: int):
+    """After a checkpoint of this step was written."""
+    run.saved_at = step
+    remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
+
+
+def finish_saving(run: Run):
+    """Wait until all is written. Raises ValueError where something cannot be; then the other processes
+    end too."""
+    problems = []
+    for finish in [run.keeper.finish, *([run.metrics.finish] if run.metrics else [])]:
+        try:
+            finish()
+        except ValueError as error:
+            problems.append(str(error))
+    if not run.world.any(bool(problems)):
+        return
+    if not run.world.is_main:
+        raise SystemExit(1)
+    newest = "no checkpoint" if run.saved_at is None else f"the newest checkpoint is of step {run.saved_at}"
+    raise ValueError("; ".join([*problems, newest]))
+
+
+def tokenizer_writes(run: Run) -> dict:
+    """The vocabulary, beside the model that was trained with it."""
+    contents = {"tokenizer.model": run.tokenizer.content}
+    with contextlib.suppress(ValueError):  # a vocabulary that tokenizer.bin cannot say
+        contents["tokenizer.bin"] = run.tokenizer.to_bin()
+    return {run.path(name): partial(write_atomically, run.path(name), content) for name, content in contents.items()}
+
+
+def set_aside(out_dir: str):
+    """Keep what an earlier run left here: a new one may not write over it."""
+    found = glob.glob(os.path.join(glob.escape(out_dir), "*"))
+    found = [path for path in found if re.fullmatch(rf"{OURS}|ckpt\.damaged(\.dcp)?", os.path.basename(path))]
+    if not any(path.endswith((".pt", ".dcp")) for path in found):
+        return
+    number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f"previous{n}")))
+    folder = os.path.join(out_dir, f"previous{number}")
+    os.makedirs(folder)
+    for path in found:
+        os.rename(path, os.path.join(folder, os.path.basename(path)))
+    print(f"moved the earlier run in {out_dir} to {folder}")
+
+
+def open_out_dir(run: Run, resumed_from: str):
+    """Make the folder ready for the files of this run, which goes on from that checkpoint, if from any
+    (main process only)."""
+    config = run.config
+    if config.init_from != "resume":
+        set_aside(config.out_dir)
+    for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
+        if re.fullmatch(rf"({OURS})\.\d+\.partial(\.old)?", name):
+            remove(run.path(name))
+    for path in map(run.path, NEWEST):
+        if resumed_from and resumed_from != path and os.path.exists(path):
+            damaged = f"{os.path.splitext(path)[0]}.damaged{'.dcp' * path.endswith('.dcp')}"
+            remove(damaged)
+            os.rename(path, damaged)
+    run.metrics = Metrics(config.out_dir, run.iter_num)
+    for write in tokenizer_writes(run).values():
+        write()
+    if is_sharded(run.model):
+        best = run.path("best.dcp")
+        print(f"each process saves its share; join the shares with: python export.py model.bin --from={best}")
+    elif refusal := llama2c.refusal(run.model.args):
+        print(f"no model.bin will be written: {refusal}")
+    if config.wandb_log:
+        import wandb
+
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=dataclasses.asdict(config))
