@@ -12,6 +12,7 @@ Every variant lives in a process of its own. They take turns, round after round,
 that slows down slows all of them; quoted are medians, and the ratio to plain of the same round.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 import types
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,7 +41,7 @@ from model import Transformer, draw_weights, flops_per_token
 from parallel import fill, is_sharded
 from run import equip
 from saving import save
-from turns import Measured, Variant, measure, timing_problems
+from turns import WARM_UP, Measured, Variant, measure, synchronize, timing_problems
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 PRESETS = {
@@ -91,7 +93,7 @@ class SaveBench:
 
     preset: Literal["260K", "15M", "15M-32000", "42M", "110M"] = "15M"  # the size of the model
     checkpoint_interval: int = 50  # steps between checkpoints
-    rounds: int = 5  # how often each has its turn, of so many steps
+    rounds: int = 9  # how often each has its turn, of so many steps
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
@@ -131,24 +133,24 @@ def our_step(run, forward):
     return step
 
 
-def saving(options: list[str], device: str, interval: int, saves: bool):
-    """So many of our steps, with a checkpoint before them or not."""
+def saving(options: list[str], device: str, folder: str, interval: int, rounds: int) -> dict[bool, list[float]]:
+    """Tokens per second of so many of our steps, without and with a checkpoint. Both in one process, in turn:
+    two processes of the same code are further apart than this."""
     run, forward = our_run(options, device)
-    folder, step = tempfile.TemporaryDirectory(), our_step(run, forward)
-    run.config = dataclasses.replace(run.config, out_dir=folder.name)
-    run.tokenizer = types.SimpleNamespace(hash="")
-    write_atomically(run.path("tokenizer.model"), b"")  # save would think that the folder was deleted
-
-    def steps() -> int:
-        if saves:
-            save(run)
-        done = sum(step() for _ in range(interval))
-        if run.keeper.failure:
-            raise run.keeper.failure
-        return done
-
-    steps.folder = folder  # it is removed with what is in it
-    return steps
+    run.config, run.tokenizer = dataclasses.replace(run.config, out_dir=folder), types.SimpleNamespace(hash="")
+    write_atomically(run.path("tokenizer.model"), b"")  # without it the folder would count as deleted
+    step, rates = our_step(run, forward), {False: [], True: []}
+    for number in range(-1, rounds):
+        for saves in (False, True) if number % 2 else (True, False):
+            synchronize(device)
+            began = time.perf_counter()
+            if saves:
+                save(run)
+            tokens = sum(step() for _ in range(interval if number >= 0 else WARM_UP))
+            synchronize(device)
+            run.keeper.finish()
+            rates[saves] += [tokens / (time.perf_counter() - began)] if number >= 0 else []
+    return rates
 
 
 def plain(options: list[str], device: str, compile: bool, dtype: str, of="plain"):
@@ -331,22 +333,19 @@ def write_records(path: str, records: list[dict]):
 
 def run_save(config: SaveBench):
     device = pick_device(config.device)
-    options = options_of(config.preset, device, 0)
-    settings = dict(options=options, device=device, interval=config.checkpoint_interval)
-    names = {"no checkpoints": False, f"one in {config.checkpoint_interval} steps": True}
-    variants = [Variant(name, saving, settings | dict(saves=saves), warm_up=1) for name, saves in names.items()]
-    measured = measure(variants, config.rounds, seconds=1e-3)
-    without, with_them = measured.values()
-    ratios = [mine / base for mine, base in zip(with_them.rates, without.rates, strict=True)]
-    print(f"{machine(device)}\n\n| {config.preset} | tokens/s | x without | spread |\n|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        options = options_of(config.preset, device, 0)
+        rates = saving(options, device, folder, config.checkpoint_interval, config.rounds)
+    ratios = [mine / base for mine, base in zip(rates[True], rates[False], strict=True)]
     ratio, spread = statistics.median(ratios), f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"| {variants[0].name} | {without.rate:,.0f} | 1 | |")
-    print(f"| {variants[1].name} | {with_them.rate:,.0f} | {ratio:.3f} | {spread} |")
-    records = [{
-        "preset": config.preset, "checkpoint_interval": config.checkpoint_interval, "ratio": ratio,
-        "tokens_per_second": with_them.rate, "ratio_min": min(ratios), "ratio_max": max(ratios),
-    }]  # fmt: skip
-    write_records(config.json, records)
+    without, with_one = (statistics.median(rates[saves]) for saves in (False, True))
+    print(f"{machine(device)}\n\n| {config.preset} | tokens/s | x without | spread |\n|---|---:|---:|---:|")
+    print(f"| no checkpoints | {without:,.0f} | 1 | |")
+    print(f"| one in {config.checkpoint_interval} steps | {with_one:,.0f} | {ratio:.3f} | {spread} |")
+    write_records(config.json, [{
+        "preset": config.preset, "checkpoint_interval": config.checkpoint_interval, "tokens_per_second": with_one,
+        "ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }])  # fmt: skip
 
 
 def run_data(config: bench_data.DataBench):

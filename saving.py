@@ -95,9 +95,11 @@ def save_shares(run: Run, best: bool):
     shares = {place: cpu_copy(share, run.saving_mesh) for place, share in shares.items()}
     rest = snapshot(rest)
 
+    if is_gone and run.world.is_main:
+        run.metrics.forget_file()
+
     def put_in_place(folder: str, step=run.iter_num):  # by the main process
         if is_gone:
-            run.metrics.forget_file()
             for write in tokenizer_writes(run).values():
                 write()
         put_aside(run, "ckpt.dcp", step)

@@ -12,6 +12,7 @@ import torch
 
 import bench
 import bench_sample
+import saving
 from bench_data import TO_LEARN_FROM, DataBench, distinct_stories, take
 from bench_sample import TOKENS, made_up_tokenizer, random_model, report, seconds_to_first_token, write_files
 from export import read_model
@@ -101,12 +102,13 @@ def test_the_data_bench_reports_what_it_measured(run_script, tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["speed"], "must come first and be one of train, cost, data, sample"),
+        (["speed"], "must come first and be one of train, cost, save, data, sample"),
         (["train", "--preset=7B"], "--preset=7B: must be one of all, 260K"),
         (["train", "--rounds=0"], "--rounds=0: must be 1 or more"),
         (["train", "--seconds=0"], "--seconds=0: must be above 0"),
         (["train", "--json=nowhere/x.json"], "there is no folder nowhere"),
         (["train", "--json=/tmp"], "--json=/tmp: a file cannot be written there"),
+        (["save", "--checkpoint_interval=0"], "--checkpoint_interval=0: must be 1 or more"),
         (["data", "--megabytes=0"], "--megabytes=0: must be 1 or more"),
         (["sample", "--batch=3"], "--batch=3: must be one of all, 1, 4, 16, 64"),
         (["sample", "--rounds=0", "--seconds=0"], "--seconds=0: must be above 0"),
@@ -270,6 +272,21 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
         assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in told
     assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in told
     assert 0.5 < first["seconds"] < 120
+
+
+def test_saving_is_measured_with_what_is_saved(run_here, monkeypatch, tmp_path):
+    path, steps, saved = tmp_path / "bench.json", [], []
+    training_step, save_checkpoint = bench.train.training_step, saving.save_checkpoint
+    monkeypatch.setattr(bench.train, "training_step", lambda *run: steps.append(training_step(*run)))
+    monkeypatch.setattr(saving, "save_checkpoint", lambda *what: saved.append(save_checkpoint(*what)))
+    monkeypatch.setitem(bench.PRESETS, "260K", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"])
+    options = ("--preset=260K", "--checkpoint_interval=4", "--rounds=3", "--device=cpu", f"--json={path}")
+    status, told, error = run_here(bench, "save", *options)
+    assert status == 0, error
+    assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
+    (record,) = json.loads(path.read_text())
+    assert record["ratio_min"] <= record["ratio"] <= record["ratio_max"]
+    assert f"| one in 4 steps | {record['tokens_per_second']:,.0f} | {record['ratio']:.3f} |" in told
 
 
 def event(token: int | None) -> str:
