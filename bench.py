@@ -79,6 +79,7 @@ class CostBench:
     rounds: int = 3  # how often each setting has its turn
     seconds: float = 4.0  # how long a turn lasts, at least one step
     preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = "all"  # the size of the model
+    compile: bool = True  # compile the model, which takes minutes where several processes do
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
@@ -306,7 +307,7 @@ def run_cost(config: CostBench):
             continue
         parallel = parallel[0] if parallel else "ddp"
         options = [*options_of(preset, device, batch, length), f"--gradient_accumulation_steps={processes}"]
-        options += [f"--parallel={parallel}"]
+        options += [f"--parallel={parallel}", f"--compile={config.compile}"]
         variant = Variant(preset, ours, dict(options=options, device=device), processes)
         measured = measure([variant, ceilings(device)[-1]], config.rounds, config.seconds)
         figures, most = measured.values()
