@@ -1,0 +1,152 @@
+"""
+The figures of docs/scaling.md, from what this machine measures and a few assumptions:
+
+    python -m docs.scaling
+"""
+
+import json
+import os
+import resource
+import tempfile
+import time
+
+import torch
+
+from atomic import write_atomically
+from checkpoint import fingerprint, save_checkpoint, write_model_args
+from dataset import TokenWindows, training_window
+from device import autocast
+from keeper import snapshot
+from loss import CHUNK_ELEMENTS
+from model import ModelArgs, Transformer, flops_per_token
+
+# The model: Llama 3.2 1B's shape.
+ARGS = ModelArgs(2048, 16, 32, 8, vocab_size=128256, hidden_dim=8192, rope_theta=500000.0, max_seq_len=2048)
+TOKENS = 10**12
+NODES, GPUS_A_NODE = 64, 8
+MICRO_BATCH = 4  # sequences
+SEQUENCES = NODES * GPUS_A_NODE * MICRO_BATCH  # a step
+
+# Assumed, not measured here: H100s (80 GB, 989 TFLOP/s in bfloat16) of which training gets 40%, as
+# nanochat's and torchtitan's published runs do; 8 network cards of 50 GB/s a node; a shared disk that
+# takes 2 GB/s; interruptions as often as in Llama 3's training, 466 in 54 days of 16,384 GPUs (arXiv 2407.21783).
+FLOPS = 989e12 * 0.4
+NETWORK = 8 * 50e9  # bytes a second in and out of a node
+DISK = 2e9
+GPU_HOURS_A_FAILURE = 54 * 24 * 16384 / 466
+
+
+def timed(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def parameters() -> int:
+    return Transformer.outline(ARGS).num_parameters()
+
+
+def activation_bytes() -> int:
+    """What one block keeps of one sequence for its backward pass."""
+    kept, block = {}, Transformer(ModelArgs(**vars(ARGS) | dict(n_layers=1, vocab_size=64)))
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    casts = {p.numel() for p in block.parameters()}  # a weight in 16 bits is there once, whatever the batch
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.numel() not in casts:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
+        return tensor
+
+    inputs = torch.zeros(1, ARGS.max_seq_len, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast("cpu", "bfloat16"):
+        block.hidden(inputs)
+    return sum(size for size, _ in kept.values())
+
+
+def checkpoint_costs() -> dict:
+    """Of 15M parameters with their moments: bytes of a parameter, and bytes a second of each part of saving."""
+    model = Transformer(ModelArgs(vocab_size=32000))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))[1].backward()
+    optimizer.step()
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=1)
+    state["model_args"] = write_model_args(model.args)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "ckpt.pt")
+        times = {}
+        for _ in range(2):  # the second time counts
+            times["copy"] = timed(lambda: snapshot(state))
+            times["hash"] = timed(lambda: fingerprint(state))
+            times["hash, write and flush"] = timed(lambda: save_checkpoint(path, state))
+        size = os.path.getsize(path)
+    return {"bytes of a parameter": size / model.num_parameters()} | {n: size / took for n, took in times.items()}
+
+
+def data_costs() -> dict:
+    """Of a shard of 400 GB, all hole: the memory that opening and reading it takes, the time of a window."""
+    windows_read, tokens = 2000, 10**11
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, "data.bin"), "wb") as file:
+            file.truncate(4 * tokens)
+        shards = [{"file": "data.bin", "tokens": tokens, "train": [0, tokens], "val": [0, 0]}]
+        meta = {"dtype": "uint32", "vocab_size": ARGS.vocab_size, "tokenizer_hash": "", "shards": shards}
+        write_atomically(os.path.join(folder, "meta.json"), json.dumps(meta).encode())
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        windows = TokenWindows(folder, "train", ARGS.max_seq_len)
+        read = lambda position: windows[training_window(position, len(windows), 1337)]
+        took = timed(lambda: [read(position) for position in range(windows_read)])
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"MB more memory": (after - before) / 1024, "ms a window": took / windows_read * 1e3}
+
+
+def main():
+    data = data_costs()
+    costs, count, kept = checkpoint_costs(), parameters(), activation_bytes()
+    gpus, tokens = NODES * GPUS_A_NODE, SEQUENCES * ARGS.max_seq_len
+    flops = flops_per_token(ARGS, ARGS.max_seq_len)
+    step, seconds = tokens * flops / gpus / FLOPS, TOKENS * flops / gpus / FLOPS
+    blocks, logits = kept * ARGS.n_layers * MICRO_BATCH, 3 * 4 * CHUNK_ELEMENTS
+    edges = 4 * ARGS.dim * ARGS.max_seq_len * MICRO_BATCH * ARGS.n_layers  # what flows between blocks
+    size = costs["bytes of a parameter"] * count
+    per_day = 24 * gpus / GPU_HOURS_A_FAILURE
+    rows = [
+        ("parameters", f"{count / 1e9:.3f} G", "counted"),
+        ("operations a token, 2,048 of context", f"{flops / 1e9:.2f} GFLOP", "`flops_per_token`"),
+        ("tokens a step", f"{tokens / 1e6:.1f} M", f"{gpus} GPUs x {MICRO_BATCH} x {ARGS.max_seq_len}"),
+        ("steps", f"{TOKENS / tokens:,.0f}", ""),
+        ("a step, of products alone", f"{step:.2f} s", "assumed rate"),
+        ("the whole", f"{seconds / 3600:.1f} h", ""),
+        ("weights, gradients and moments in float32", f"{16 * count / 1e9:.1f} GB a GPU", "16 bytes a parameter"),
+        ("the same, shared among all GPUs", f"{16 * count / gpus / 1e6:.0f} MB a GPU", "`--parallel=fsdp`"),
+        ("kept of one sequence by one block", f"{kept / 1e6:.0f} MB", "measured"),
+        ("activations", f"{blocks / 1e9:.1f} GB", f"x {ARGS.n_layers} blocks x {MICRO_BATCH}"),
+        ("activations with --activation_checkpointing", f"{(edges + kept * MICRO_BATCH) / 1e9:.1f} GB", ""),
+        ("logits", f"{logits / 1e9:.1f} GB", "of a chunk, its exponential, its gradient"),
+        ("into a node a step, ddp", f"{2 * 4 * count / 1e9:.1f} GB", "a ring: float32 gradients, twice"),
+        (
+            "into a node a step, fsdp",
+            f"{(2 * 2 + 4) * count / 1e9:.1f} GB",
+            "weights in 16 bits twice, then gradients",
+        ),
+        ("either takes", f"{8 * count / NETWORK:.3f} s", "assumed network, most of it beside the products"),
+        ("bytes of a parameter in ckpt.pt", f"{costs['bytes of a parameter']:.2f}", "measured"),
+        ("a checkpoint", f"{size / 1e9:.1f} GB", ""),
+        ("to copy it", f"{size / costs['copy']:.0f} s", "measured, on one core: training waits"),
+        ("to hash it", f"{size / costs['hash']:.0f} s", "measured: in the background"),
+        ("to write it", f"{size / DISK:.0f} s", "assumed disk, in the background"),
+        ("to hash, write and flush it on this machine", f"{size / costs['hash, write and flush']:.0f} s", "measured"),
+        ("one process's share (fsdp)", f"{size / gpus / 1e6:.0f} MB", "copied and hashed in a moment"),
+        ("tokens on the disk", f"{4 * TOKENS / 1e12:.0f} TB", "uint32, as the vocabulary is above 65,536"),
+        ("memory to open and read 400 GB of tokens", f"{max(0.0, data['MB more memory']):.0f} MB", "measured"),
+        ("to place, read and check a window", f"{data['ms a window']:.2f} ms", "measured"),
+        ("a process's reading a step", f"{data['ms a window'] * MICRO_BATCH:.1f} ms", "in a thread, ahead"),
+        ("interruptions in the run", f"{per_day * seconds / 86400:.2f}", "assumed rate"),
+    ]
+    print("| what | figure | from |\n|---|---:|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
