@@ -89,8 +89,14 @@ def data_costs() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "data.bin"), "wb") as file:
             file.truncate(4 * tokens)
-        shards = [{"file": "data.bin", "tokens": tokens, "train": [0, tokens], "val": [0, 0]}]
-        meta = {"dtype": "uint32", "vocab_size": ARGS.vocab_size, "tokenizer_hash": "", "shards": shards}
+        shards = [{"file": "data.bin", "tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}]
+        meta = {
+            "dtype": "<u4",
+            "vocab_size": ARGS.vocab_size,
+            "tokenizer_hash": "",
+            "complete": True,
+            "shards": shards,
+        }
         write_atomically(os.path.join(folder, "meta.json"), json.dumps(meta).encode())
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         windows = TokenWindows(folder, "train", ARGS.max_seq_len)

@@ -15,8 +15,7 @@ from keeper import newest_checkpoint
 from model import ModelArgs, Transformer, draw_weights
 from sharded import read_outline, with_whole_tensors, write_whole
 from tests.test_checkpoint import checkpoint_of, random_model
-from tests.test_restarts import run
-from tests.test_train import TINY, records, same_state
+from tests.test_train import same_state
 
 
 def trained_state(step: int) -> dict:
@@ -125,19 +124,3 @@ def test_weights_drawn_one_at_a_time_are_a_new_model_s():
         model = Transformer(args)
         assert weights.keys() == dict(model.named_parameters()).keys()
         assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
-
-
-def test_a_sharded_run_saves_shares_and_goes_on_with_them(data_dir, tmp_path):
-    options = (*TINY, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--keep_checkpoints=2")
-    options += ("--init_from=auto", "--decay_lr=False")
-    for steps in (10, 20):
-        process = run(2, *options, "--parallel=fsdp", f"--out_dir={tmp_path / 'shares'}", f"--max_iters={steps}")
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, said
-    left = [name for name in os.listdir(tmp_path / "shares") if name.endswith((".pt", ".dcp", ".bin", ".partial"))]
-    assert sorted(left) == ["best.dcp", "ckpt.dcp", "ckpt_000010.dcp", "ckpt_000015.dcp", "tokenizer.bin"]
-    assert f"--from={tmp_path / 'shares' / 'best.dcp'}" in said
-    process = run(1, *options, f"--out_dir={tmp_path / 'one'}", "--max_iters=20")
-    assert process.communicate(timeout=120) and process.returncode == 0
-    losses = [records(tmp_path / name, "val_loss")[-1] for name in ("one", "shares")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
