@@ -5,6 +5,7 @@ The figures of docs/scaling.md, from what this machine measures and a few assump
 """
 
 import json
+import math
 import os
 import resource
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from atomic import write_atomically
 from checkpoint import fingerprint, save_checkpoint, write_model_args
 from dataset import TokenWindows, training_window
-from device import autocast
+from device import autocast, keep_freed_memory
 from keeper import snapshot
 from loss import CHUNK_ELEMENTS
 from model import ModelArgs, Transformer, flops_per_token
@@ -48,19 +49,20 @@ def parameters() -> int:
 
 def activation_bytes() -> int:
     """What one block keeps of one sequence for its backward pass."""
-    kept, block = {}, Transformer(ModelArgs(**vars(ARGS) | dict(n_layers=1, vocab_size=64)))
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    casts = {p.numel() for p in block.parameters()}  # a weight in 16 bits is there once, whatever the batch
+    return kept_bytes(sequences=2) - kept_bytes(sequences=1)  # weights in 16 bits are kept once, whatever the batch
+
+
+def kept_bytes(sequences: int) -> int:
+    kept, model = {}, Transformer(ModelArgs(**vars(ARGS) | dict(n_layers=1, vocab_size=64)))
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.numel() not in casts:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
+        kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
         return tensor
 
-    inputs = torch.zeros(1, ARGS.max_seq_len, dtype=torch.int64)
+    inputs = torch.zeros(sequences, ARGS.max_seq_len, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast("cpu", "bfloat16"):
-        block.hidden(inputs)
+        model.hidden(inputs)
     return sum(size for size, _ in kept.values())
 
 
@@ -93,7 +95,7 @@ def data_costs() -> dict:
         meta = {
             "dtype": "<u4",
             "vocab_size": ARGS.vocab_size,
-            "tokenizer_hash": "",
+            "tokenizer_hash": "none",
             "complete": True,
             "shards": shards,
         }
@@ -107,6 +109,7 @@ def data_costs() -> dict:
 
 
 def main():
+    keep_freed_memory()  # as training does
     data = data_costs()
     costs, count, kept = checkpoint_costs(), parameters(), activation_bytes()
     gpus, tokens = NODES * GPUS_A_NODE, SEQUENCES * ARGS.max_seq_len
@@ -116,6 +119,7 @@ def main():
     edges = 4 * ARGS.dim * ARGS.max_seq_len * MICRO_BATCH * ARGS.n_layers  # what flows between blocks
     size = costs["bytes of a parameter"] * count
     per_day = 24 * gpus / GPU_HOURS_A_FAILURE
+    young = math.sqrt(2 * size / costs["copy"] * GPU_HOURS_A_FAILURE * 3600 / gpus)
     rows = [
         ("parameters", f"{count / 1e9:.3f} G", "counted"),
         ("operations a token, 2,048 of context", f"{flops / 1e9:.2f} GFLOP", "`flops_per_token`"),
@@ -148,6 +152,11 @@ def main():
         ("to place, read and check a window", f"{data['ms a window']:.2f} ms", "measured"),
         ("a process's reading a step", f"{data['ms a window'] * MICRO_BATCH:.1f} ms", "in a thread, ahead"),
         ("interruptions in the run", f"{per_day * seconds / 86400:.2f}", "assumed rate"),
+        (
+            "between checkpoints, by Young's rule",
+            f"{young / 60:.0f} min",
+            "root of 2 x copying x failures apart",
+        ),
     ]
     print("| what | figure | from |\n|---|---:|---|")
     for row in rows:
