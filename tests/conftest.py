@@ -21,7 +21,7 @@ import torch
 import configurator
 from atomic import write_atomically
 from checkpoint import load_checkpoint, load_weights
-from keeper import newest_path
+from keeper import newest_checkpoint
 from model import Transformer
 from synthetic import story
 from tinystories import Pretokenize, run_pretokenize
@@ -147,7 +147,7 @@ def weights_in(path: str) -> dict:
 
 def largest_difference(a: Path, b: Path) -> float:
     """Between the weights of two runs' newest checkpoints."""
-    a, b = (weights_in(newest_path(str(out_dir))) for out_dir in (a, b))
+    a, b = (weights_in(newest_checkpoint(str(out_dir), lambda text: None)[0]) for out_dir in (a, b))
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
