@@ -30,14 +30,14 @@ from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import train_sentencepiece
 
-STEPS = 200
+STEPS = 80
 HANG = 180  # seconds without an end
 TIMEOUT = 8  # seconds that the processes wait for each other
 OPTIONS = (
     *("--vocab_size=512", "--dim=32", "--n_layers=2", "--n_heads=4", "--max_seq_len=32", "--batch_size=2"),
     *("--gradient_accumulation_steps=4", "--learning_rate=1e-3", "--warmup_iters=2", "--eval_interval=50"),
     *("--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"),
-    *("--checkpoint_interval=5", "--keep_checkpoints=2", f"--max_iters={STEPS}", f"--timeout={TIMEOUT}"),
+    *("--checkpoint_interval=4", "--keep_checkpoints=2", f"--max_iters={STEPS}", f"--timeout={TIMEOUT}"),
 )
 KINDS = ("1 process", "2 ddp", "2 fsdp", "4 ddp", "4 fsdp", "mixed")  # mixed: each life is another
 FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "deleted checkpoint")
