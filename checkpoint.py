@@ -39,12 +39,21 @@ def save_checkpoint(path: str, checkpoint: dict):
     bad = [name for name, weight in checkpoint["model"].items() if not math.isfinite(largest(weight))]
     if bad:
         raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
+    write_whole_file(path, checkpoint)
+
+
+def write_whole_file(path: str, content: dict):
+    """Write this and its SHA-256, or nothing. Raises OSError."""
     try:
         with AtomicFile(path) as file:
-            torch.save(checkpoint | {"sha256": fingerprint(checkpoint)}, file)
-    except RuntimeError as error:  # PyTorch's writer hides the cause of a short write
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path}: could not be written whole; is the disk full? ({reason})") from error
+            torch.save(content | {"sha256": fingerprint(content)}, file)
+    except RuntimeError as error:
+        raise short_write(path, error) from error
+
+
+def short_write(path: str, error: RuntimeError) -> OSError:
+    """What PyTorch's writer means, which hides the cause of a short write."""
+    return OSError(f"{path}: could not be written whole; is the disk full? ({str(error).splitlines()[0]})")
 
 
 def fingerprint(checkpoint: dict) -> str:
@@ -94,14 +103,19 @@ def load_checkpoint(path: str) -> dict:
     try:
         checkpoint = read_whole_file(path)
     except UNREADABLE as error:
-        if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
-            raise
-        raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
+        raise damage(path, error) from error
     check_checkpoint(checkpoint, path)
     tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
     if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):
         raise ValueError(f"{path}: {NOT_TIED}")
     return checkpoint
+
+
+def damage(path: str, error: Exception) -> Exception:
+    """The refusal of a file that raised this; or the error itself, if it says nothing of the file."""
+    if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
+        return error
+    return ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})")
 
 
 def read_whole_file(path: str) -> dict:
@@ -192,5 +206,5 @@ def load_weights(model: Transformer, state: dict, path: str):
 
 
 def is_in_shares(path: str) -> bool:
-    """Whether it is a folder as sharded.py writes it."""
-    return all(os.path.isfile(os.path.join(path, name)) for name in (".metadata", "run.pt"))
+    """Whether it is a folder as sharded.py writes it, perhaps a damaged one."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (".metadata", "run.pt"))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from atomic import AtomicFile
-from checkpoint import load_checkpoint
+from checkpoint import is_in_shares, load_checkpoint
 from parallel import whole
 
 RETRY_SECONDS = 30.0  # after a write that failed
@@ -68,7 +68,8 @@ class Keeper:
         was_failing, self.failure = self.failure is not None, None
         for path, write in list(self.pending.items()):
             try:
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                if self.alone:
+                    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 write()
                 del self.pending[path]
             except OSError as error:  # the others may fare better
@@ -145,20 +146,28 @@ def link_or_copy(source: str, target: str):
             shutil.copyfileobj(content, file)
 
 
-def put_older_aside(out_dir: str, older_step: int, writing: str, step: int):
+def put_older_aside(out_dir: str, older_step: int, writing: str, step: int, keeps: bool):
     """Before a checkpoint of this step takes the name that is written: give the one that is there, of
-    older_step, a name with its number. A file keeps its own too, so that the newest never is without."""
+    older_step, a name with its number. A file, which is written over, keeps its own name too, so that the
+    newest never is without; it needs no other where no older ones are kept."""
     for name in NEWEST:
         path = os.path.join(out_dir, name)
-        aside = f"_{older_step:06d}".join(os.path.splitext(path))
         if not os.path.exists(path):
             continue
-        if not name == writing == "ckpt.pt":
-            remove(aside)
-            os.rename(path, aside)
-        elif older_step < step:
-            remove(aside)
-            link_or_copy(path, aside)
+        if name != writing or os.path.isdir(path):
+            give_number(path, older_step)
+        elif keeps and older_step < step:
+            remove(numbered(path, older_step))
+            link_or_copy(path, numbered(path, older_step))
+
+
+def numbered(path: str, step: int) -> str:
+    return f"_{step:06d}".join(os.path.splitext(path))
+
+
+def give_number(path: str, step: int):
+    remove(numbered(path, step))
+    os.rename(path, numbered(path, step))
 
 
 def remove_oldest(out_dir: str, step: int, count: int):
@@ -171,7 +180,7 @@ def remove_oldest(out_dir: str, step: int, count: int):
 def written_at(path: str) -> float:
     """When a checkpoint was finished; 0 for what is not whole."""
     with contextlib.suppress(OSError):
-        return os.path.getmtime(os.path.join(path, "run.pt") if path.endswith(".dcp") else path)
+        return os.path.getmtime(os.path.join(path, "run.pt") if os.path.isdir(path) else path)
     return 0.0
 
 
@@ -183,7 +192,7 @@ def newest_path(out_dir: str) -> str:
 
 def open_checkpoint(path: str) -> dict:
     """load_checkpoint; of shares what sharded.read_outline gives."""
-    if path.endswith(".dcp"):
+    if is_in_shares(path):
         from sharded import read_outline
 
         return read_outline(path)

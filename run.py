@@ -57,6 +57,7 @@ class Run:
     late_norms: list[float] = dataclasses.field(default_factory=list)  # of gradients, to tell what is unusual
     saved_at: int | None = None  # the step of the newest checkpoint
     started_at: int = 0  # the step this process began with
+    owes_best: bool = False  # a best checkpoint in shares, which could not be written yet
     keeper: Keeper = dataclasses.field(default_factory=Keeper)
     saving_mesh: object | None = None  # the processes once more, on the CPU, to save shares in the background
 
@@ -121,10 +122,10 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
             f"{world.size} processes; give a multiple of {world.size}"
         )
     data = open_data(config)
-    if checkpoint and "table" in checkpoint and not in_shares(config, world):
+    if checkpoint and "shares" in checkpoint and not in_shares(config, world):
         from sharded import with_whole_tensors
 
-        checkpoint = with_whole_tensors(path, checkpoint)
+        checkpoint = with_whole_tensors(checkpoint)
     if checkpoint:
         check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
     elif pretrained:
@@ -143,6 +144,7 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
         )
     if checkpoint:
         restore(run, checkpoint, path)
+        checkpoint.clear()  # whoever else has it: what is not used is to be given back
     if not world.agree(run.iter_num):
         raise ValueError(
             f"this process would begin at step {run.iter_num}, others elsewhere: --out_dir={config.out_dir} must be "
@@ -186,7 +188,7 @@ def first_weights(config, checkpoint: dict | None, pretrained: StoredModel | Non
     if pretrained:
         weights = ((name, pretrained.read(name)) for name in names)
     else:
-        weights = () if "table" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+        weights = () if "shares" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
     return dataclasses.replace(args, dropout=config.dropout), weights
 
 
@@ -281,13 +283,11 @@ def restore(run: Run, checkpoint: dict, path: str):
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     else:
         run.say(f"{path} has no optimizer state: its moments begin anew")
-    if "table" in checkpoint:
-        from sharded import read_tensors, split
+    if "shares" in checkpoint:
+        from sharded import split, without_classifier
 
-        shares = split({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})[0]
-        if run.model.args.tie_embeddings:
-            del shares["model/output.weight"]
-        read_tensors(path, checkpoint["table"], shares)
+        state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+        checkpoint["shares"].read(without_classifier(split(state)[0], run.model.args))
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
             run.scaler.load_state_dict(checkpoint["scaler"])

@@ -17,7 +17,17 @@ from atomic import AtomicFolder, sync_folder, write_atomically
 from checkpoint import FORMAT, save_checkpoint, write_model_args
 from formats import llama2c
 from formats.stored import stored_weights
-from keeper import NEWEST, link_or_copy, put_older_aside, remove, remove_oldest, snapshot
+from keeper import (
+    NEWEST,
+    give_number,
+    link_or_copy,
+    numbered,
+    open_checkpoint,
+    put_older_aside,
+    remove,
+    remove_oldest,
+    snapshot,
+)
 from metrics import Metrics
 from parallel import is_sharded
 from run import Run
@@ -64,7 +74,8 @@ def save_files(run: Run, best: bool):
     def write_newest(step=run.iter_num):
         put_aside(run, "ckpt.pt", step)
         save_checkpoint(run.path("ckpt.pt"), state)
-        settle(run, step)
+        run.saved_at = step
+        remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
 
     if not os.path.exists(run.path("tokenizer.model")):  # the folder was deleted
         best = True  # the newest stands in for the best, which is gone
@@ -85,30 +96,31 @@ def write_best(run: Run, state: dict):
 
 def save_shares(run: Run, best: bool):
     """As the folder ckpt.dcp, and the best as best.dcp, made of the same files; by all processes together."""
-    from sharded import cpu_copy, split, write_shares
+    from sharded import cpu_copy, split, without_classifier, write_shares
 
     run.keeper.wait()
+    run.keeper.pending.clear()
     is_gone = run.world.any(run.world.is_main and not os.path.exists(run.path("tokenizer.model")))
+    if is_gone and run.world.is_main:
+        run.metrics.forget_file()
+    run.owes_best |= best or is_gone  # until one is written; a later one then stands in for it
     shares, rest = split(state_of(run))
-    if run.model.args.tie_embeddings:
-        del shares["model/output.weight"]
+    shares = without_classifier(shares, run.model.args)
     shares = {place: cpu_copy(share, run.saving_mesh) for place, share in shares.items()}
     rest = snapshot(rest)
 
-    if is_gone and run.world.is_main:
-        run.metrics.forget_file()
-
     def put_in_place(folder: str, step=run.iter_num):  # by the main process
-        if is_gone:
-            for write in tokenizer_writes(run).values():
-                write()
+        for write in tokenizer_writes(run).values() if is_gone else ():
+            write()
+        if run.owes_best:  # before the newest, which knows how good the best is
+            write_best_of_shares(run, folder)
         put_aside(run, "ckpt.dcp", step)
         os.rename(folder, run.path("ckpt.dcp"))
+        run.saved_at = step
         sync_folder(run.config.out_dir)
-        remove(run.path(f"ckpt_{step:06d}.dcp"))  # of the same step, if one was put aside
-        if best or is_gone:
-            write_best_of_shares(run)
-        settle(run, step)
+        with contextlib.suppress(OSError):
+            remove(numbered(run.path("ckpt.dcp"), step))  # of the same step, if one was put aside
+        remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
 
     def write():
         write_shares(shares, rest, run.path("ckpt.dcp"), run.saving_mesh, put_in_place)
@@ -116,25 +128,19 @@ def save_shares(run: Run, best: bool):
     run.keeper.keep({run.path("ckpt.dcp"): write})
 
 
-def write_best_of_shares(run: Run):
-    with AtomicFolder(run.path("best.dcp"), may_replace=lambda name: True) as folder:
-        for name in os.listdir(run.path("ckpt.dcp")):
-            link_or_copy(os.path.join(run.path("ckpt.dcp"), name), os.path.join(folder, name))
+def write_best_of_shares(run: Run, folder: str):
+    with AtomicFolder(run.path("best.dcp"), may_replace=lambda name: True) as best:
+        for name in os.listdir(folder):
+            link_or_copy(os.path.join(folder, name), os.path.join(best, name))
+    run.owes_best = False
     for name in ("best.pt", "model.bin"):  # of a lesser model
         remove(run.path(name))
 
 
 def put_aside(run: Run, name: str, step: int):
     """Make way for a checkpoint of this step."""
-    is_kept = run.config.keep_checkpoints or name != "ckpt.pt"
-    if run.saved_at is not None and (is_kept or os.path.exists(run.path("ckpt.dcp"))):
-        put_older_aside(run.config.out_dir, run.saved_at, name, step)
-
-
-def settle(run: Run, step: int):
-    """After a checkpoint of this step was written."""
-    run.saved_at = step
-    remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
+    if run.saved_at is not None:
+        put_older_aside(run.config.out_dir, run.saved_at, name, step, keeps=run.config.keep_checkpoints > 0)
 
 
 def finish_saving(run: Run):
@@ -176,6 +182,16 @@ def set_aside(out_dir: str):
     print(f"moved the earlier run in {out_dir} to {folder}")
 
 
+def take_name_away(path: str):
+    """Of what is named as the newest checkpoint, and is damaged or older than another."""
+    try:
+        give_number(path, open_checkpoint(path)["iter_num"])
+    except ValueError:
+        damaged = f"{os.path.splitext(path)[0]}.damaged{'.dcp' if os.path.isdir(path) else ''}"
+        remove(damaged)
+        os.rename(path, damaged)
+
+
 def open_out_dir(run: Run, resumed_from: str):
     """Make the folder ready for the files of this run, which goes on from that checkpoint, if from any
     (main process only)."""
@@ -183,13 +199,14 @@ def open_out_dir(run: Run, resumed_from: str):
     if config.init_from != "resume":
         set_aside(config.out_dir)
     for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
-        if re.fullmatch(rf"({OURS})\.\d+\.partial(\.old)?", name):
-            remove(run.path(name))
+        if left := re.fullmatch(rf"({OURS})\.\d+\.partial(\.old)?", name):
+            if left[left.lastindex] == ".old" and not os.path.exists(run.path(left[1])):
+                os.rename(run.path(name), run.path(left[1]))  # it was to give way, and nothing came
+            else:
+                remove(run.path(name))
     for path in map(run.path, NEWEST):
         if resumed_from and resumed_from != path and os.path.exists(path):
-            damaged = f"{os.path.splitext(path)[0]}.damaged{'.dcp' * path.endswith('.dcp')}"
-            remove(damaged)
-            os.rename(path, damaged)
+            take_name_away(path)
     run.metrics = Metrics(config.out_dir, run.iter_num)
     for write in tokenizer_writes(run).values():
         write()

@@ -32,24 +32,28 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from atomic import AtomicFile, sync_folder
+from atomic import sync_folder
 from checkpoint import (
     UNREADABLE,
     check_checkpoint,
-    fingerprint,
+    damage,
     is_in_shares,
     largest,
     load_checkpoint,
     read_whole_file,
     reason_of,
     save_checkpoint,
+    short_write,
     write_model_args,
+    write_whole_file,
 )
 from configurator import configure, run_script
+from model import ModelArgs
 from parallel import is_share
 
 REST = "run.pt"
 TABLE = ".metadata"
+CLASSIFIER = "model/output.weight"
 # All that a table of tensors is made of: what else a pickle names is not called.
 TABLE_IS_MADE_OF = {
     *(("torch", name) for name in ("Size", "float32", "float16", "bfloat16", "float64", "strided")),
@@ -84,6 +88,11 @@ def put_back(rest: dict, tensors: dict[str, torch.Tensor]):
         inner[name] = tensor
 
 
+def without_classifier(shares: dict[str, torch.Tensor], args: ModelArgs) -> dict[str, torch.Tensor]:
+    """A tied classifier is in a state dict twice, and is to be kept once."""
+    return {place: share for place, share in shares.items() if place != CLASSIFIER or not args.tie_embeddings}
+
+
 def cpu_copy(share: DTensor, mesh: DeviceMesh) -> DTensor:
     """A copy of this process's share on the CPU. mesh: of the same processes, there."""
     local = share.to_local().detach().to("cpu", copy=True)
@@ -96,7 +105,7 @@ def together(group, action: Callable | None) -> list:
     own = error = None
     try:
         own = action() if action else None
-    except (OSError, ValueError) as failure:
+    except Exception as failure:
         error = failure.with_traceback(None)
     everyone = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, (own, error), group=group)
@@ -113,20 +122,33 @@ def write_shares(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
     partial, group = f"{folder}.{rest['iter_num']}.partial", mesh.get_group()
     rank = dist.get_rank(group)
 
-    def finish(digests):
-        content = rest | {"files": {name: digest for own in digests for name, digest in own.items()}}
-        with AtomicFile(os.path.join(partial, REST)) as file:
-            torch.save(content | {"sha256": fingerprint(content)}, file)
+    def begin():
+        for name, share in shares.items():
+            local = share.to_local()
+            if name.startswith("model/") and local.numel() and not math.isfinite(largest(local)):
+                raise ValueError(f"{folder} not written: the weights have values that are no numbers (first in {name})")
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+
+    def finish():
+        if missing := [name for name in files if not os.path.exists(os.path.join(partial, name))]:
+            raise ValueError(
+                f"{missing[0]}, which another process wrote, is not in {partial}: --out_dir must be one folder that "
+                "all machines see"
+            )
+        write_whole_file(os.path.join(partial, REST), rest | {"files": files})
         sync_folder(partial)
         put_in_place(partial)
 
     try:
-        together(group, lambda: check_finite_shares(shares, folder))
+        together(group, begin)
         save_parts(shares, partial, group)
         mine = glob.glob(os.path.join(glob.escape(partial), f"__{rank}_*"))
         mine += [os.path.join(partial, TABLE)] if rank == 0 else []
         digests = together(group, lambda: {os.path.basename(path): digest_of(path) for path in mine})
-        together(group, (lambda: finish(digests)) if rank == 0 else None)
+        files = {name: digest for own in digests for name, digest in own.items()}
+        together(group, finish if rank == 0 else None)
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -134,20 +156,16 @@ def write_shares(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
 
 def save_parts(shares: dict[str, DTensor], folder: str, group):
     try:
-        dcp.save(shares, storage_writer=Writer(folder), process_group=group)
-    except CheckpointException as error:  # no Exception of Python's; the cause of a short write it does not tell
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, OSError):
-            raise cause.with_traceback(None) from None
-        reason = str(cause).splitlines()[0]
-        raise OSError(f"{folder}: could not be written whole; is the disk full? ({reason})") from None
+        return dcp.save(shares, storage_writer=Writer(folder, per_thread_copy_ahead=0), process_group=group)
+    except CheckpointException as error:  # which is no Exception, and would keep the shares in memory
+        cause = first_cause(error)
+    if isinstance(cause, RuntimeError):
+        cause = short_write(folder, cause)
+    raise cause
 
 
-def check_finite_shares(shares: dict[str, DTensor], path: str):
-    for name, share in shares.items():
-        local = share.to_local()
-        if name.startswith("model/") and local.numel() and not math.isfinite(largest(local)):
-            raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {name})")
+def first_cause(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0].with_traceback(None)
 
 
 def digest_of(path: str) -> str:
@@ -181,7 +199,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def read_table(folder: str, files: dict) -> Metadata:
-    """DCP's table, with nothing but tensors in it that lie in these files of the folder."""
+    """DCP's table, with nothing but tensors in it that lie, all of each, in these files of the folder."""
     with open(os.path.join(folder, TABLE), "rb") as file:
         table = TableUnpickler(file).load()
     if not isinstance(table, Metadata):
@@ -189,52 +207,81 @@ def read_table(folder: str, files: dict) -> Metadata:
     for name, entry in table.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
             raise ValueError("its table is none of tensors")
+        for chunk in entry.chunks:
+            places = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            if not all(0 <= start <= start + length <= size for start, length, size in places):
+                raise ValueError(f"a part of {name} is beyond it")
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise ValueError(f"not all of {name} is there")
+    entries = table.state_dict_metadata.values()
+    promised = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+    if promised > sum(os.path.getsize(os.path.join(folder, name)) for name in files):
+        raise ValueError("its tensors are larger than its files")
     for info in table.storage_data.values():
         if info.relative_path not in files:
             raise ValueError(f"its table names another file, {info.relative_path}")
     return table
 
 
-def read_outline(folder: str) -> dict:
-    """What ckpt.pt would hold, in which the shares are tensors without memory (PyTorch's meta device).
-    Every file was compared with its hash. Raises ValueError where the checkpoint is damaged."""
-    try:
-        rest = read_whole_file(os.path.join(folder, REST))
-        files = rest.pop("files")
+class Shares:
+    """The tensors of a checkpoint in shares, still on the disk."""
+
+    def __init__(self, folder: str, files: dict):
+        self.folder = folder
+        self.stamps = {name: self.stamp_of(name) for name in files}
         for name, digest in files.items():
             if os.path.basename(name) != name or digest_of(os.path.join(folder, name)) != digest:
                 raise ValueError(f"the sha256 of {name} is another")
-        table = read_table(folder, files)
-        entries = table.state_dict_metadata.items()
-        meta = {name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in entries}
-        put_back(rest, meta)
+        self.table = read_table(folder, files)
+
+    def stamp_of(self, name: str) -> tuple:
+        status = os.stat(os.path.join(self.folder, name))
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Tensors of their shapes, by their places."""
+        entries = self.table.state_dict_metadata.items()
+        return {name: torch.empty(e.size, dtype=e.properties.dtype, device=device) for name, e in entries}
+
+    def read(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fill these tensors, or shares of them, which all processes do together. Raises ValueError where
+        that fails, and where the folder is another by now: no model is to be made of the halves of two."""
+        cause = None
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that one process reads alone, which is meant
+                alone = not any(map(is_share, into.values()))
+                dcp.load(into, storage_reader=Reader(self.folder, self.table), no_dist=alone)
+            is_changed = any(self.stamp_of(name) != stamp for name, stamp in self.stamps.items())
+        except FileNotFoundError:
+            is_changed = True
+        except CheckpointException as error:
+            cause, is_changed = first_cause(error), isinstance(first_cause(error), FileNotFoundError)
+        if is_changed:
+            raise ValueError(f"{self.folder}: it was changed while it was read; run again") from None
+        if cause:
+            raise ValueError(f"{self.folder}: {reason_of(cause)}") from None
+        return into
+
+
+def read_outline(folder: str) -> dict:
+    """What ckpt.pt would hold, in which the shares are tensors without memory (PyTorch's meta device), and
+    the Shares. Every file was compared with its hash. Raises ValueError where the checkpoint is damaged."""
+    try:
+        rest = read_whole_file(os.path.join(folder, REST))
+        shares = Shares(folder, rest.pop("files"))
+        put_back(rest, shares.empty("meta"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: damaged, {os.path.basename(error.filename)} is not there") from error
     except UNREADABLE as error:
-        raise ValueError(f"{folder}: damaged or not a checkpoint ({reason_of(error)})") from error
+        raise damage(folder, error) from error
     check_checkpoint(rest, folder)
-    rest["table"] = table
-    return rest
+    return rest | {"shares": shares}
 
 
-def read_tensors(folder: str, table: Metadata, into: dict[str, torch.Tensor]):
-    """Fill these tensors, or shares of them. Raises ValueError where that fails."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that one process reads alone, which is meant
-            alone = not any(map(is_share, into.values()))
-            dcp.load(into, storage_reader=Reader(folder, table), no_dist=alone)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{folder}: {reason_of(cause)}") from None
-
-
-def with_whole_tensors(folder: str, outline: dict) -> dict:
-    """The content of the checkpoint with all its tensors, on the CPU: what ckpt.pt would hold."""
-    whole = {key: value for key, value in outline.items() if key != "table"}
-    entries = outline["table"].state_dict_metadata.items()
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
-    read_tensors(folder, outline["table"], tensors)
-    put_back(whole, tensors)
+def with_whole_tensors(outline: dict) -> dict:
+    """The content of a checkpoint with all its tensors, on the CPU: what load_checkpoint gives of ckpt.pt."""
+    whole = {key: value for key, value in outline.items() if key != "shares"}
+    put_back(whole, outline["shares"].read(outline["shares"].empty()))
     if whole["model_args"].tie_embeddings:
         whole["model"]["output.weight"] = whole["model"]["tok_embeddings.weight"]
     return whole
@@ -255,11 +302,11 @@ def write_whole(checkpoint: dict, folder: str):
         mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
         state = {key: value for key, value in checkpoint.items() if key != "sha256"}
         state["model_args"] = write_model_args(checkpoint["model_args"])
-        if checkpoint["model_args"].tie_embeddings:
-            state["model"] = {name: w for name, w in checkpoint["model"].items() if name != "output.weight"}
         state |= {key: as_shares(state[key], mesh) for key in ("model", "optimizer") if key in state}
         shares, rest = split(state)
+        shares = without_classifier(shares, checkpoint["model_args"])
         write_shares(shares, rest, folder, mesh, lambda partial: os.rename(partial, folder))
+        sync_folder(os.path.dirname(folder) or ".")
     finally:
         dist.destroy_process_group()
 
@@ -283,7 +330,7 @@ class ConvertConfig:
 def main():
     config, _ = configure(ConvertConfig, positional=("source", "target"))
     source = config.source.rstrip(os.sep)
-    checkpoint = with_whole_tensors(source, read_outline(source)) if is_in_shares(source) else load_checkpoint(source)
+    checkpoint = with_whole_tensors(read_outline(source)) if is_in_shares(source) else load_checkpoint(source)
     os.makedirs(os.path.dirname(config.target) or ".", exist_ok=True)
     if config.target.endswith(".dcp"):
         write_whole(checkpoint, config.target)

@@ -20,7 +20,7 @@ import torch
 
 import configurator
 from atomic import write_atomically
-from checkpoint import load_checkpoint, load_weights
+from checkpoint import is_in_shares, load_checkpoint, load_weights
 from keeper import newest_checkpoint
 from model import Transformer
 from synthetic import story
@@ -140,8 +140,8 @@ def weights_in(path: str) -> dict:
     """A checkpoint's, in one file or in shares."""
     from sharded import read_outline, with_whole_tensors
 
-    if path.endswith(".dcp"):
-        return with_whole_tensors(path, read_outline(path))["model"]
+    if is_in_shares(path):
+        return with_whole_tensors(read_outline(path))["model"]
     return load_checkpoint(path)["model"]
 
 

@@ -23,7 +23,7 @@ def save_steps(out_dir, steps, count: int) -> str:
     path, before = str(out_dir / "ckpt.pt"), None
     for step in steps:
         if before is not None:
-            put_older_aside(str(out_dir), before, "ckpt.pt", step)
+            put_older_aside(str(out_dir), before, "ckpt.pt", step, keeps=True)
         save_checkpoint(path, checkpoint_of(random_model(), iter_num=step))
         remove_oldest(str(out_dir), step, count)
         before = step
