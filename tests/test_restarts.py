@@ -123,16 +123,19 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undis
     ever for the second: PyTorch told a newcomer the address of its store in the first round only."""
     alive = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
     place = ("--nnodes=2", "--max-restarts=5", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}")
-    place += ("--rdzv-id=any", f"--rdzv-conf={alive}")
     slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40", f"--out_dir={tmp_path}", "--timeout=20")
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    start = lambda: run(1, *options, *slowly, torchrun=place, env=environment)
-    first, second = start(), start()
+
+    def start(is_host: int) -> subprocess.Popen:  # of what all of them meet at
+        conf = ("--rdzv-id=any", f"--rdzv-conf=is_host={is_host},{alive}")
+        return run(1, *options, *slowly, torchrun=(*place, *conf), env=environment)
+
+    first, second = start(1), start(0)
     wait_for(first, "5 | loss ")
     for pid in [second.pid, *children(second.pid)]:
         os.kill(pid, signal.SIGKILL)
     second.communicate()
-    second = start()
+    second = start(0)
     said = first.communicate(timeout=180)[0]
     assert first.returncode == 0 and "rank 0: this process ends because another one is gone" in said, said
     assert second.communicate(timeout=180) and second.returncode == 0
