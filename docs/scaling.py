@@ -26,7 +26,9 @@ ARGS = ModelArgs(2048, 16, 32, 8, vocab_size=128256, hidden_dim=8192, rope_theta
 TOKENS = 10**12
 NODES, GPUS_A_NODE = 64, 8
 MICRO_BATCH = 4  # sequences
-SEQUENCES = NODES * GPUS_A_NODE * MICRO_BATCH  # a step
+GPUS = NODES * GPUS_A_NODE
+STEP_TOKENS = GPUS * MICRO_BATCH * ARGS.max_seq_len
+PARAMETERS = Transformer.outline(ARGS).num_parameters()
 
 # Assumed, not measured here: H100s (80 GB, 989 TFLOP/s in bfloat16) of which training gets 40%, as
 # nanochat's and torchtitan's published runs do; 8 network cards of 50 GB/s a node; a shared disk that
@@ -41,10 +43,6 @@ def timed(action) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
-
-
-def parameters() -> int:
-    return Transformer.outline(ARGS).num_parameters()
 
 
 def activation_bytes() -> int:
@@ -80,7 +78,7 @@ def checkpoint_costs() -> dict:
         for _ in range(2):  # the second time counts
             times["copy"] = timed(lambda: snapshot(state))
             times["hash"] = timed(lambda: fingerprint(state))
-            times["hash, write and flush"] = timed(lambda: save_checkpoint(path, state))
+            times["write"] = timed(lambda: save_checkpoint(path, state))
         size = os.path.getsize(path)
     return {"bytes of a parameter": size / model.num_parameters()} | {n: size / took for n, took in times.items()}
 
@@ -108,58 +106,81 @@ def data_costs() -> dict:
     return {"MB more memory": (after - before) / 1024, "ms a window": took / windows_read * 1e3}
 
 
-def main():
-    keep_freed_memory()  # as training does
-    data = data_costs()
-    costs, count, kept = checkpoint_costs(), parameters(), activation_bytes()
-    gpus, tokens = NODES * GPUS_A_NODE, SEQUENCES * ARGS.max_seq_len
+def size_rows() -> list[tuple]:
     flops = flops_per_token(ARGS, ARGS.max_seq_len)
-    step, seconds = tokens * flops / gpus / FLOPS, TOKENS * flops / gpus / FLOPS
-    blocks, logits = kept * ARGS.n_layers * MICRO_BATCH, 3 * 4 * CHUNK_ELEMENTS
-    edges = 4 * ARGS.dim * ARGS.max_seq_len * MICRO_BATCH * ARGS.n_layers  # what flows between blocks
-    size = costs["bytes of a parameter"] * count
-    per_day = 24 * gpus / GPU_HOURS_A_FAILURE
-    young = math.sqrt(2 * size / costs["copy"] * GPU_HOURS_A_FAILURE * 3600 / gpus)
-    rows = [
-        ("parameters", f"{count / 1e9:.3f} G", "counted"),
+    return [
+        ("parameters", f"{PARAMETERS / 1e9:.3f} G", "counted"),
         ("operations a token, 2,048 of context", f"{flops / 1e9:.2f} GFLOP", "`flops_per_token`"),
-        ("tokens a step", f"{tokens / 1e6:.1f} M", f"{gpus} GPUs x {MICRO_BATCH} x {ARGS.max_seq_len}"),
-        ("steps", f"{TOKENS / tokens:,.0f}", ""),
-        ("a step, of products alone", f"{step:.2f} s", "assumed rate"),
-        ("the whole", f"{seconds / 3600:.1f} h", ""),
-        ("weights, gradients and moments in float32", f"{16 * count / 1e9:.1f} GB a GPU", "16 bytes a parameter"),
-        ("the same, shared among all GPUs", f"{16 * count / gpus / 1e6:.0f} MB a GPU", "`--parallel=fsdp`"),
+        ("tokens a step", f"{STEP_TOKENS / 1e6:.1f} M", f"{GPUS} GPUs x {MICRO_BATCH} x {ARGS.max_seq_len}"),
+        ("steps", f"{TOKENS / STEP_TOKENS:,.0f}", ""),
+        ("a step, of products alone", f"{STEP_TOKENS * flops / GPUS / FLOPS:.2f} s", "assumed rate"),
+        ("the whole", f"{TOKENS * flops / GPUS / FLOPS / 3600:.1f} h", ""),
+    ]
+
+
+def memory_rows(kept: int) -> list[tuple]:
+    blocks = kept * ARGS.n_layers * MICRO_BATCH
+    between = 4 * ARGS.dim * ARGS.max_seq_len * ARGS.n_layers * MICRO_BATCH  # blocks, in float32
+    logits = 3 * 4 * CHUNK_ELEMENTS
+    return [
+        ("weights, gradients and moments in float32", f"{16 * PARAMETERS / 1e9:.1f} GB a GPU", "16 bytes a parameter"),
+        ("the same, shared among all GPUs", f"{16 * PARAMETERS / GPUS / 1e6:.0f} MB a GPU", "`--parallel=fsdp`"),
         ("kept of one sequence by one block", f"{kept / 1e6:.0f} MB", "measured"),
         ("activations", f"{blocks / 1e9:.1f} GB", f"x {ARGS.n_layers} blocks x {MICRO_BATCH}"),
-        ("activations with --activation_checkpointing", f"{(edges + kept * MICRO_BATCH) / 1e9:.1f} GB", ""),
-        ("logits", f"{logits / 1e9:.1f} GB", "of a chunk, its exponential, its gradient"),
-        ("into a node a step, ddp", f"{2 * 4 * count / 1e9:.1f} GB", "a ring: float32 gradients, twice"),
         (
-            "into a node a step, fsdp",
-            f"{(2 * 2 + 4) * count / 1e9:.1f} GB",
-            "weights in 16 bits twice, then gradients",
+            "with `--activation_checkpointing`",
+            f"{(between + kept * MICRO_BATCH) / 1e9:.1f} GB",
+            "between blocks, and one",
         ),
-        ("either takes", f"{8 * count / NETWORK:.3f} s", "assumed network, most of it beside the products"),
+        ("logits", f"{logits / 1e9:.1f} GB", "of a chunk, its exponential, its gradient"),
+    ]
+
+
+def network_rows() -> list[tuple]:
+    ddp, fsdp = 2 * 4 * PARAMETERS, (2 * 2 + 4) * PARAMETERS
+    return [
+        ("into a node a step, ddp", f"{ddp / 1e9:.1f} GB", "a ring: float32 gradients, twice"),
+        ("into a node a step, fsdp", f"{fsdp / 1e9:.1f} GB", "weights in 16 bits twice, then gradients"),
+        ("either takes", f"{ddp / NETWORK:.3f} s", "assumed network, most of it beside the products"),
+    ]
+
+
+def checkpoint_rows(costs: dict) -> list[tuple]:
+    size = costs["bytes of a parameter"] * PARAMETERS
+    between_failures = GPU_HOURS_A_FAILURE / GPUS * 3600  # seconds
+    young = math.sqrt(2 * size / costs["copy"] * between_failures)
+    return [
         ("bytes of a parameter in ckpt.pt", f"{costs['bytes of a parameter']:.2f}", "measured"),
         ("a checkpoint", f"{size / 1e9:.1f} GB", ""),
-        ("to copy it", f"{size / costs['copy']:.0f} s", "measured, on one core: training waits"),
+        ("to copy it", f"{size / costs['copy']:.0f} s", "measured: training waits"),
         ("to hash it", f"{size / costs['hash']:.0f} s", "measured: in the background"),
+        (
+            "to hash, write and flush it on this machine",
+            f"{size / costs['write']:.0f} s",
+            "measured: in the background",
+        ),
         ("to write it", f"{size / DISK:.0f} s", "assumed disk, in the background"),
-        ("to hash, write and flush it on this machine", f"{size / costs['hash, write and flush']:.0f} s", "measured"),
-        ("one process's share (fsdp)", f"{size / gpus / 1e6:.0f} MB", "copied and hashed in a moment"),
+        ("one process's share (fsdp)", f"{size / GPUS / 1e6:.0f} MB", "copied and hashed in a moment"),
+        ("to read it on all machines", f"{NODES * size / DISK / 60:.0f} min", "assumed disk, once a machine"),
+        ("hours between failures", f"{between_failures / 3600:.0f}", "assumed rate"),
+        ("between checkpoints, by Young's rule", f"{young / 60:.0f} min", "root of 2 x copying x failures apart"),
+    ]
+
+
+def data_rows(data: dict) -> list[tuple]:
+    return [
         ("tokens on the disk", f"{4 * TOKENS / 1e12:.0f} TB", "uint32, as the vocabulary is above 65,536"),
         ("memory to open and read 400 GB of tokens", f"{max(0.0, data['MB more memory']):.0f} MB", "measured"),
         ("to place, read and check a window", f"{data['ms a window']:.2f} ms", "measured"),
         ("a process's reading a step", f"{data['ms a window'] * MICRO_BATCH:.1f} ms", "in a thread, ahead"),
-        ("interruptions in the run", f"{per_day * seconds / 86400:.2f}", "assumed rate"),
-        (
-            "between checkpoints, by Young's rule",
-            f"{young / 60:.0f} min",
-            "root of 2 x copying x failures apart",
-        ),
     ]
+
+
+def main():
+    keep_freed_memory()  # as training does
+    data, costs, kept = data_costs(), checkpoint_costs(), activation_bytes()
     print("| what | figure | from |\n|---|---:|---|")
-    for row in rows:
+    for row in [*size_rows(), *memory_rows(kept), *network_rows(), *checkpoint_rows(costs), *data_rows(data)]:
         print(f"| {' | '.join(row)} |")
 
 
