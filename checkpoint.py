@@ -23,7 +23,7 @@ from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
 
 # What torch.load raises for files that it did not write.
 UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 # Of an OSError that tells nothing of what the file holds.

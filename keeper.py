@@ -114,8 +114,9 @@ class Keeper:
             raise ValueError(f"{in_words(self.failure)}; not written: {', '.join(self.pending)}") from self.failure
 
 
-def in_words(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+def in_words(error: OSError | ValueError) -> str:
+    is_whole = getattr(error, "filename", None) and error.strerror
+    return f"{error.filename}: {error.strerror}" if is_whole else str(error)
 
 
 def step_of_copy(path: str) -> int:
@@ -133,7 +134,9 @@ def numbered_copies(out_dir: str) -> list[str]:
 def remove(path: str):
     """A file or a folder of shares, if it is there."""
     if os.path.isdir(path) and ".dcp" in os.path.basename(path):
-        return shutil.rmtree(path)
+        going = path if path.endswith((".partial", ".old")) else f"{path}.{os.getpid()}.partial"
+        os.rename(path, going)  # so that a part of it is not taken for a checkpoint
+        return shutil.rmtree(going)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
 

@@ -20,6 +20,7 @@ from formats.stored import stored_weights
 from keeper import (
     NEWEST,
     give_number,
+    in_words,
     link_or_copy,
     numbered,
     open_checkpoint,
@@ -110,10 +111,14 @@ def save_shares(run: Run, best: bool):
     rest = snapshot(rest)
 
     def put_in_place(folder: str, step=run.iter_num):  # by the main process
+        problem = None
         for write in tokenizer_writes(run).values() if is_gone else ():
             write()
         if run.owes_best:  # before the newest, which knows how good the best is
-            write_best_of_shares(run, folder)
+            try:
+                write_best_of_shares(run, folder)
+            except (OSError, ValueError) as error:  # by which the newest need not suffer
+                problem = OSError(in_words(error))
         put_aside(run, "ckpt.dcp", step)
         os.rename(folder, run.path("ckpt.dcp"))
         run.saved_at = step
@@ -121,6 +126,8 @@ def save_shares(run: Run, best: bool):
         with contextlib.suppress(OSError):
             remove(numbered(run.path("ckpt.dcp"), step))  # of the same step, if one was put aside
         remove_oldest(run.config.out_dir, step, run.config.keep_checkpoints)
+        if problem:
+            raise problem
 
     def write():
         write_shares(shares, rest, run.path("ckpt.dcp"), run.saving_mesh, put_in_place)

@@ -20,6 +20,8 @@ import math
 import os
 import pickle
 import shutil
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,6 +163,8 @@ def save_parts(shares: dict[str, DTensor], folder: str, group):
         cause = first_cause(error)
     if isinstance(cause, RuntimeError):
         cause = short_write(folder, cause)
+    if isinstance(cause, OSError) and not cause.filename and cause.errno:
+        cause = OSError(cause.errno, cause.strerror, folder)
     raise cause
 
 
@@ -328,6 +332,8 @@ class ConvertConfig:
 
 
 def main():
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
     config, _ = configure(ConvertConfig, positional=("source", "target"))
     source = config.source.rstrip(os.sep)
     checkpoint = with_whole_tensors(read_outline(source)) if is_in_shares(source) else load_checkpoint(source)

@@ -123,8 +123,9 @@ class TrainConfig:
                 yield f"--{name}= is empty: leave it out, or name one"
         if 0 < self.skip_spikes <= 1 or not math.isfinite(self.skip_spikes):
             yield f"--skip_spikes={self.skip_spikes:g}: must be 0, or above 1"
-        if self.parallel == "fsdp" and (self.optimizer == "muon" or self.dtype == "float16"):
-            yield "--parallel=fsdp: goes with --optimizer=adamw, and not with --dtype=float16; take --parallel=ddp"
+        for name, value in (("optimizer", "muon"), ("dtype", "float16")):
+            if self.parallel == "fsdp" and getattr(self, name) == value:
+                yield f"--parallel=fsdp: does not go with --{name}={value}; take --parallel=ddp"
         if not 1 <= self.timeout <= 1e6:
             yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
         if self.debug_step is not None and self.debug_step < 0:

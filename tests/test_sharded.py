@@ -111,6 +111,17 @@ def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
     assert not os.path.exists(tmp_path / "harmed")
 
 
+def test_a_table_that_is_no_pickle_is_refused(folder):
+    with_table(folder, None)
+    with open(os.path.join(folder, ".metadata"), "wb") as file:
+        file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
+    rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
+    rest["files"][".metadata"] = sharded.digest_of(os.path.join(folder, ".metadata"))
+    torch.save(rest, os.path.join(folder, "run.pt"))
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_outline(folder)
+
+
 def test_a_table_that_names_files_elsewhere_is_refused(folder):
     table = read_outline(folder)["shares"].table
     for place in table.storage_data.values():
@@ -236,9 +247,21 @@ def test_a_best_that_could_not_be_written_is_owed(sharded_run, monkeypatch, wher
     with monkeypatch.context() as on:
         on.setattr(saving if where == "link_or_copy" else sharded, where, full)
         sharded_run(10, best=True)
-        assert "No space left" in sharded_run.run.keeper.news()[0] and steps_in(out_dir) == {"ckpt.dcp": 5}
+        assert "No space left" in sharded_run.run.keeper.news()[0]
+        newest = 10 if where == "link_or_copy" else 5  # which does not suffer by the best
+        assert steps_in(out_dir).get("ckpt.dcp") == newest and "best.dcp" not in steps_in(out_dir)
     sharded_run(15)
-    assert steps_in(out_dir) == {"best.dcp": 15, "ckpt.dcp": 15, "ckpt_000005.dcp": 5}
+    assert steps_in(out_dir) == {"best.dcp": 15, "ckpt.dcp": 15, f"ckpt_{newest:06d}.dcp": newest}
+
+
+def test_what_stands_in_the_way_of_the_best_holds_up_nothing_else(sharded_run):
+    out_dir = sharded_run(5, best=True)
+    (out_dir / "best.dcp" / "mine").mkdir()
+    sharded_run(10, best=True)
+    assert "holds other things (mine)" in sharded_run.run.keeper.news()[0] and steps_in(out_dir)["ckpt.dcp"] == 10
+    (out_dir / "best.dcp" / "mine").rmdir()
+    sharded_run.run.keeper.finish()
+    assert steps_in(out_dir)["best.dcp"] == 10
 
 
 def test_a_folder_that_is_deleted_is_made_again(sharded_run):
