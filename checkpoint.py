@@ -19,7 +19,8 @@ import zipfile
 import torch
 
 from atomic import AtomicFile
-from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
+from model import ModelArgs, Transformer, parameter_shapes
+from rope import RopeScaling
 
 # What torch.load raises for files that it did not write.
 UNREADABLE = (

@@ -27,7 +27,8 @@ from formats.gguf_file import (
     write_tensor,
 )
 from formats.stored import StoredModel, StoredTensor, expanded, one_line
-from model import ModelArgs, RopeScaling, rope_frequencies
+from model import ModelArgs
+from rope import RopeScaling, rope_frequencies
 from tokenizer import (
     CONTROL,
     NORMAL,

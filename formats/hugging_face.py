@@ -30,7 +30,8 @@ from formats.stored import (
     tokenizer_in,
 )
 from formats.torch_file import read_torch_file
-from model import ModelArgs, RopeScaling
+from model import ModelArgs
+from rope import RopeScaling
 from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}

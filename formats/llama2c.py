@@ -28,7 +28,8 @@ from formats.stored import (
     tokenizer_in,
     write_values,
 )
-from model import ModelArgs, parameter_shapes, rope_tables
+from model import ModelArgs, parameter_shapes
+from rope import rope_tables
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
 SHAPE = struct.Struct("<7i")

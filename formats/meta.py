@@ -16,7 +16,8 @@ from atomic import AtomicFolder
 from formats.ckpt import ranks_refusal, weights
 from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, read_json, same_values, tokenizer_in
 from formats.torch_file import read_torch_file, write_torch_file
-from model import ModelArgs, RopeScaling
+from model import ModelArgs
+from rope import RopeScaling
 from tokenizer import Llama3Tokenizer, Tokenizer
 
 DTYPES = {"meta": ("float32", "float16", "bfloat16")}

@@ -39,7 +39,8 @@ from export import read_stored, write_model
 from formats import hugging_face
 from formats.safetensors_file import read_safetensors
 from formats.stored import stored
-from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
+from model import ModelArgs, Transformer, parameter_shapes
+from rope import RopeScaling
 from tests.damage import damaged_archive, damaged_bytes, damaged_gguf, damaged_json, damaged_safetensors, is_zip
 from tokenizer import (
     BYTE,

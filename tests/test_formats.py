@@ -19,7 +19,8 @@ from decoder import continuation
 from export import FORMATS, format_of, read_stored, write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.stored import StoredModel, StoredTensor, stored
-from model import ModelArgs, RopeScaling, Transformer, parameter_shapes
+from model import ModelArgs, Transformer, parameter_shapes
+from rope import RopeScaling
 
 TARGETS = [name for module in FORMATS for name in module.DTYPES]
 EXACT = [name for name in TARGETS if name != "v2"]  # in float32

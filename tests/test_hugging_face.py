@@ -14,7 +14,7 @@ import transformers
 from export import read_stored, write_model
 from formats import hugging_face
 from formats.stored import stored
-from model import RopeScaling
+from rope import RopeScaling
 from tests.test_formats import LLAMA3, logits_of, random_model
 from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
 

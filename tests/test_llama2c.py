@@ -10,7 +10,8 @@ from decoder import continuation
 from export import read_stored
 from formats import llama2c, stored
 from formats.stored import StoredModel
-from model import ModelArgs, Transformer, rope_tables
+from model import ModelArgs, Transformer
+from rope import rope_tables
 from tokenizer import load_tokenizer
 
 TINY = dict(dim=16, n_layers=2, n_heads=4, vocab_size=19, hidden_dim=24, max_seq_len=6)

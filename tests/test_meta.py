@@ -17,7 +17,7 @@ from decoder import continuation
 from export import read_stored, write_model
 from formats import meta
 from formats.stored import stored
-from model import RopeScaling
+from rope import RopeScaling
 from tests.test_formats import LLAMA3, logits_of, random_model
 from tests.test_hugging_face import slices_of, small_llama3
 from tokenizer import load_tokenizer
