@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-LONGEST_START = 600  # seconds from the first process's start to the last one's
+SHORTEST_PATIENCE = 60.0  # seconds for which the first process to start waits for the last, at the least
 
 
 class World(NamedTuple):
@@ -61,7 +61,7 @@ class World(NamedTuple):
 
 def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
     """Meet the other processes of torchrun; returns our place among them and our own device. timeout:
-    seconds for which a process later waits for the others before it ends."""
+    seconds for which a process waits for the others before it ends (at the start, a minute or more)."""
     if "RANK" not in os.environ:
         return World(), device
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -78,7 +78,7 @@ def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    to_meet = datetime.timedelta(seconds=LONGEST_START)
+    to_meet = datetime.timedelta(seconds=max(timeout, SHORTEST_PATIENCE))
     with lost_processes_in_words("in time to begin"):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
         store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)

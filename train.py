@@ -105,7 +105,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = True  # compile the model with torch.compile
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model; or a share of it
-    timeout: float = 600.0  # seconds that processes wait for one that does not answer
+    timeout: float = 600.0  # seconds that processes wait for one that does not answer; to begin, a minute at least
     activation_checkpointing: bool = False  # less memory for more time: compute activations again (long contexts)
 
     def problems(self):

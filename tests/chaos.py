@@ -98,6 +98,14 @@ def end(process: subprocess.Popen) -> int | None:
     return status
 
 
+def wait_for_others(process: subprocess.Popen, stopped: int, alone: bool):
+    """Until the others do not wait for a stopped process any more: they ended, by the timeout or well. After
+    that only torchrun would wait for it: for ever, if the run is over. One that is alone stays for a second."""
+    deadline = time.monotonic() + (1 if alone else HANG)
+    while time.monotonic() < deadline and (alone or set(workers(process)) - {stopped}):
+        time.sleep(0.2)
+
+
 def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tuple[bool, int | None]:
     """One life, with this fault after so many seconds: whether it was hit, and its status."""
     process = start(data, out_dir, kind, fault == "full disk")
@@ -111,9 +119,10 @@ def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tup
     name = fault if fault.startswith("SIG") else "SIGKILL"
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, getattr(signal, name))
-    if name == "SIGSTOP" and kind == "1 process":  # nobody waits for it
-        time.sleep(1)
-        os.kill(victim, signal.SIGCONT)
+    if name == "SIGSTOP":
+        wait_for_others(process, victim, alone=kind == "1 process")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGCONT)
     if "checkpoint" in fault:
         for pid in hit:
             with contextlib.suppress(ProcessLookupError):
