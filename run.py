@@ -121,6 +121,7 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
             f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
             f"{world.size} processes; give a multiple of {world.size}"
         )
+    check_agreement(config, checkpoint, world)
     data = open_data(config)
     if checkpoint and "shares" in checkpoint and not in_shares(config, world):
         from sharded import with_whole_tensors
@@ -145,15 +146,20 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
     if checkpoint:
         restore(run, checkpoint, path)
         checkpoint.clear()  # whoever else has it: what is not used is to be given back
-    if not world.agree(run.iter_num):
+    return run
+
+
+def check_agreement(config, checkpoint: dict | None, world: World):
+    """Raise ValueError, in all processes, unless they begin with the same checkpoint and the same options."""
+    step, is_in_shares = (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
+    if not world.agree(2 * step + is_in_shares):
         raise ValueError(
-            f"this process would begin at step {run.iter_num}, others elsewhere: --out_dir={config.out_dir} must be "
-            "one folder that all machines see and can read"
+            f"this process would begin at step {step}, others elsewhere: --out_dir={config.out_dir} must be one folder "
+            "that all machines see and can read"
         )
     options = dataclasses.asdict(config) | dict(out_dir="", data_dir="", tokenizer="", device="")
     if not world.agree(zlib.crc32(repr(options).encode())):
         raise ValueError("the processes were given different options: start train.py with the same ones everywhere")
-    return run
 
 
 def in_shares(config, world: World) -> bool:
