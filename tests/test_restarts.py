@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from checkpoint import load_checkpoint
 from tests.conftest import largest_difference, wait_for
 from tests.test_train import ROOT, TINY, records
 
@@ -103,6 +104,14 @@ def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
     for process in both:
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 1 and "were given different options" in said and "Traceback" not in said
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_refuse_to_begin(options, undisturbed, tmp_path):
+    elsewhere = f"--out_dir={tmp_path / 'empty'}"
+    for process in pair(*options, f"--out_dir={undisturbed}", "--max_iters=41", of_the_second=[elsewhere]):
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and "must be one folder that all machines see" in said, said
+    assert load_checkpoint(str(undisturbed / "ckpt.pt"))["iter_num"] == 40
 
 
 def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
