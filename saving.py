@@ -206,9 +206,9 @@ def open_out_dir(run: Run, resumed_from: str):
     if config.init_from != "resume":
         set_aside(config.out_dir)
     for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
-        if left := re.fullmatch(rf"({OURS})\.\d+\.partial(\.old)?", name):
-            if left[left.lastindex] == ".old" and not os.path.exists(run.path(left[1])):
-                os.rename(run.path(name), run.path(left[1]))  # it was to give way, and nothing came
+        if left := re.fullmatch(rf"(?P<final>{OURS})\.\d+\.partial(?P<old>\.old)?", name):
+            if left["old"] and not os.path.exists(run.path(left["final"])):
+                os.rename(run.path(name), run.path(left["final"]))  # it was to give way, and nothing came
             else:
                 remove(run.path(name))
     for path in map(run.path, NEWEST):

@@ -50,6 +50,7 @@ from checkpoint import (
     write_whole_file,
 )
 from configurator import configure, run_script
+from formats.stored import Source
 from model import ModelArgs
 from parallel import is_share
 
@@ -232,15 +233,14 @@ class Shares:
 
     def __init__(self, folder: str, files: dict):
         self.folder = folder
-        self.stamps = {name: self.stamp_of(name) for name in files}
+        self.stamps = {name: self.stamp_now(name) for name in files}
         for name, digest in files.items():
             if os.path.basename(name) != name or digest_of(os.path.join(folder, name)) != digest:
                 raise ValueError(f"the sha256 of {name} is another")
         self.table = read_table(folder, files)
 
-    def stamp_of(self, name: str) -> tuple:
-        status = os.stat(os.path.join(self.folder, name))
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    def stamp_now(self, name: str) -> tuple:
+        return Source.stamp_of(os.stat(os.path.join(self.folder, name)))
 
     def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Tensors of their shapes, by their places."""
@@ -255,11 +255,12 @@ class Shares:
             with warnings.catch_warnings(action="ignore"):  # that one process reads alone, which is meant
                 alone = not any(map(is_share, into.values()))
                 dcp.load(into, storage_reader=Reader(self.folder, self.table), no_dist=alone)
-            is_changed = any(self.stamp_of(name) != stamp for name, stamp in self.stamps.items())
+            is_changed = any(self.stamp_now(name) != stamp for name, stamp in self.stamps.items())
         except FileNotFoundError:
             is_changed = True
         except CheckpointException as error:
-            cause, is_changed = first_cause(error), isinstance(first_cause(error), FileNotFoundError)
+            cause = first_cause(error)
+            is_changed = isinstance(cause, FileNotFoundError)
         if is_changed:
             raise ValueError(f"{self.folder}: it was changed while it was read; run again") from None
         if cause:

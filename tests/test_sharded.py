@@ -1,6 +1,7 @@
 """Checkpoints in shares: written, read, joined, and refused where they are damaged."""
 
 import dataclasses
+import errno
 import os
 import pickle
 import re
@@ -149,6 +150,15 @@ def test_weights_drawn_one_at_a_time_are_a_new_model_s():
         assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
+def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(sharded, "digest_of", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_outline(folder)
+
+
 def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
     outline = read_outline(folder)
     os.rename(folder, tmp_path / "ckpt_000007.dcp")
@@ -269,6 +279,16 @@ def test_a_folder_that_is_deleted_is_made_again(sharded_run):
     shutil.rmtree(out_dir)
     sharded_run(10)
     assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10} and (out_dir / "tokenizer.model").exists()
+
+
+def test_a_best_that_was_to_give_way_to_nothing_comes_back(sharded_run):
+    """Killed between the two renamings, there was no best.dcp, and the next start removed the old one."""
+    out_dir = sharded_run(5, best=True)
+    os.rename(out_dir / "best.dcp", out_dir / "best.dcp.123.partial.old")
+    (out_dir / "ckpt.dcp.10.partial").mkdir()
+    sharded_run.run.config = dataclasses.replace(sharded_run.run.config, init_from="resume")
+    saving.open_out_dir(sharded_run.run, str(out_dir / "ckpt.dcp"))
+    assert steps_in(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5}
 
 
 def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
