@@ -19,7 +19,7 @@ import zipfile
 import torch
 
 from atomic import AtomicFile
-from model import ModelArgs, Transformer, parameter_shapes
+from model import ModelArgs, parameter_shapes
 from rope import RopeScaling
 
 # What torch.load raises for files that it did not write.
@@ -197,13 +197,6 @@ def check_weights(args: ModelArgs, tensors: dict, path: str):
         problems += [f"unexpected {name}" for name in tensors if name not in known]
     if problems:
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
-
-
-def load_weights(model: Transformer, state: dict, path: str):
-    """Copy a state dict into the model. Raises ValueError where check_weights does."""
-    check_weights(model.args, state, path)
-    tied = {"output.weight": state["tok_embeddings.weight"]} if model.args.tie_embeddings else {}
-    model.load_state_dict(state | tied)
 
 
 def is_in_shares(path: str) -> bool:

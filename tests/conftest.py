@@ -20,9 +20,10 @@ import torch
 
 import configurator
 from atomic import write_atomically
-from checkpoint import is_in_shares, load_checkpoint, load_weights
+from checkpoint import is_in_shares, load_checkpoint
 from keeper import newest_checkpoint
-from model import Transformer
+from model import Transformer, parameter_shapes
+from parallel import fill
 from synthetic import story
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -155,7 +156,7 @@ def load_model(path: str) -> tuple[Transformer, dict]:
     """The model of a checkpoint, as a run goes on with it, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     model = Transformer.empty(checkpoint["model_args"])
-    load_weights(model, checkpoint["model"], path)
+    fill(model, ((name, checkpoint["model"][name]) for name, _ in parameter_shapes(model.args)))
     return model.eval(), checkpoint
 
 
