@@ -79,6 +79,7 @@ def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     to_meet = datetime.timedelta(seconds=max(timeout, SHORTEST_PATIENCE))
+    atexit.register(end_at_once)  # unless we part in order
     with lost_processes_in_words("in time to begin"):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
         store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)
@@ -122,14 +123,14 @@ def lost_processes_in_words(in_time: str):
         text = str(error).lower()
         if not (isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text):
             raise
-        atexit.register(end_at_once)
         is_late = "timed out" in text or "timeout" in text
         reason = f"another process did not answer {in_time}" if is_late else "another one is gone"
         raise ValueError(f"this process ends because {reason}; its own lines may say why") from error
 
 
 def end_at_once():
-    """A process group whose members are lost is not taken down in order: that would abort."""
+    """With status 1. A process group whose members are gone, or about to go, is not taken down in order:
+    that would sometimes abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -142,3 +143,4 @@ def leave_world():
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
+    atexit.unregister(end_at_once)

@@ -60,12 +60,10 @@ class Metrics:
 
     def draw(self):
         """Training and validation loss over the steps so far."""
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
         for key, label, style in (
             ("loss", "training batch", dict(linewidth=0.8, alpha=0.5)),
             ("train_loss", "training, fixed windows", dict(marker=".")),
@@ -79,11 +77,8 @@ class Metrics:
         axes.yaxis.set_minor_formatter("{x:.1g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        try:
-            with AtomicFile(self.picture) as file:
-                figure.savefig(file, format="png", dpi=120)
-        finally:
-            pyplot.close(figure)
+        with AtomicFile(self.picture) as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def read_records(path: str) -> list[dict]:

@@ -278,7 +278,8 @@ def init_matrix(name: str, matrix, args: ModelArgs):
     report, section 2.3)."""
     into_residual = name.endswith(("wo.weight", "w2.weight"))
     std = 0.02 / math.sqrt(2 * args.n_layers) if into_residual else 0.02
-    nn.init.normal_(matrix, mean=0.0, std=std)
+    if not matrix.is_meta:
+        nn.init.normal_(matrix, mean=0.0, std=std)
 
 
 def draw_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
@@ -294,6 +295,13 @@ def draw_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, weight
 
 
+def new_embedding(rows: int, dim: int) -> nn.Embedding:
+    """As PyTorch makes it, but that nothing is drawn on the meta device."""
+    if torch.get_default_device().type == "meta":
+        return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+    return nn.Embedding(rows, dim)
+
+
 class Transformer(nn.Module):
     """The whole model. Its parameters' names and order are those of llama2.c's checkpoints."""
 
@@ -301,7 +309,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.activation_checkpointing = False  # in training: keep what flows between blocks, compute the rest again
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = new_embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -311,13 +319,17 @@ class Transformer(nn.Module):
     @classmethod
     def outline(cls, args: ModelArgs) -> "Transformer":
         """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # where drawing and computing import PyTorch's compiler: almost a second
             return cls(args)
 
     @classmethod
     def empty(cls, args: ModelArgs) -> "Transformer":
         """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
-        return cls.outline(args).allocate("cpu")
+        model = cls.outline(args)
+        spaces = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
+        model.load_state_dict(spaces, strict=False, assign=True)
+        model.register_buffers_and_ties()
+        return model
 
     def allocate(self, device: str) -> "Transformer":
         """Take memory on the device for an outline, the weights in it still to be set."""
@@ -331,7 +343,8 @@ class Transformer(nn.Module):
         if self.args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         args = self.args
-        cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
+        with torch.device("cpu"):
+            cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 

@@ -25,6 +25,7 @@ from keeper import newest_checkpoint
 from model import Transformer, parameter_shapes
 from parallel import fill
 from synthetic import story
+from tests.nursery import CAN_FORK, run_in_fork
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -93,12 +94,16 @@ def write_stories(path: Path, texts: list[str]):
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
     """run_script("train.py", "--max_iters=3", cwd=..., env=..., timeout=120) runs the real command,
-    in an empty folder if none is named, without standard input; returns its CompletedProcess."""
+    in an empty folder if none is named, without standard input; returns its CompletedProcess. As a fork,
+    unless with env: what is imported may depend on that."""
 
     def run(script, *args, cwd=None, env=None, timeout=120) -> subprocess.CompletedProcess:
+        cwd, args = cwd or tmp_path_factory.mktemp("cwd"), [*map(str, args)]
+        if CAN_FORK and not env:
+            return run_in_fork(ROOT / script, args, Path(cwd), dict(os.environ), timeout)
         return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=cwd or tmp_path_factory.mktemp("cwd"),
+            [sys.executable, str(ROOT / script), *args],
+            cwd=cwd,
             env=os.environ | (env or {}),
             timeout=timeout,
             stdin=subprocess.DEVNULL,

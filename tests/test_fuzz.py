@@ -111,7 +111,7 @@ def test_bad_readers_are_found_out():
         Reader(fault.__name__, write_good, ("tokenizer",), "tokenizer", read=partial(bad_read, fault=fault))
         for fault in BAD_READERS
     ]
-    verdicts = list(fuzz(readers, range(2), limit=0.5))
+    verdicts = list(fuzz(readers, range(2), limit=2))
     assert [(v.reader, v.number) for v in verdicts] == [(fault.__name__, n) for fault in BAD_READERS for n in (0, 1)]
     for verdict, cause in zip(verdicts[::2], BAD_READERS.values(), strict=True):
         assert verdict.outcome == "failed" and verdict.cause.startswith(cause)

@@ -54,7 +54,7 @@ def text_of(output: str) -> str:
 
 def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_dir, model, tokenizer):
     arguments = (f"--out_dir={out_dir}", "--start=Zoë saw", "--temperature=0", "--max_new_tokens=60", "--device=cpu")
-    result = run_script("sample.py", *arguments, env={"PYTHONUTF8": "1"})
+    result = run_script("sample.py", *arguments, env={"PYTHONUTF8": "1", "PYTHONPROFILEIMPORTTIME": "1"})
     prompt = tokenizer.encode("Zoë saw", bos=True)
     stop = {tokenizer.bos_id, tokenizer.eos_id}
     tokens = continuation(model, prompt, stop, max_new_tokens=60, temperature=0)
@@ -62,6 +62,8 @@ def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_
     assert text_of(result.stdout) == tokenizer.decode([*prompt, *tokens]) + "\n"
     assert text_of(result.stdout).startswith("Zoë saw")
     assert "tokens/s on cpu" in result.stderr
+    imported = [line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
+    assert "torch" in imported and not {"torch._dynamo", "sympy"} & {*imported}  # a second that a person would wait
 
 
 def test_a_character_that_the_terminal_lacks_ends_no_story(run_script, out_dir):
