@@ -121,7 +121,7 @@ def args_of(params: dict, path: str, tied: bool) -> ModelArgs:
     if not isinstance(scaled, bool):
         raise ValueError(f"{path}: use_scaled_rope is neither true nor false")
     if scaled and "rope_scaling_factor" not in params and (params["dim"], params["n_layers"]) in LLAMA_3_2:
-        raise ValueError(f'{path}: Llama 3.2 scales its positions by 32, but this does not say so: {ADVICE_3_2}')
+        raise ValueError(f"{path}: Llama 3.2 scales its positions by 32, but this does not say so: {ADVICE_3_2}")
     scaling = None
     generation = "llama3.1" if scaled else "llama3" if params.get("rope_theta") == 500000 else "llama2"
     try:

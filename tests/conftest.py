@@ -25,7 +25,7 @@ from keeper import newest_checkpoint
 from model import Transformer, parameter_shapes
 from parallel import fill
 from synthetic import story
-from tests.nursery import CAN_FORK, run_in_fork
+from tests.nursery import CAN_FORK, Command
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -100,7 +100,7 @@ def run_script(tmp_path_factory):
     def run(script, *args, cwd=None, env=None, timeout=120) -> subprocess.CompletedProcess:
         cwd, args = cwd or tmp_path_factory.mktemp("cwd"), [*map(str, args)]
         if CAN_FORK and not env:
-            return run_in_fork(ROOT / script, args, Path(cwd), dict(os.environ), timeout)
+            return Command(ROOT / script, args, str(cwd), dict(os.environ)).end(timeout)
         return subprocess.run(
             [sys.executable, str(ROOT / script), *args],
             cwd=cwd,

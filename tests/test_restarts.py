@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,9 @@ import pytest
 
 from checkpoint import load_checkpoint
 from tests.conftest import largest_difference, wait_for
+from tests.nursery import places, run_together
 from tests.test_train import ROOT, TINY, records
+from turns import free_port
 
 RUN = (*TINY, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
 
@@ -22,12 +23,6 @@ def options(data_dir):
 
 
 started: list[subprocess.Popen] = []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def run(processes: int, *args, torchrun=("--standalone",), **how) -> subprocess.Popen:
@@ -60,8 +55,8 @@ linux_only = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="f
 def undisturbed(tmp_path_factory, data_dir):
     """A run of 40 steps on one process."""
     out_dir = tmp_path_factory.mktemp("undisturbed")
-    process = run(1, *RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=40")
-    assert process.wait(120) == 0
+    options = (*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=40")
+    assert run_together(ROOT / "train.py", 1, *options)[0].returncode == 0
     return out_dir
 
 
@@ -69,8 +64,8 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
     kinds = ((1, "ddp"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (1, "fsdp"))
     for number, (processes, parallel) in enumerate(kinds):
         shape = (f"--max_iters={8 * number + 8}", f"--parallel={parallel}", "--sample_interval=8")
-        process = run(processes, *options, f"--out_dir={tmp_path}", *shape)
-        assert process.communicate(timeout=180) and process.returncode == 0
+        for result in run_together(ROOT / "train.py", processes, *options, f"--out_dir={tmp_path}", *shape):
+            assert result.returncode == 0, result.stderr
         is_in_shares = parallel == "fsdp" and processes > 1
         newest, older = ("ckpt.dcp", "ckpt.pt") if is_in_shares else ("ckpt.pt", "ckpt.dcp")
         assert (tmp_path / newest).exists() and not (tmp_path / older).exists()
@@ -94,9 +89,8 @@ def test_a_run_whose_process_is_killed_begins_again_by_itself(options, undisturb
 
 def pair(*args, of_the_second=()) -> list[subprocess.Popen]:
     """Two processes of one run, as torchrun would start them."""
-    place = os.environ | dict(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    places = [place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    return [run(1, *args, env=places[0]), run(1, *args, *of_the_second, env=places[1])]
+    first, second = (os.environ | place for place in places(2))
+    return [run(1, *args, env=first), run(1, *args, *of_the_second, env=second)]
 
 
 def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
