@@ -259,8 +259,7 @@ def report(preset: str, options: list[str], device: str, measured: dict[str, Mea
 
 
 def count(args) -> str:
-    with torch.device("meta"):
-        number = Transformer(args).num_parameters()
+    number = Transformer.outline(args).num_parameters()
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
 
 

@@ -115,8 +115,7 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
         weights = [layer.weight for layer in layers]
         return Joined(linear(torch.cat(weights)), [len(weight) for weight in weights])
 
-    with torch.device("meta"), torch.no_grad():
-        packed = Transformer(model.args)
+    packed = Transformer.outline(model.args)
     with torch.no_grad():
         packed.tok_embeddings, packed.norm = model.tok_embeddings, model.norm
         packed.rope_cos, packed.rope_sin = model.rope_cos, model.rope_sin

@@ -319,15 +319,15 @@ class Transformer(nn.Module):
     @classmethod
     def outline(cls, args: ModelArgs) -> "Transformer":
         """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
-        with torch.device("meta"):  # where drawing and computing import PyTorch's compiler: almost a second
+        with torch.device("meta"):  # where nothing is drawn or computed: it would import the compiler, for a second
             return cls(args)
 
     @classmethod
     def empty(cls, args: ModelArgs) -> "Transformer":
         """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
-        model = cls.outline(args)
+        model = cls.outline(args)  # allocate imports the compiler too
         spaces = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
-        model.load_state_dict(spaces, strict=False, assign=True)
+        model.load_state_dict(spaces, strict=False, assign=True)  # a tied classifier is not named
         model.register_buffers_and_ties()
         return model
 
@@ -343,7 +343,9 @@ class Transformer(nn.Module):
         if self.args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         args = self.args
-        with torch.device("cpu"):
+        if self.tok_embeddings.weight.is_meta:
+            cos, sin = (torch.empty(args.max_seq_len, args.head_dim // 2) for _ in range(2))
+        else:
             cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)

@@ -6,6 +6,7 @@ token's probability (arXiv 1411.0030, section 2). The noise is a hash of a key a
 a draw depends on nothing but its key and its row of logits, in a batch of any size, on any device.
 """
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -67,7 +68,24 @@ def gumbel_noise(keys, vocab_size: int):
     x = (x ^ (x >> 15 & 0x1FFFF)) * -2073254261
     x = (x ^ (x >> 16 & 0xFFFF)) & 0x7FFFFFFF
     uniform = ((x.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
-    return -torch.log(-torch.log1p(-uniform))
+    return -logarithm(-logarithm(1 - uniform, -uniform))
+
+
+def logarithm(x, x_less_one=None):
+    """The natural logarithm of positive, normal, finite float32 numbers, off by some 1e-6 of itself at
+    most. x_less_one: x - 1, where that is known more precisely. Compiled, it takes half the time of
+    PyTorch's: x is m times a power of 2, m from sqrt(1/2) to sqrt(2), and log m = 2 artanh((m - 1) / (m + 1))."""
+    if not torch.compiler.is_compiling():
+        return x.log() if x_less_one is None else x_less_one.log1p()
+    bits = x.view(torch.int32)
+    exponent = bits - 0x3F3504F3 >> 23  # of sqrt(1/2)
+    m_less_one = (bits - (exponent << 23)).view(torch.float32) - 1
+    if x_less_one is not None:
+        m_less_one = torch.where(exponent == 0, x_less_one, m_less_one)
+    tangent = m_less_one / (2 + m_less_one)
+    square = tangent * tangent
+    series = tangent * (2 + square * (2 / 3 + square * (2 / 5 + square * (2 / 7))))
+    return exponent * math.log(2) + series
 
 
 def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):

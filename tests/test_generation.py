@@ -12,6 +12,7 @@ from sampling import (
     choose,
     draw_key,
     gumbel_noise,
+    logarithm,
     penalize_repeats,
     truncate_min_p,
     truncate_top_k,
@@ -360,6 +361,18 @@ def test_noise_is_that_of_its_key_and_token_and_follows_gumbel():
     for other in (noise[1:], noise[:-1].roll(1, dims=1)):  # independent between keys and tokens
         pairs = torch.stack([noise[: len(other)].flatten(), other.flatten()])
         assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / pairs.shape[1] ** 0.5
+
+
+def test_the_logarithm_of_a_compiled_step_is_as_good_as_pytorch_s(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    near = torch.tensor([0.5**0.5, 1 - 0.5**0.5, 0.5, 1.0, 2.0, 2.0**0.5])  # where one way of it gives way to another
+    edges = torch.cat([near, near.nextafter(near * 2), near.nextafter(near / 2)])
+    uniform = torch.cat([uniform, torch.tensor([0.5, 1.5, 2.5]) * 2**-31, edges[edges < 1]]).clamp(2**-32, 1 - 2**-24)
+    found = logarithm(1 - uniform, -uniform)
+    torch.testing.assert_close(found.double(), torch.log1p(-uniform.double()), rtol=1e-6, atol=0)
+    for x in (-found, uniform, uniform * 20, edges):
+        torch.testing.assert_close(logarithm(x).double(), x.double().log(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
