@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import gc
+import multiprocessing.util
 import os
 import sys
 import time
@@ -129,11 +130,14 @@ def lost_processes_in_words(in_time: str):
 
 
 def end_at_once():
-    """With status 1. A process group whose members are gone, or about to go, is not taken down in order:
-    that would sometimes abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    """With status 1, also after Ctrl-C. A process group whose members are gone, or about to go, is not taken
+    down in order: that would sometimes abort."""
+    try:
+        multiprocessing.util._exit_function()  # would come after this, and gives back semaphores
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
 
 
 def leave_world():

@@ -25,11 +25,10 @@ from keeper import newest_checkpoint
 from model import Transformer, parameter_shapes
 from parallel import fill
 from synthetic import story
-from tests.nursery import CAN_FORK, Command
+from tests.nursery import CAN_FORK, ROOT, Command, prepare_to_fork
 from tinystories import Pretokenize, run_pretokenize
 from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 512
 
 torch.set_num_threads(1)  # tests run side by side
@@ -91,6 +90,11 @@ def write_stories(path: Path, texts: list[str]):
     path.write_text(json.dumps([{"story": text, "source": "test"} for text in texts]), encoding="utf-8")
 
 
+@pytest.fixture(scope="session", autouse=CAN_FORK)
+def forks():
+    prepare_to_fork()
+
+
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
     """run_script("train.py", "--max_iters=3", cwd=..., env=..., timeout=120) runs the real command,
@@ -98,19 +102,8 @@ def run_script(tmp_path_factory):
     unless with env: what is imported may depend on that."""
 
     def run(script, *args, cwd=None, env=None, timeout=120) -> subprocess.CompletedProcess:
-        cwd, args = cwd or tmp_path_factory.mktemp("cwd"), [*map(str, args)]
-        if CAN_FORK and not env:
-            return Command(ROOT / script, args, str(cwd), dict(os.environ)).end(timeout)
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *args],
-            cwd=cwd,
-            env=os.environ | (env or {}),
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-        )
+        folder = str(cwd or tmp_path_factory.mktemp("cwd"))
+        return Command(script, [*map(str, args)], folder, os.environ | (env or {}), forks=not env).end(timeout)
 
     return run
 

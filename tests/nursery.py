@@ -1,50 +1,84 @@
 """
-Commands without the seconds that PyTorch takes to be imported: each runs in a fork of one process that
-has imported it already. To the command all is as if it had been started by itself.
+Commands without the seconds that PyTorch takes to be imported: on Linux each runs in a fork of one process
+that has imported it already.
+
+A fork differs from a process of its own in its end, which passes over atexit and the interpreter's own
+shutdown; in imports that another script has made for it; and in Python's hashes, which all forks share. Tests
+of these start real ones.
 """
 
+import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from turns import free_port
 
+ROOT = Path(__file__).resolve().parent.parent
+CAN_FORK = sys.platform == "linux"
 SCRIPTS = ["train", "sample", "export", "tinystories", "sharded"]
 IMPORTED_LATER = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.figure"]
-CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class Command:
-    """python SCRIPT ARGUMENTS, begun in this folder, without standard input."""
+    """python SCRIPT ARGUMENTS, begun in the folder cwd, without standard input."""
 
-    def __init__(self, script: Path, arguments: list[str], cwd: str, environment: dict):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.nursery", *SCRIPTS, *IMPORTED_LATER])
-        self.arguments, self.folder = [str(script), *arguments], tempfile.TemporaryDirectory()
+    def __init__(self, script: str, arguments: list[str], cwd: str, environment: dict, forks: bool = True):
+        self.arguments = [str(ROOT / script), *arguments]
+        self.folder = tempfile.TemporaryDirectory()
         self.said = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
-        self.process = context.Process(target=be, args=(self.arguments, cwd, environment, self.said))
-        self.process.start()
+        for path in self.said:
+            path.touch()
+        self.start(cwd, environment, forks and CAN_FORK)
+
+    def start(self, cwd: str, environment: dict, forks: bool):
+        if forks:
+            context = multiprocessing.get_context("forkserver")
+            self.process = context.Process(target=be, args=(self.arguments, cwd, environment, self.said))
+            self.process.start()
+            self.wait, self.status = self.process.join, lambda: self.process.exitcode
+            return
+        with self.said[0].open("wb") as output, self.said[1].open("wb") as errors:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+            self.process = subprocess.Popen([sys.executable, *self.arguments], cwd=cwd, env=environment, **streams)
+        self.wait, self.status = self.process.wait, self.process.poll
 
     def end(self, timeout: float) -> subprocess.CompletedProcess:
         """Its end, and what it said. Raises subprocess.TimeoutExpired after so many seconds."""
-        self.process.join(timeout)
-        if (status := self.process.exitcode) is None:
-            self.process.kill()
-            raise subprocess.TimeoutExpired(self.arguments, timeout)
         with self.folder:
-            return subprocess.CompletedProcess(
-                self.arguments, status, *(path.read_text(encoding="utf-8") for path in self.said)
-            )
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.wait(timeout)
+                status = self.status()
+                output, errors = (path.read_text(encoding="utf-8") for path in self.said)
+                if status is None:
+                    raise subprocess.TimeoutExpired(self.arguments, timeout, output, errors)
+            finally:
+                self.kill()
+        return subprocess.CompletedProcess(self.arguments, status, output, errors)
+
+    def kill(self):
+        if self.status() is None:
+            self.process.kill()
+            self.wait()
+
+
+def prepare_to_fork():
+    """Let the first process import what the commands will, from where this is called."""
+    multiprocessing.forkserver.set_forkserver_preload(["tests.nursery", *SCRIPTS, *IMPORTED_LATER])
+    multiprocessing.forkserver.ensure_running()
 
 
 def be(arguments: list[str], cwd: str, environment: dict, said: list[Path]):
     """Go on as that command, in this process, which is its alone."""
     for number, path in enumerate([os.devnull, *said]):
-        opened = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        opened = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY)
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(cwd)
@@ -54,19 +88,20 @@ def be(arguments: list[str], cwd: str, environment: dict, said: list[Path]):
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_together(script: Path, processes: int, *arguments, timeout: float = 180) -> list[subprocess.CompletedProcess]:
-    """The processes of one run, as torchrun would start them."""
-    here, where = os.getcwd(), places(processes) if processes > 1 else [{}]
-    commands = [Command(script, [*map(str, arguments)], here, os.environ | place) for place in where]
+def run_together(script: str, processes: int, *arguments, timeout: float = 180) -> list[subprocess.CompletedProcess]:
+    """The processes of one run, with the environments that torchrun would give them."""
+    where = places(processes) if processes > 1 else [{}]
+    commands, deadline = [], time.monotonic() + timeout
     try:
-        return [command.end(timeout) for command in commands]
+        for place in where:
+            commands.append(Command(script, [*map(str, arguments)], os.getcwd(), os.environ | place))
+        return [command.end(max(0, deadline - time.monotonic())) for command in commands]
     finally:
         for command in commands:
-            command.process.kill()
+            command.kill()
 
 
 def places(processes: int) -> list[dict]:
-    """The environments that torchrun would give to the processes of one run."""
     together = dict(MASTER_ADDR="localhost", MASTER_PORT=free_port(), WORLD_SIZE=processes)
     return [
         {name: str(value) for name, value in (together | dict(RANK=rank, LOCAL_RANK=rank)).items()}

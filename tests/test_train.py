@@ -44,8 +44,9 @@ def train(run_script, data_dir):
     return run
 
 
-def succeeds_on(processes: int, *args) -> bool:
-    return all(result.returncode == 0 for result in run_together(ROOT / "train.py", processes, *args))
+def train_on(processes: int, *args):
+    for result in run_together("train.py", processes, *args):
+        assert result.returncode == 0, result.stderr
 
 
 def records(out_dir: Path, key: str) -> list[float]:
@@ -103,7 +104,7 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
     assert train(*options, f"--out_dir={runs['accumulated']}").returncode == 0
     whole = ("--batch_size=8", "--gradient_accumulation_steps=1")
     assert train(*options, *whole, f"--out_dir={runs['whole']}").returncode == 0
-    assert succeeds_on(2, *options, f"--out_dir={runs['two processes']}")
+    train_on(2, *options, f"--out_dir={runs['two processes']}")
     losses, norms = ({name: records(folder, key) for name, folder in runs.items()} for key in ("loss", "grad_norm"))
     assert len(losses["whole"]) == 20
     for name in ("whole", "two processes"):
@@ -115,7 +116,7 @@ def test_muon_trains_alike_on_any_number_of_processes(train, data_dir, tmp_path)
     """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
     options = (*TINY, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    assert succeeds_on(2, *options, f"--out_dir={tmp_path / 'two'}")
+    train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
     assert records(tmp_path / "one", "loss")[-1] < records(tmp_path / "one", "loss")[0] - 1
     assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-2)
 
@@ -130,12 +131,12 @@ def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_p
 def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_path):
     options = (*TINY, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    assert succeeds_on(2, *options, f"--out_dir={tmp_path / 'two'}")
+    train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
     assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-5)
 
 
 def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_path):
-    for result in run_together(ROOT / "train.py", 3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"):
+    for result in run_together("train.py", 3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"):
         assert result.returncode == 1 and "give a multiple of 3" in result.stderr
 
 
