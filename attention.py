@@ -85,4 +85,6 @@ def attend_one(q, k, v, mask=None):
     scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (B, n_kv_heads, G, S)
     if mask is not None:
         scores = torch.where(mask, scores, float("-inf"))
-    return (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2).type_as(q)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    attended = (weights[..., None] * v[:, :, None].float()).sum(-2)  # (B, n_kv_heads, G, D)
+    return (attended / weights.sum(-1, keepdim=True)).type_as(q)  # last: a division takes long

@@ -53,6 +53,7 @@ class Int8Linear(nn.Module):
         scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         quantized = (rows / scale).round()
         if len(rows) == 1 and torch.compiler.is_compiling():
+            quantized = quantized.as_strided(quantized.shape, quantized.stride())
             product = row_product(quantized, self.weight)  # a float32 holds integers up to 2**24
         else:
             product = torch._int_mm(quantized.to(torch.int8), self.weight.t()).float()
