@@ -53,6 +53,7 @@ class Int8Linear(nn.Module):
         scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         quantized = (rows / scale).round()
         if len(rows) == 1 and torch.compiler.is_compiling():
+            # As it is, but as_strided makes the compiler store it: it would round anew for each row of the matrix.
             quantized = quantized.as_strided(quantized.shape, quantized.stride())
             product = row_product(quantized, self.weight)  # a float32 holds integers up to 2**24
         else:
@@ -149,6 +150,8 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
     return packed.eval()
 
 
+# How PyTorch compiles for a CPU: calls in C++, and a product with its sum as one instruction.
+ON_CPU = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
 MOST_COMPILED = 64  # steps for other lengths and options; beyond a limit PyTorch silently compiles no more
 
 
@@ -183,7 +186,7 @@ def compiled_step():
         torch._dynamo.maybe_mark_dynamic(filled, 0)
         try:
             many = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
-            with many, torch._inductor.config.patch(cpp_wrapper=on_cpu):
+            with many, torch._inductor.config.patch(ON_CPU if on_cpu else {}):
                 result = compiled(model, cache, tokens, starts, filled, keys, how)
         except torch.OutOfMemoryError:
             raise

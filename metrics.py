@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import sys
 import time
 
 from atomic import AtomicFile, write_atomically
@@ -23,6 +24,7 @@ class Metrics:
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
         self.file, self.tried_at = None, 0.0
         self.is_behind = False  # whether the file lacks records
+        self.can_draw = True  # as far as is known
         self.write_anew()
 
     def write_anew(self):
@@ -59,7 +61,19 @@ class Metrics:
                 self.write_anew()
 
     def draw(self):
-        """Training and validation loss over the steps so far."""
+        """Training and validation loss over the steps so far. Where matplotlib cannot be imported, or
+        takes offence at the user's own settings for it, it says so once and there is no picture."""
+        if not self.can_draw:
+            return
+        try:
+            self.draw_with_matplotlib()
+        except OSError:  # a disk that is full may have room again
+            raise
+        except Exception as error:
+            self.can_draw = False
+            print(f"no picture of the loss, as matplotlib fails: {error}", file=sys.stderr)
+
+    def draw_with_matplotlib(self):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
