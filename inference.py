@@ -204,7 +204,7 @@ def compiled_step():
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
     """The arguments model, step, draft and cache_dtype of a Decoder that is to tell batch_size texts at
-    once with matrices of this kind: int8 or a number format. To compile takes some twenty seconds, at the
+    once with matrices of this kind: int8 or a number format. To compile takes half a minute or more, at the
     first token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices,
     several tokens at a time, and checked in one pass; its tokens are those of the model itself. Other
     compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""

@@ -63,7 +63,7 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     quantize: Literal["none", "int8"] = "none"  # int8: 8-bit matrices, on a CPU faster and hardly worse
-    compile: bool | None = None  # a faster step, after some twenty seconds; None: if the length asked for is worth it
+    compile: bool | None = None  # a faster step, after half a minute or more; None: if the length asked for is worth it
 
     @property
     def decoding(self) -> dict:
