@@ -327,7 +327,9 @@ class Transformer(nn.Module):
         """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
         model = cls.outline(args)  # allocate imports the compiler too
         spaces = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
-        model.load_state_dict(spaces, strict=False, assign=True)  # a tied classifier is not named
+        if args.tie_embeddings:
+            spaces["output.weight"] = spaces["tok_embeddings.weight"]
+        model.load_state_dict(spaces, assign=True)
         model.register_buffers_and_ties()
         return model
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from decoder import Decoder, Decoding, Draft, Sequence, one_step
-from inference import Int8Linear, PackedLinear, compiled_step, for_inference, prepared
+from inference import Int8Linear, PackedLinear, compiled_step, for_inference, prepared, row_product
 from model import KVCache
 from tests.test_generation import V, random_model, together
 
@@ -19,6 +19,15 @@ def test_one_row_and_many_multiply_alike(kind):
     assert whole.shape == (5, 7, 96)
     for row in range(5):
         torch.testing.assert_close(layer(x[row : row + 1, 3:4])[0, 0], whole[row, 3], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("height", [7, 96, 98])
+def test_a_row_of_integers_is_multiplied_exactly_as_many_are(height):
+    """Whether or not the matrix can be read in four places."""
+    torch.manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (rows, 64), dtype=torch.int8) for rows in (20, height))
+    whole = torch._int_mm(x, weight.t())
+    assert torch.equal(row_product(x[3:4].float(), weight), whole[3:4].float())
 
 
 def test_int8_is_as_exact_as_8_bits_can_be():
