@@ -2,14 +2,14 @@
 How the next token is chosen: which tokens may be, and the draw among them.
 
 A draw is an argmax. Gumbel noise added to logits is largest, in sum, at each token with just that
-token's probability (arXiv 1411.0030, section 2). The noise is a hash of a key and the token, so that
+token's probability (arXiv 1411.0030, section 2). The noise is a hash of a key and a number, so that
 a draw depends on nothing but its key and its row of logits, in a batch of any size, on any device.
 """
 
-import math
 from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
 
 from dataset import mix
 
@@ -58,56 +58,61 @@ def draw_key(seed: int, sample: int, position: int) -> int:
     return key - (key >> 31 << 32)
 
 
-def gumbel_noise(keys, vocab_size: int):
-    """Standard Gumbel noise (B, V) of the keys (B,), int32. The hash is lowbias32 of Wellons's
+def gumbel_noise(keys, count: int):
+    """Standard Gumbel noise (B, count) of the keys (B,), int32. The hash is lowbias32 of Wellons's
     hash prospector, in 32 bits that wrap around."""
     # The xor keeps the compiler from multiplying the loop's index itself, whose overflow C++ does not define.
-    token = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) ^ 0x2545F491
-    x = token * -1640531527 ^ keys[:, None]  # 2**32 / golden ratio
+    number = torch.arange(count, dtype=torch.int32, device=keys.device) ^ 0x2545F491
+    x = number * -1640531527 ^ keys[:, None]  # 2**32 / golden ratio
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -2073254261
     x = (x ^ (x >> 16 & 0xFFFF)) & 0x7FFFFFFF
     uniform = ((x.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
-    return -logarithm(-logarithm(1 - uniform, -uniform))
+    return -(-torch.log1p(-uniform)).log()
 
 
-def logarithm(x, x_less_one=None):
-    """The natural logarithm of positive, normal, finite float32 numbers, off by some 1e-6 of itself at
-    most. x_less_one: x - 1, where that is known more precisely. Compiled, it takes half the time of
-    PyTorch's: x is m times a power of 2, m from sqrt(1/2) to sqrt(2), and log m = 2 artanh((m - 1) / (m + 1))."""
-    if not torch.compiler.is_compiling():
-        return x.log() if x_less_one is None else x_less_one.log1p()
-    bits = x.view(torch.int32)
-    exponent = bits - 0x3F3504F3 >> 23  # of sqrt(1/2)
-    m_less_one = (bits - (exponent << 23)).view(torch.float32) - 1
-    if x_less_one is not None:
-        m_less_one = torch.where(exponent == 0, x_less_one, m_less_one)
-    tangent = m_less_one / (2 + m_less_one)
-    square = tangent * tangent
-    series = tangent * (2 + square * (2 / 3 + square * (2 / 5 + square * (2 / 7))))
-    return exponent * math.log(2) + series
+BLOCK = 128  # tokens
+ATTEMPTS = 3  # at a draw among some of the tokens, before the others are looked for
+
+
+def draw(logits, keys, attempts: range):
+    """Tokens (B, A) of logits (B, V), drawn independently for each of the attempts at the keys (B,). First
+    a block of tokens is drawn and then one of it: noise for each of 32,000 tokens would take longer
+    than all else that is done with their logits."""
+    blocks = F.pad(logits, (0, -logits.shape[-1] % BLOCK), value=float("-inf")).unflatten(-1, (-1, BLOCK))
+    sizes = [blocks.shape[1], BLOCK]
+    noise = gumbel_noise(keys, attempts.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))[:, attempts.start :]
+    of_blocks, of_tokens = noise.split(sizes, dim=-1)
+    block = (blocks.logsumexp(-1)[:, None] + of_blocks).argmax(-1)  # (B, A)
+    of_block = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))  # (B, A, BLOCK)
+    return block * BLOCK + (of_block + of_tokens).argmax(-1)
 
 
 def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
-    """The draw as if nothing were truncated: tokens (B,), and whether each is among what the
-    truncations leave (B,), so that they need not be done. False where only doing them would tell."""
+    """Draw as if nothing were truncated until it is a token that the truncations leave: tokens (B,), and
+    whether each is one (B,), so that they need not be done. False where only doing them would tell, and
+    where too many attempts fail."""
     if temperature < 1e-6:  # a float32 cannot tell it from 0
         tokens = logits.argmax(-1)
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    scaled = logits.float() / temperature
-    tokens = (scaled + gumbel_noise(keys, logits.shape[-1])).argmax(-1)
-    own = scaled.gather(-1, tokens[:, None])  # (B, 1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    if not top_k and top_p == 1 and not min_p:
+        tokens = draw(scaled, keys, range(1))[:, 0]
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    tokens = draw(scaled, keys, range(ATTEMPTS))  # (B, A)
+    own, scaled = scaled.gather(-1, tokens)[..., None], scaled[:, None]  # (B, A, 1), (B, 1, V)
     inside = torch.full_like(tokens, not (top_k and top_p < 1), dtype=torch.bool)
     if top_k:
         inside &= (scaled > own).sum(-1) < top_k
     if top_p < 1:
         number = torch.arange(logits.shape[-1], device=logits.device)
-        before = (scaled > own) | (scaled == own) & (number < tokens[:, None])
+        before = (scaled > own) | (scaled == own) & (number < tokens[..., None])
         inside &= (scaled.softmax(-1) * before).sum(-1) < top_p
     if min_p:
-        probabilities = scaled.softmax(-1)
-        inside &= (probabilities.gather(-1, tokens[:, None]) >= min_p * probabilities.amax(-1, keepdim=True))[:, 0]
-    return tokens, inside
+        probabilities = scaled.softmax(-1)[:, 0]
+        inside &= probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True)
+    first = inside.int().argmax(-1, keepdim=True)
+    return tokens.gather(-1, first)[:, 0], inside.any(-1)
 
 
 def choose(
@@ -126,7 +131,8 @@ def choose(
         logits = truncate_top_p(logits, top_p)
     if min_p:
         logits = truncate_min_p(logits, min_p)
-    drawn = (logits + gumbel_noise(keys[~inside], logits.shape[-1])).argmax(-1)
+    # With noise of its own: that of the attempts is known to lead elsewhere.
+    drawn = draw(logits, keys[~inside], range(ATTEMPTS, ATTEMPTS + 1))[:, 0]
     return tokens.masked_scatter(~inside, drawn)
 
 

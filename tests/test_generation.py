@@ -12,7 +12,6 @@ from sampling import (
     choose,
     draw_key,
     gumbel_noise,
-    logarithm,
     penalize_repeats,
     truncate_min_p,
     truncate_top_k,
@@ -351,28 +350,16 @@ def test_temperature_0_takes_the_likeliest():
     assert choose(logits, KEYS[:2], temperature=0, top_k=2, top_p=0.5).tolist() == [1, 0]
 
 
-def test_noise_is_that_of_its_key_and_token_and_follows_gumbel():
+def test_noise_is_that_of_its_key_and_number_and_follows_gumbel():
     noise = gumbel_noise(KEYS[:2000], 500)
     assert torch.equal(noise[1234:1236, :50], gumbel_noise(KEYS[1234:1236], 50))
     ordered = noise.flatten().double().sort().values
     expected = (-(-ordered).exp()).exp()  # its distribution function
     found = torch.arange(1, len(ordered) + 1) / len(ordered)
     assert (found - expected).abs().max() < 1.95 / len(ordered) ** 0.5  # Kolmogorov and Smirnov, at 0.001
-    for other in (noise[1:], noise[:-1].roll(1, dims=1)):  # independent between keys and tokens
+    for other in (noise[1:], noise[:-1].roll(1, dims=1)):  # independent between keys and numbers
         pairs = torch.stack([noise[: len(other)].flatten(), other.flatten()])
         assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / pairs.shape[1] ** 0.5
-
-
-def test_the_logarithm_of_a_compiled_step_is_as_good_as_pytorch_s(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    near = torch.tensor([0.5**0.5, 1 - 0.5**0.5, 0.5, 1.0, 2.0, 2.0**0.5])  # where one way of it gives way to another
-    edges = torch.cat([near, near.nextafter(near * 2), near.nextafter(near / 2)])
-    uniform = torch.cat([uniform, torch.tensor([0.5, 1.5, 2.5]) * 2**-31, edges[edges < 1]]).clamp(2**-32, 1 - 2**-24)
-    found = logarithm(1 - uniform, -uniform)
-    torch.testing.assert_close(found.double(), torch.log1p(-uniform.double()), rtol=1e-6, atol=0)
-    for x in (-found, uniform, uniform * 20, edges):
-        torch.testing.assert_close(logarithm(x).double(), x.double().log(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -389,16 +376,30 @@ def test_the_logarithm_of_a_compiled_step_is_as_good_as_pytorch_s(monkeypatch):
     ],
     ids=str,
 )
-def test_draws_follow_the_exact_distribution(options, allowed):
-    logits = torch.tensor([-2.0, 1.2, -1.0, 0.6, -0.9, 0.0, -1.5, -0.6])
+@pytest.mark.parametrize("spread", [1, 100], ids=["one block", "several blocks"])
+def test_draws_follow_the_exact_distribution(options, allowed, spread):
+    logits = torch.full((701,), -INF)
+    logits[: 8 * spread : spread] = torch.tensor([-2.0, 1.2, -1.0, 0.6, -0.9, 0.0, -1.5, -0.6])
+    logits = logits[: 7 * spread + 1]
     draws = choose(logits.expand(100_000, -1), KEYS, **options)
-    counts = draws.bincount(minlength=8).double()
-    weights = (logits.double() / options.get("temperature", 1.0)).exp()
+    assert set((draws % spread).tolist()) == {0}
+    counts = (draws // spread).bincount(minlength=8)
     assert set(counts.nonzero().flatten().tolist()) == allowed
     inside = sorted(allowed)
-    expected = 100_000 * weights[inside] / weights[inside].sum()
-    chi_square = ((counts[inside] - expected) ** 2 / expected).sum()
-    half_degrees = torch.tensor((len(inside) - 1) / 2, dtype=torch.float64)
+    assert_drawn(counts[inside], (logits[::spread].double() / options.get("temperature", 1.0))[inside])
+
+
+def test_draws_of_many_tokens_follow_the_exact_distribution():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) / 2
+    draws = choose(logits.expand(len(KEYS), -1), KEYS)
+    assert_drawn(draws.bincount(minlength=1000), logits.double())
+
+
+def assert_drawn(counts, logits):
+    """By a chi-square test, at 0.001."""
+    expected = counts.sum() * logits.softmax(-1)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    half_degrees = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     assert torch.special.gammaincc(half_degrees, chi_square / 2) > 0.001
 
 
