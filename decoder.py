@@ -91,11 +91,21 @@ class Sequence:
         self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
 
 
-def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, **how):
+def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, exact: bool = True, **how):
     """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
-    holds, from the positions starts (B,) on and before end; and what first_choice says of them."""
-    logits = model.output(model.hidden(tokens, cache, starts, end)).flatten(0, 1)
+    holds, from the positions starts (B,) on and before end; and what first_choice says of them. exact:
+    whether the longest row reaches to the end."""
+    logits = model.output(model.hidden(tokens, cache, starts, end, exact=exact)).flatten(0, 1)
     return logits, first_choice(logits, keys.flatten(), **how)
+
+
+def tell(model: Transformer, cache: KVCache, token, starts, end: int, keys, **how):
+    """The next tokens (B, N) after each row's token (B, 1), at the position starts (B,); end is one beyond
+    the farthest of these. There is a key (B, M) for each token that may be told, but N is 1 here; see
+    inference.compiled_loop for one that tells several. Returns the last token's logits (B, V), the
+    tokens, and whether the last of them is known (B,): see first_choice. Those before it are."""
+    logits, (tokens, known) = one_step(model, cache, token, starts, end, keys[:, :1], **how)
+    return logits, tokens[:, None], known
 
 
 class Draft(NamedTuple):
@@ -103,8 +113,8 @@ class Draft(NamedTuple):
     in one pass (speculative decoding, arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
 
     model: Transformer
-    step: Callable = one_step  # of the smaller model
-    check: Callable = one_step  # of the model itself
+    tell: Callable = tell  # for the smaller model
+    check: Callable = one_step  # for the model itself
     tokens: int = 7  # proposed at a time
 
 
@@ -117,17 +127,18 @@ class Decoder:
 
     def __init__(
         self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
-        bad_words: BadWords | None = None, use_cache: bool = True, step: Callable | None = None,
-        draft: Draft | None = None, cache_dtype: torch.dtype | None = None,
+        bad_words: BadWords | None = None, use_cache: bool = True, tell: Callable | None = None,
+        at_once: int = 1, draft: Draft | None = None, cache_dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        """stop_ids end a text. Without the cache the same tokens come, more slowly. step stands for
-        one_step, but takes batch_size rows always. step, draft and cache_dtype: see inference.prepared."""
+        """stop_ids end a text. Without the cache the same tokens come, more slowly. tell stands for the
+        function of that name, but takes batch_size rows always; it is asked for at_once tokens where that
+        may be. These two, draft and cache_dtype: see inference.prepared."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.model, self.options, self.batch_size = model, options, batch_size
         self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
         self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.step, self.draft, self.cache_dtype = step, draft, cache_dtype
+        self.tell, self.at_once, self.draft, self.cache_dtype = tell, at_once, draft, cache_dtype
         self.device, self.cache = model.tok_embeddings.weight.device, None
         self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
 
@@ -182,7 +193,7 @@ class Decoder:
         while waiting and len(self.rows) < self.batch_size:
             self.rows.append(waiting.popleft())
         going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
-        if going_on and len(going_on) < len(self.rows) and self.step is None:
+        if going_on and len(going_on) < len(self.rows) and self.tell is None:
             self.rows = [self.rows[row] for row in going_on]
             self.cache.take(torch.tensor(going_on, device=self.device))
 
@@ -196,16 +207,20 @@ class Decoder:
                 sequence.start, sequence.cached = moved_start, 0
         behind = [sequence for sequence in going_on if sequence.unread > 1 or not sequence.cached]
         if behind:
-            going_on = self.read_together(behind)
-            logits, first = self.read(going_on), None
-            check_numbers(logits)
-        elif self.may_draft(going_on):
+            return self.read_and_choose(self.read_together(behind))
+        if self.draft and self.foreseen(going_on, 1 + self.draft.tokens) == 1 + self.draft.tokens:
             return self.draft_and_check()
-        else:
-            logits, first = self.take_step()
-        for sequence in going_on:
-            sequence.cached += sequence.unread
-        return list(zip(going_on, self.pick(going_on, logits, first), strict=True))
+        return self.tell_on()
+
+    def foreseen(self, going_on: list[Sequence], count: int) -> int:
+        """How many tokens, of count, may come next that neither depend on those before them nor lie
+        beyond what the cache and the model's context hold."""
+        if self.bad_words or self.options.repetition_penalty != 1:
+            return 1
+        if any(sequence.new < self.options.min_new_tokens for sequence in going_on):
+            return 1
+        longest = min(self.cache.length - 1, self.model.args.max_seq_len)
+        return max(1, min(count, longest - max(sequence.cached for sequence in going_on)))
 
     def read_together(self, behind: list[Sequence]) -> list[Sequence]:
         """Those to read at once: of similar lengths, and not too much; one alone that is partly read."""
@@ -216,6 +231,13 @@ class Decoder:
             sequence for number, sequence in enumerate(behind, 1)
             if number == 1 or number * sequence.unread <= READ_AT_ONCE
         ]  # fmt: skip
+
+    def read_and_choose(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
+        logits = self.read(sequences)
+        check_numbers(logits)
+        for sequence in sequences:
+            sequence.cached += sequence.unread
+        return list(zip(sequences, self.pick(sequences, logits), strict=True))
 
     def read(self, sequences: list[Sequence]):
         """The logits (B, V) after all tokens that are not in the cache, put there in one pass. What
@@ -228,57 +250,54 @@ class Decoder:
         x = self.model.hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
         return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
 
-    def take_step(self):
-        """The logits (B, V) after one more token in each text, and the first choice where it is known."""
-        going_on, tokens, starts, end, keys = self.inputs(1)
-        step = self.step or one_step
-        logits, first = step(self.model, self.cache, tokens, starts, end, keys, **self.how)
-        if len(going_on) == len(tokens):
-            return logits, first
-        return logits[going_on], tuple(part[going_on] for part in first)
+    def tell_on(self) -> list[tuple[Sequence, int]]:
+        """The next tokens of every text, as many of each."""
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        sequences = [self.rows[row] for row in going_on]
+        wanted = max(self.options.max_new_tokens - sequence.new for sequence in sequences)
+        count = self.foreseen(sequences, min(self.at_once, wanted))
+        logits, tokens, known = (self.tell or tell)(self.model, self.cache, *self.inputs(going_on, count), **self.how)
+        if len(going_on) < len(tokens):
+            logits, tokens, known = logits[going_on], tokens[going_on], known[going_on]
+        before = tokens.shape[1] - 1
+        columns = [*tokens[:, :-1].t().tolist(), self.pick(sequences, logits, (tokens[:, -1], known), before)]
+        for sequence in sequences:
+            sequence.cached += 1 + before
+        return [pair for column in columns for pair in zip(sequences, column, strict=True)]
 
-    def inputs(self, count: int):
-        """Which rows go on, and for each row its last token (B, 1), the position of that (B,), one
-        beyond the last of these, and the keys of the next count draws (B, count)."""
-        size = self.batch_size if self.step else len(self.rows)
+    def inputs(self, going_on: list[int], count: int):
+        """Of each row its last token (B, 1), the position of that (B,), one beyond the last of these,
+        and the keys of the next count draws (B, count)."""
+        size = self.batch_size if self.tell else len(self.rows)
         for sequence in self.rows:
             if sequence.finish:
                 sequence.cached = 0  # whatever is read in its row is written over its beginning
-        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
         tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
         for row in going_on:
             sequence = self.rows[row]
             tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
         end = max(starts) + 1
         tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        return going_on, tokens[:, None], starts, end, torch.tensor(keys, dtype=torch.int32, device=self.device)
+        return tokens[:, None], starts, end, torch.tensor(keys, dtype=torch.int32, device=self.device)
 
-    def keys(self, sequence: Sequence, count: int = 1) -> list[int]:
-        length = len(sequence.tokens)
+    def keys(self, sequence: Sequence, count: int, before: int = 0) -> list[int]:
+        """Of the next count draws, after so many that are not among the tokens yet."""
+        length = len(sequence.tokens) + before
         return [draw_key(self.options.seed, sequence.sample, position) for position in range(length, length + count)]
-
-    def may_draft(self, going_on: list[Sequence]) -> bool:
-        """Whether tokens can be proposed ahead: what may come next must not depend on those before."""
-        if not self.draft or self.bad_words or self.options.repetition_penalty != 1:
-            return False
-        longest = min(self.cache.length, self.model.args.max_seq_len)
-        return all(
-            sequence.cached + 1 + self.draft.tokens <= longest and sequence.new >= self.options.min_new_tokens
-            for sequence in going_on
-        )
 
     def draft_and_check(self) -> list[tuple[Sequence, int]]:
         """The next tokens of every text: as many of the proposed ones as the model draws itself, and
         the one that it draws after them."""
-        draft, count = self.draft, self.draft.tokens
-        going_on, token, starts, end, keys = self.inputs(count + 1)
-        tokens = [token]
-        for i in range(count):
-            key = keys[:, i : i + 1].contiguous()
-            logits, first = draft.step(draft.model, self.cache, tokens[-1], starts + i, end + i, key, **self.how)
-            tokens.append(choose(logits, key[:, 0], **self.how, first=first)[:, None])
-        tokens = torch.cat(tokens, dim=1)  # (B, 1 + count)
-        logits, first = draft.check(self.model, self.cache, tokens, starts, end + count, keys, **self.how)
+        draft = self.draft
+        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        token, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
+        tokens = token
+        while (read := tokens.shape[1]) <= draft.tokens:
+            at = (tokens[:, -1:], starts + read - 1, end + read - 1, keys[:, read - 1 : -1])
+            logits, told, known = draft.tell(draft.model, self.cache, *at, **self.how)
+            last = choose(logits, keys[:, read - 2 + told.shape[1]], **self.how, first=(told[:, -1], known))
+            tokens = torch.cat([tokens, told[:, :-1], last[:, None]], dim=1)  # in the end (B, 1 + draft.tokens)
+        logits, first = draft.check(self.model, self.cache, tokens, starts, end + draft.tokens, keys, **self.how)
         drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
         agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
         chosen = []
@@ -287,8 +306,9 @@ class Decoder:
             chosen += [(self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()]
         return chosen
 
-    def pick(self, sequences: list[Sequence], logits, first) -> list[int]:
-        """The token that each text goes on with, of logits (B, V)."""
+    def pick(self, sequences: list[Sequence], logits, first=None, before: int = 0) -> list[int]:
+        """The token that each text goes on with, of logits (B, V). first: what is known of it; before:
+        how many tokens come before it that are not among the text's yet."""
         penalty = self.options.repetition_penalty
         forbidden = [self.forbidden(sequence) for sequence in sequences]
         if penalty != 1 or any(forbidden):
@@ -303,7 +323,7 @@ class Decoder:
                     raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
         if first and first[1].all():
             return first[0].tolist()  # without the keys, which take as long to make as the rest of this
-        keys = [self.keys(sequence)[0] for sequence in sequences]
+        keys = [self.keys(sequence, 1, before)[0] for sequence in sequences]
         keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
         return choose(logits, keys, **self.how, first=first).tolist()
 

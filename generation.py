@@ -93,8 +93,8 @@ def check_texts(**arguments):
 
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
-    stop: Collection[str] = (), bad_words: Collection[str] = (), step: Callable | None = None,
-    draft: Draft | None = None, cache_dtype: torch.dtype | None = None, **options,
+    stop: Collection[str] = (), bad_words: Collection[str] = (), tell: Callable | None = None,
+    at_once: int = 1, draft: Draft | None = None, cache_dtype: torch.dtype | None = None, **options,
 ) -> Iterator[Piece]:  # fmt: skip
     """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
     come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
@@ -107,7 +107,7 @@ def generate(
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
     size = min(batch_size, max(1, len(stories)))
-    how = dict(step=step, draft=draft, cache_dtype=cache_dtype)
+    how = dict(tell=tell, at_once=at_once, draft=draft, cache_dtype=cache_dtype)
     decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, **how)
     for story, token in decoder.run(stories):
         text = story.show(token)

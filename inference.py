@@ -5,12 +5,15 @@ steps that are compiled.
 
 import math
 import sys
+import types
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._higher_order_ops import while_loop
 
-from decoder import Draft, one_step
+from decoder import Draft, one_step, tell
 from device import DTYPES
 from model import KVCache, Transformer
 
@@ -150,44 +153,50 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
     return packed.eval()
 
 
-# How PyTorch compiles for a CPU: calls in C++, and a product with its sum as one instruction.
-ON_CPU = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+# How PyTorch compiles for a CPU: calls in C++, for which alone g++ otherwise takes two minutes, and a
+# product with its sum as one instruction.
+ON_CPU = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
 MOST_COMPILED = 64  # steps for other lengths and options; beyond a limit PyTorch silently compiles no more
 
 
-def compiled_step():
-    """decoder.one_step, compiled at its first call; where that fails, it stays as it is. What grows
-    from call to call, the filled part of the cache, is the size of a tensor, which is taken as one that
-    changes from the first."""
+def compiled(function: Callable, plain: Callable):
+    """function(model, cache, tokens, starts, filled, *others, how), compiled at its first call, for calls
+    with end in the place of filled and how by name; where that fails, plain is called so instead. What
+    grows from call to call, the filled part of the cache, is the size of a tensor, which is taken as one
+    that changes from the first."""
     import torch._dynamo  # takes a second, which only those wait for who compile
     import torch._inductor.config
 
-    def step(model: Transformer, cache: KVCache, tokens, starts, filled, keys, how: dict):
-        return one_step(model, cache, tokens, starts, filled.shape[0], keys, **how)
-
-    step.__code__ = step.__code__.replace()  # with which PyTorch keeps what it compiled: of this step alone
-    compiled = torch.compile(step, dynamic=False)
+    # A code of its own, with which PyTorch keeps what it compiled.
+    function = types.FunctionType(function.__code__.replace(), function.__globals__)
+    run = torch.compile(function, dynamic=False)
     works = usual = None  # not known yet
 
-    def call(model, cache, tokens, starts, end: int, keys, **how):
+    def call(model: Transformer, cache: KVCache, tokens, starts, end: int, *others, **how):
         nonlocal works, usual
         if works is False:
-            return one_step(model, cache, tokens, starts, end, keys, **how)
+            return plain(model, cache, tokens, starts, end, *others, **how)
         filled, on_cpu = torch.empty(end, 0), tokens.device.type == "cpu"
         kind = (model, cache.length, cache.keys[0].dtype, tokens.shape, how)
         if on_cpu and kind == usual:  # to look whether what was compiled fits takes a third of a step
             try:
                 with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-                    return compiled(model, cache, tokens, starts, filled, keys, how)
+                    return run(model, cache, tokens, starts, filled, *others, how)
             except RuntimeError as error:
                 if "Recompilation triggered" not in str(error):
                     raise
                 usual = None  # it does not, and nothing was done
+        if others[0].shape[1] > 1:  # what lies beyond the rows' ends is masked: a size for the compiler to reckon with
+            filled = torch.empty(min(cache.length - 1, model.args.max_seq_len), 0)
         torch._dynamo.maybe_mark_dynamic(filled, 0)
         try:
             many = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
             with many, torch._inductor.config.patch(ON_CPU if on_cpu else {}):
-                result = compiled(model, cache, tokens, starts, filled, keys, how)
+                result = run(model, cache, tokens, starts, filled, *others, how)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, or one that fails in its own way
@@ -195,23 +204,80 @@ def compiled_step():
                 raise
             works = False
             print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
-            return one_step(model, cache, tokens, starts, end, keys, **how)
+            return plain(model, cache, tokens, starts, end, *others, **how)
         works, usual = True, kind
         return result
 
     return call
 
 
+def checked(model, cache, tokens, starts, filled, keys, how):
+    """What compiled_check compiles."""
+    return one_step(model, cache, tokens, starts, filled.shape[0], keys, **how)
+
+
+def compiled_check():
+    """decoder.one_step, compiled."""
+    return compiled(checked, one_step)
+
+
+def told(model, cache, token, starts, filled, keys, count, how):
+    """What compiled_tell compiles: the last logits, tokens (B, M) of which the first are told, whether
+    the last is known (B,), and how many were told. It ends after count, a tensor, and at one not known.
+    A loop: to call what is compiled takes half as long as a small model's step."""
+    if keys.shape[1] == 1:
+        return *tell(model, cache, token, starts, filled.shape[0], keys, **how), count
+    number = torch.arange(keys.shape[1], device=token.device)
+
+    def goes_on(i, token, tokens, known, logits):
+        return (i < count) & known.all()
+
+    def step(i, token, tokens, known, logits):
+        at = (starts + i, filled.shape[0], keys.index_select(1, i[None]))
+        logits, (token, known) = one_step(model, cache, token, *at, exact=False, **how)
+        return i + 1, token[:, None], torch.where(number == i, token[:, None], tokens), known, logits
+
+    nothing = (token.new_zeros(()), token, token.new_zeros(keys.shape), token.new_ones(len(token), dtype=torch.bool))
+    logits = model.tok_embeddings.weight.new_empty(len(token), model.args.vocab_size)
+    i, _, tokens, known, logits = while_loop(goes_on, step, (*nothing, logits))
+    return logits, tokens, known, i
+
+
+def compiled_tell(at_once: int = 1):
+    """decoder.tell, compiled, of up to so many tokens at once."""
+
+    def plain(model, cache, token, starts, end, keys, count, **how):
+        return *tell(model, cache, token, starts, end - int(count) + 1, keys, **how), 1
+
+    run = compiled(told, plain)
+
+    def call(model, cache, token, starts, end: int, keys, **how):
+        count = keys.shape[1]
+        keys, end = F.pad(keys, (0, at_once - count)), end + count - 1
+        logits, tokens, known, done = run(model, cache, token, starts, end, keys, torch.tensor(count), **how)
+        return logits, tokens[:, : int(done)], known
+
+    return call
+
+
+AT_ONCE = 8  # tokens that are told in one call
+SMALL = 2**28  # parameters of a model whose tokens come fast enough for that
+
+
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
-    """The arguments model, step, draft and cache_dtype of a Decoder that is to tell batch_size texts at
-    once with matrices of this kind: int8 or a number format. To compile takes half a minute or more, at the
-    first token but one. On a CPU, a single text in floating point is then drafted with 8-bit matrices,
-    several tokens at a time, and checked in one pass; its tokens are those of the model itself. Other
-    compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""
-    step, on_cpu = compiled_step() if compile else None, model.tok_embeddings.weight.device.type == "cpu"
+    """The arguments model, tell, at_once, draft and cache_dtype of a Decoder that is to tell batch_size
+    texts at once with matrices of this kind: int8 or a number format. To compile takes half a minute or
+    more, at the first token but one. On a CPU, a single text in floating point is then drafted with 8-bit
+    matrices, several tokens at a time, and checked in one pass; its tokens are those of the model itself.
+    Other compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""
+    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
     if on_cpu and kind != "int8" and compile and batch_size == 1:
-        draft = Draft(for_inference(model, "int8"), step, compiled_step())
+        draft = Draft(for_inference(model, "int8"), compiled_tell(AT_ONCE - 1), compiled_check(), AT_ONCE - 1)
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
-    halved = on_cpu and compile and kind != "float32"  # uncompiled, attention would read them more slowly
-    cache_dtype = torch.bfloat16 if halved else None
-    return dict(model=for_inference(model, kind, batch_size), step=step, cache_dtype=cache_dtype)
+    ready = dict(model=for_inference(model, kind, batch_size))
+    if compile:
+        at_once = AT_ONCE if on_cpu and model.num_parameters() < SMALL else 1
+        ready |= dict(tell=compiled_tell(at_once), at_once=at_once)
+    if on_cpu and compile and kind != "float32":  # uncompiled, attention would read them more slowly
+        ready |= dict(cache_dtype=torch.bfloat16)
+    return ready

@@ -368,13 +368,14 @@ class Transformer(nn.Module):
             return self.output(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten())
 
-    def hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None):
+    def hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None, exact: bool = True):
         """What the classifier reads (B, T, C) of tokens (B, T).
 
         With a cache, the tokens are the positions from start_pos on, those before it are read from
         the cache, and the tokens' own are left there. start_pos is one number, or a tensor (B,) of one
-        for each row; end is then one beyond the longest row's last position. rows (B,) are the
-        cache's rows to take where start_pos is a number. Raises ValueError past max_seq_len."""
+        for each row; end is then one beyond the longest row's last position, or farther if not exact.
+        rows (B,) are the cache's rows to take where start_pos is a number. Raises ValueError past
+        max_seq_len."""
         length, mask = tokens.shape[1], None
         if isinstance(start_pos, int):
             end, positions = start_pos + length, slice(start_pos, start_pos + length)
@@ -383,7 +384,7 @@ class Transformer(nn.Module):
             positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")
-        if not isinstance(start_pos, int) and tokens.numel() > 1:
+        if not isinstance(start_pos, int) and (tokens.numel() > 1 or not exact):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, end)
         elif isinstance(start_pos, int) and 1 < length < end:  # causal from the end
             mask = torch.ones(length, end, dtype=torch.bool, device=tokens.device).tril(start_pos)

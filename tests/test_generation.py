@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from decoder import Decoder, Decoding, Sequence, continuation, one_step, window_start
+from decoder import Decoder, Decoding, Sequence, continuation, tell, window_start
 from generation import Story
 from model import ModelArgs, Transformer
 from sampling import (
@@ -53,9 +53,9 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
     assert uncached.tokens == expected
 
 
-def together(model, prompts, batch_size, stop_ids=(), step=None, **options) -> list[list[int]]:
+def together(model, prompts, batch_size, stop_ids=(), tell=None, **options) -> list[list[int]]:
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, step=step).run(sequences):
+    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, tell=tell).run(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 
@@ -65,18 +65,18 @@ def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
     """Of different lengths, past the context; and some that end early, so that rows become free."""
     model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)
     prompts = [torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)]
-    for stop_ids, batch_size, step in (([], 5, None), ([V - 1, 17], 3, None), ([V - 1, 17], 3, one_step)):
+    for stop_ids, batch_size, how in (([], 5, None), ([V - 1, 17], 3, None), ([V - 1, 17], 3, tell)):
         alone = together(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
-        assert together(model, prompts, batch_size, stop_ids, step, max_new_tokens=1000, **options) == alone
+        assert together(model, prompts, batch_size, stop_ids, how, max_new_tokens=1000, **options) == alone
     assert max(map(len, alone)) < 1000
 
 
-@pytest.mark.parametrize("step", [None, one_step], ids=["", "of a fixed size"])
-def test_texts_go_on_in_any_company_as_if_they_had_been_alone(step):
+@pytest.mark.parametrize("how", [None, tell], ids=["", "of a fixed size"])
+def test_texts_go_on_in_any_company_as_if_they_had_been_alone(how):
     """The cache that they left may hold others, or more than them."""
     model, draw = random_model(max_seq_len=64), torch.Generator().manual_seed(0)
     texts = [Sequence(torch.randint(V, (length,), generator=draw).tolist(), length) for length in (3, 9, 1)]
-    decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], step=step) for _ in range(2))
+    decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], tell=how) for _ in range(2))
     a, b, c = texts
     for company in ([a], [b, a], [b, a], [a, b, c], [c, b], [c], [c, b]):
         alone = [Sequence(text.tokens, text.sample) for text in company]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from decoder import Decoder, Decoding, Draft, Sequence, one_step
-from inference import Int8Linear, PackedLinear, compiled_step, for_inference, prepared, row_product
+from inference import Int8Linear, PackedLinear, compiled_check, compiled_tell, for_inference, prepared, row_product
 from model import KVCache
 from tests.test_generation import V, random_model, together
 
@@ -102,7 +102,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("kind, batch_size", [("int8", 1), ("float32", 3)])
 def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
     """The compiler's product of one row of 8-bit integers was garbage once."""
-    model, steps = for_inference(random_model(max_seq_len=64), kind, batch_size), (one_step, compiled_step())
+    model, steps = for_inference(random_model(max_seq_len=64), kind, batch_size), (one_step, compiled_check())
     tokens = torch.randint(V, (30, batch_size), generator=torch.Generator().manual_seed(0))
     caches = [KVCache(model.args, batch_size) for _ in steps]
     starts, keys = torch.arange(batch_size), torch.arange(batch_size, dtype=torch.int32)
@@ -120,10 +120,10 @@ def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
 @needs_compiler
 def test_a_compiled_step_fits_other_caches_and_options_too(capfd):
     """What was compiled for one length of cache must not be taken for another, or at the same end."""
-    model, step = for_inference(random_model(max_seq_len=128), "float32"), compiled_step()
+    model, tell = for_inference(random_model(max_seq_len=128), "float32"), compiled_tell()
     for prompt, count, temperature in (([1], 20, 1.0), ([1] * 40, 50, 1.0), ([1], 20, 1.0), ([2], 20, 0.5)):
         told, alone = Sequence(prompt), Sequence(prompt)
-        list(Decoder(model, Decoding(count, temperature=temperature), step=step).run([told]))
+        list(Decoder(model, Decoding(count, temperature=temperature), tell=tell).run([told]))
         list(Decoder(model, Decoding(count, temperature=temperature)).run([alone]))
         assert told.tokens == alone.tokens
     assert "cannot compile" not in capfd.readouterr().err
@@ -190,9 +190,9 @@ def test_where_nothing_can_be_compiled_the_step_stays_as_it_is(monkeypatch, caps
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    step, model = compiled_step(), for_inference(random_model(), "int8")
+    tell, model = compiled_tell(8), for_inference(random_model(), "int8")
     told = [Sequence([1]), Sequence([1])]
-    list(Decoder(model, Decoding(30), step=step).run(told[:1]))
+    list(Decoder(model, Decoding(30), tell=tell, at_once=8).run(told[:1]))
     list(Decoder(model, Decoding(30)).run(told[1:]))
     assert told[0].tokens == told[1].tokens
     assert capsys.readouterr().err.count("cannot compile here (RuntimeError)") == 1
