@@ -260,8 +260,9 @@ def compiled_tell(at_once: int = 1):
     return call
 
 
-AT_ONCE = 8  # tokens that are told in one call
-SMALL = 2**28  # parameters of a model whose tokens come fast enough for that
+DRAFTED = 7  # tokens at a time
+AT_ONCE = 16  # tokens of a text that are told in one call; if it ends among them, the others are for nothing
+SMALL = 2**27  # parameters of a model whose tokens come fast enough for that
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
@@ -272,11 +273,11 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
     Other compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""
     on_cpu = model.tok_embeddings.weight.device.type == "cpu"
     if on_cpu and kind != "int8" and compile and batch_size == 1:
-        draft = Draft(for_inference(model, "int8"), compiled_tell(AT_ONCE - 1), compiled_check(), AT_ONCE - 1)
+        draft = Draft(for_inference(model, "int8"), compiled_tell(DRAFTED), compiled_check(), DRAFTED)
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
     ready = dict(model=for_inference(model, kind, batch_size))
     if compile:
-        at_once = AT_ONCE if on_cpu and model.num_parameters() < SMALL else 1
+        at_once = max(4, AT_ONCE // batch_size) if on_cpu and model.num_parameters() < SMALL else 1
         ready |= dict(tell=compiled_tell(at_once), at_once=at_once)
     if on_cpu and compile and kind != "float32":  # uncompiled, attention would read them more slowly
         ready |= dict(cache_dtype=torch.bfloat16)
