@@ -53,30 +53,52 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
     assert uncached.tokens == expected
 
 
-def together(model, prompts, batch_size, stop_ids=(), tell=None, **options) -> list[list[int]]:
+def tell_several(model, cache, token, starts, end, keys, **how):
+    """What a compiled loop does: as many tokens as there are keys, if all are known but the last."""
+    told = []
+    for i in range(keys.shape[1]):
+        logits, token, known = tell(model, cache, token, starts + i, end + i, keys[:, i:], **how)
+        told.append(token)
+        if not known.all():
+            break
+    return logits, torch.cat(told, dim=1), known
+
+
+HOW = {"": {}, "of a fixed size": dict(tell=tell), "several at once": dict(tell=tell_several, at_once=5)}
+
+
+def together(model, prompts, batch_size, stop_ids=(), how=HOW[""], **options) -> list[list[int]]:
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, tell=tell).run(sequences):
+    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, **how).run(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 
 
-@pytest.mark.parametrize("options", [GREEDY, dict(top_k=20, top_p=0.9, repetition_penalty=1.1)], ids=str)
+OPTIONS = [
+    GREEDY,
+    dict(top_k=20, top_p=0.9, repetition_penalty=1.1),
+    dict(top_p=0.6),
+    dict(temperature=2.0, top_k=3, min_new_tokens=30),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
     """Of different lengths, past the context; and some that end early, so that rows become free."""
     model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)
     prompts = [torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)]
-    for stop_ids, batch_size, how in (([], 5, None), ([V - 1, 17], 3, None), ([V - 1, 17], 3, tell)):
+    for stop_ids, batch_size, how in (([], 5, ""), *(([V - 1, 17], 3, how) for how in HOW)):
         alone = together(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
-        assert together(model, prompts, batch_size, stop_ids, how, max_new_tokens=1000, **options) == alone
+        assert together(model, prompts, batch_size, stop_ids, HOW[how], max_new_tokens=1000, **options) == alone
     assert max(map(len, alone)) < 1000
 
 
-@pytest.mark.parametrize("how", [None, tell], ids=["", "of a fixed size"])
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_texts_go_on_in_any_company_as_if_they_had_been_alone(how):
     """The cache that they left may hold others, or more than them."""
     model, draw = random_model(max_seq_len=64), torch.Generator().manual_seed(0)
     texts = [Sequence(torch.randint(V, (length,), generator=draw).tolist(), length) for length in (3, 9, 1)]
-    decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], tell=how) for _ in range(2))
+    decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], **how) for _ in range(2))
     a, b, c = texts
     for company in ([a], [b, a], [b, a], [a, b, c], [c, b], [c], [c, b]):
         alone = [Sequence(text.tokens, text.sample) for text in company]
