@@ -87,7 +87,7 @@ class Sequence:
         return len(self.tokens) - self.start - self.cached
 
     def forget_beyond(self):
-        """The cache may hold more than the tokens, drafted; and one token must be left to read."""
+        """The cache may hold more than the tokens, told ahead; and one token must be left to read."""
         self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
 
 
@@ -102,10 +102,13 @@ def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys,
 def tell(model: Transformer, cache: KVCache, token, starts, end: int, keys, **how):
     """The next tokens (B, N) after each row's token (B, 1), at the position starts (B,); end is one beyond
     the farthest of these. There is a key (B, M) for each token that may be told, but N is 1 here; see
-    inference.compiled_loop for one that tells several. Returns the last token's logits (B, V), the
+    inference.compiled_tell for one that tells several. Returns the last token's logits (B, V), the
     tokens, and whether the last of them is known (B,): see first_choice. Those before it are."""
     logits, (tokens, known) = one_step(model, cache, token, starts, end, keys[:, :1], **how)
     return logits, tokens[:, None], known
+
+
+DRAFTED = 7  # tokens at a time
 
 
 class Draft(NamedTuple):
@@ -115,7 +118,7 @@ class Draft(NamedTuple):
     model: Transformer
     tell: Callable = tell  # for the smaller model
     check: Callable = one_step  # for the model itself
-    tokens: int = 7  # proposed at a time
+    tokens: int = DRAFTED  # proposed at a time
 
 
 READ_AT_ONCE = 8192  # tokens of prompts, with what fills up the shorter ones
@@ -159,22 +162,30 @@ class Decoder:
         for sequence in [*waiting, *self.rows]:
             sequence.new, sequence.finish = 0, ""
             sequence.forget_beyond()
-        while waiting or any(not sequence.finish for sequence in self.rows):
-            self.admit(waiting)
-            for sequence, token in self.choose_next():
-                if sequence.finish:
-                    continue  # one that was drafted beyond the end
-                if token in self.stop_ids:
-                    sequence.finish = "stop"
-                else:
-                    sequence.tokens.append(token)
-                    sequence.new += 1
-                    yield sequence, token
-                if not sequence.finish and sequence.new == self.options.max_new_tokens:
-                    sequence.finish = "length"
-                if sequence.finish:
-                    sequence.forget_beyond()
-                    yield sequence, None
+        try:
+            while waiting or any(not sequence.finish for sequence in self.rows):
+                self.admit(waiting)
+                for sequence, token in self.choose_next():
+                    yield from self.add(sequence, token)
+        finally:  # also where it is broken off: what is told ahead is not to be taken for what comes then
+            for sequence in self.rows:
+                sequence.forget_beyond()
+
+    def add(self, sequence: Sequence, token: int) -> Iterator[tuple[Sequence, int | None]]:
+        """A token that was chosen for a text. What run yields of it."""
+        if sequence.finish:
+            return  # it was told beyond the end
+        if token in self.stop_ids:
+            sequence.finish = "stop"
+        else:
+            sequence.tokens.append(token)
+            sequence.new += 1
+            yield sequence, token
+        if not sequence.finish and sequence.new == self.options.max_new_tokens:
+            sequence.finish = "length"
+        if sequence.finish:
+            sequence.forget_beyond()
+            yield sequence, None
 
     def reserve(self, length: int):
         """Room in the cache for rows of this length."""
@@ -293,7 +304,7 @@ class Decoder:
         token, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
         tokens = token
         while (read := tokens.shape[1]) <= draft.tokens:
-            at = (tokens[:, -1:], starts + read - 1, end + read - 1, keys[:, read - 1 : -1])
+            at = (tokens[:, -1:].contiguous(), starts + read - 1, end + read - 1, keys[:, read - 1 : -1].contiguous())
             logits, told, known = draft.tell(draft.model, self.cache, *at, **self.how)
             last = choose(logits, keys[:, read - 2 + told.shape[1]], **self.how, first=(told[:, -1], known))
             tokens = torch.cat([tokens, told[:, :-1], last[:, None]], dim=1)  # in the end (B, 1 + draft.tokens)

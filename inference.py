@@ -11,9 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._higher_order_ops import while_loop
 
-from decoder import Draft, one_step, tell
+from decoder import DRAFTED, Draft, one_step, tell
 from device import DTYPES
 from model import KVCache, Transformer
 
@@ -153,8 +152,8 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
     return packed.eval()
 
 
-# How PyTorch compiles for a CPU: calls in C++, for which alone g++ otherwise takes two minutes, and a
-# product with its sum as one instruction.
+# How PyTorch compiles for a CPU: calls in C++, apart from the loops that they call (together, g++ takes
+# two minutes longer), and a product with its sum as one instruction.
 ON_CPU = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
@@ -175,6 +174,7 @@ def compiled(function: Callable, plain: Callable):
     function = types.FunctionType(function.__code__.replace(), function.__globals__)
     run = torch.compile(function, dynamic=False)
     works = usual = None  # not known yet
+    kinds = []  # of calls, compiled for
 
     def call(model: Transformer, cache: KVCache, tokens, starts, end: int, *others, **how):
         nonlocal works, usual
@@ -190,7 +190,8 @@ def compiled(function: Callable, plain: Callable):
                 if "Recompilation triggered" not in str(error):
                     raise
                 usual = None  # it does not, and nothing was done
-        if others[0].shape[1] > 1:  # what lies beyond the rows' ends is masked: a size for the compiler to reckon with
+        if kind not in kinds and others[0].shape[1] > 1:
+            # The compiler takes the first size for the usual one. What lies beyond a row's end is masked here.
             filled = torch.empty(min(cache.length - 1, model.args.max_seq_len), 0)
         torch._dynamo.maybe_mark_dynamic(filled, 0)
         try:
@@ -206,6 +207,7 @@ def compiled(function: Callable, plain: Callable):
             print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
             return plain(model, cache, tokens, starts, end, *others, **how)
         works, usual = True, kind
+        kinds.append(kind)
         return result
 
     return call
@@ -222,15 +224,15 @@ def compiled_check():
 
 
 def told(model, cache, token, starts, filled, keys, count, how):
-    """What compiled_tell compiles: the last logits, tokens (B, M) of which the first are told, whether
-    the last is known (B,), and how many were told. It ends after count, a tensor, and at one not known.
-    A loop: to call what is compiled takes half as long as a small model's step."""
+    """What compiled_tell compiles: the last logits, tokens (B, M) of which the first columns are told,
+    whether the last of those is known (B,), and their number. There are count of them, a tensor, or fewer,
+    if one is not known. A loop, as the call alone would take half as long as a small model's step."""
     if keys.shape[1] == 1:
         return *tell(model, cache, token, starts, filled.shape[0], keys, **how), count
-    number = torch.arange(keys.shape[1], device=token.device)
+    number, is_over = torch.arange(keys.shape[1], device=token.device), starts == 0  # see Decoder.inputs
 
     def goes_on(i, token, tokens, known, logits):
-        return (i < count) & known.all()
+        return (i < count) & (known | is_over).all()
 
     def step(i, token, tokens, known, logits):
         at = (starts + i, filled.shape[0], keys.index_select(1, i[None]))
@@ -239,7 +241,7 @@ def told(model, cache, token, starts, filled, keys, count, how):
 
     nothing = (token.new_zeros(()), token, token.new_zeros(keys.shape), token.new_ones(len(token), dtype=torch.bool))
     logits = model.tok_embeddings.weight.new_empty(len(token), model.args.vocab_size)
-    i, _, tokens, known, logits = while_loop(goes_on, step, (*nothing, logits))
+    i, _, tokens, known, logits = torch.while_loop(goes_on, step, (*nothing, logits))
     return logits, tokens, known, i
 
 
@@ -253,14 +255,16 @@ def compiled_tell(at_once: int = 1):
 
     def call(model, cache, token, starts, end: int, keys, **how):
         count = keys.shape[1]
-        keys, end = F.pad(keys, (0, at_once - count)), end + count - 1
+        if count > at_once:
+            raise ValueError(f"{count} tokens at once: this is compiled for {at_once} at most")
+        keys = F.pad(keys, (0, at_once - count)) if count < at_once else keys
+        end += count - 1
         logits, tokens, known, done = run(model, cache, token, starts, end, keys, torch.tensor(count), **how)
         return logits, tokens[:, : int(done)], known
 
     return call
 
 
-DRAFTED = 7  # tokens at a time
 AT_ONCE = 16  # tokens of a text that are told in one call; if it ends among them, the others are for nothing
 SMALL = 2**27  # parameters of a model whose tokens come fast enough for that
 
@@ -273,7 +277,7 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
     Other compiled steps on a CPU, if of less than 32 bits, keep keys and values in 16."""
     on_cpu = model.tok_embeddings.weight.device.type == "cpu"
     if on_cpu and kind != "int8" and compile and batch_size == 1:
-        draft = Draft(for_inference(model, "int8"), compiled_tell(DRAFTED), compiled_check(), DRAFTED)
+        draft = Draft(for_inference(model, "int8"), compiled_tell(DRAFTED), compiled_check())
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
     ready = dict(model=for_inference(model, kind, batch_size))
     if compile:

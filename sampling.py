@@ -90,8 +90,8 @@ def draw(logits, keys, attempts: range):
 
 def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
     """Draw as if nothing were truncated until it is a token that the truncations leave: tokens (B,), and
-    whether each is one (B,), so that they need not be done. False where only doing them would tell, and
-    where too many attempts fail."""
+    whether each is one (B,), so that nothing need be truncated. Where False, after too many attempts or as
+    only truncating would tell, the token is nothing."""
     if temperature < 1e-6:  # a float32 cannot tell it from 0
         tokens = logits.argmax(-1)
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
@@ -99,9 +99,11 @@ def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: 
     if not top_k and top_p == 1 and not min_p:
         tokens = draw(scaled, keys, range(1))[:, 0]
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    if top_k and top_p < 1:  # p of what k leaves
+        return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     tokens = draw(scaled, keys, range(ATTEMPTS))  # (B, A)
     own, scaled = scaled.gather(-1, tokens)[..., None], scaled[:, None]  # (B, A, 1), (B, 1, V)
-    inside = torch.full_like(tokens, not (top_k and top_p < 1), dtype=torch.bool)
+    inside = torch.ones_like(tokens, dtype=torch.bool)
     if top_k:
         inside &= (scaled > own).sum(-1) < top_k
     if top_p < 1:

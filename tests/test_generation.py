@@ -108,6 +108,7 @@ def test_texts_go_on_in_any_company_as_if_they_had_been_alone(how):
         assert [text.tokens for text in company] == [text.tokens for text in alone]
     for _ in decoder.run([a]):
         break  # and one that was broken off
+    a.tokens += [3, 1, 4, 1, 5, 9, 2, 6]
     alone = Sequence(a.tokens, a.sample)
     list(Decoder(model, Decoding(30), 1, [V - 1, 7]).run([alone]))
     list(decoder.run([a]))
