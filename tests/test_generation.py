@@ -115,6 +115,18 @@ def test_texts_go_on_in_any_company_as_if_they_had_been_alone(how):
     assert a.tokens == alone.tokens
 
 
+def test_what_was_told_ahead_is_not_taken_for_what_comes_after_a_break():
+    model, text = random_model(max_seq_len=64), Sequence([1])
+    decoder = Decoder(model, Decoding(20, **GREEDY), **HOW["several at once"])
+    for number, _ in enumerate(decoder.run([text])):
+        if number == 2:
+            break
+    text.tokens += [3, 1, 4, 1, 5, 9, 2, 6]
+    alone = continuation(model, text.tokens, max_new_tokens=20, **GREEDY)
+    list(decoder.run([text]))
+    assert text.tokens[-20:] == alone
+
+
 def test_a_text_that_goes_on_is_not_read_again():
     model, lengths = random_model(max_seq_len=64), []
     decoder, text = Decoder(model, Decoding(10)), Sequence([1, 2, 3])
