@@ -184,7 +184,6 @@ class Decoder:
         if not sequence.finish and sequence.new == self.options.max_new_tokens:
             sequence.finish = "length"
         if sequence.finish:
-            sequence.forget_beyond()
             yield sequence, None
 
     def reserve(self, length: int):
@@ -203,15 +202,19 @@ class Decoder:
             self.rows[row] = waiting.popleft()
         while waiting and len(self.rows) < self.batch_size:
             self.rows.append(waiting.popleft())
-        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        going_on = self.going_on()
         if going_on and len(going_on) < len(self.rows) and self.tell is None:
             self.rows = [self.rows[row] for row in going_on]
             self.cache.take(torch.tensor(going_on, device=self.device))
 
+    def going_on(self) -> list[int]:
+        """The numbers of the rows that are not over."""
+        return [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+
     def choose_next(self) -> list[tuple[Sequence, int]]:
         """The next token of every text that goes on; or of some, as long as not all of each text but
         its last token is in the cache."""
-        going_on = [sequence for sequence in self.rows if not sequence.finish]
+        going_on = [self.rows[row] for row in self.going_on()]
         for sequence in going_on:
             moved_start = window_start(len(sequence.tokens), self.model.args.max_seq_len)
             if moved_start != sequence.start or not self.use_cache:
@@ -263,7 +266,7 @@ class Decoder:
 
     def tell_on(self) -> list[tuple[Sequence, int]]:
         """The next tokens of every text, as many of each."""
-        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+        going_on = self.going_on()
         sequences = [self.rows[row] for row in going_on]
         wanted = max(self.options.max_new_tokens - sequence.new for sequence in sequences)
         count = self.foreseen(sequences, min(self.at_once, wanted))
@@ -300,9 +303,8 @@ class Decoder:
         """The next tokens of every text: as many of the proposed ones as the model draws itself, and
         the one that it draws after them."""
         draft = self.draft
-        going_on = [row for row, sequence in enumerate(self.rows) if not sequence.finish]
-        token, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
-        tokens = token
+        going_on = self.going_on()
+        tokens, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
         while (read := tokens.shape[1]) <= draft.tokens:
             at = (tokens[:, -1:].contiguous(), starts + read - 1, end + read - 1, keys[:, read - 1 : -1].contiguous())
             logits, told, known = draft.tell(draft.model, self.cache, *at, **self.how)

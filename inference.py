@@ -207,7 +207,8 @@ def compiled(function: Callable, plain: Callable):
             print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
             return plain(model, cache, tokens, starts, end, *others, **how)
         works, usual = True, kind
-        kinds.append(kind)
+        if kind not in kinds:
+            kinds.append(kind)
         return result
 
     return call
