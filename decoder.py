@@ -99,11 +99,12 @@ def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys,
     return logits, first_choice(logits, keys.flatten(), **how)
 
 
-def tell(model: Transformer, cache: KVCache, token, starts, end: int, keys, **how):
+def tell(model: Transformer, cache: KVCache, token, starts, end: int, keys, stop_ids: tuple[int, ...] = (), **how):
     """The next tokens (B, N) after each row's token (B, 1), at the position starts (B,); end is one beyond
     the farthest of these. There is a key (B, M) for each token that may be told, but N is 1 here; see
-    inference.compiled_tell for one that tells several. Returns the last token's logits (B, V), the
-    tokens, and whether the last of them is known (B,): see first_choice. Those before it are."""
+    inference.compiled_tell for one that tells several, of which one of stop_ids can only be the last.
+    Returns the last token's logits (B, V), the tokens, and whether the last of them is known (B,): see
+    first_choice. Those before it are."""
     logits, (tokens, known) = one_step(model, cache, token, starts, end, keys[:, :1], **how)
     return logits, tokens[:, None], known
 
@@ -139,7 +140,7 @@ class Decoder:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.model, self.options, self.batch_size = model, options, batch_size
-        self.stop_ids, self.bad_words, self.use_cache = list(stop_ids), bad_words, use_cache
+        self.stop_ids, self.bad_words, self.use_cache = tuple(stop_ids), bad_words, use_cache
         self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         self.tell, self.at_once, self.draft, self.cache_dtype = tell, at_once, draft, cache_dtype
         self.device, self.cache = model.tok_embeddings.weight.device, None
@@ -270,7 +271,8 @@ class Decoder:
         sequences = [self.rows[row] for row in going_on]
         wanted = max(self.options.max_new_tokens - sequence.new for sequence in sequences)
         count = self.foreseen(sequences, min(self.at_once, wanted))
-        logits, tokens, known = (self.tell or tell)(self.model, self.cache, *self.inputs(going_on, count), **self.how)
+        inputs, how = self.inputs(going_on, count), self.how | dict(stop_ids=self.stop_ids)
+        logits, tokens, known = (self.tell or tell)(self.model, self.cache, *inputs, **how)
         if len(going_on) < len(tokens):
             logits, tokens, known = logits[going_on], tokens[going_on], known[going_on]
         before = tokens.shape[1] - 1
@@ -342,7 +344,7 @@ class Decoder:
 
     def forbidden(self, sequence: Sequence) -> list[int]:
         """The tokens that may not come next."""
-        found = self.stop_ids if sequence.new < self.options.min_new_tokens else []
+        found = list(self.stop_ids) if sequence.new < self.options.min_new_tokens else []
         return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
 
 

@@ -227,12 +227,17 @@ def compiled_check():
 def told(model, cache, token, starts, filled, keys, count, how):
     """What compiled_tell compiles: the last logits, tokens (B, M) of which the first columns are told,
     whether the last of those is known (B,), and their number. There are count of them, a tensor, or fewer,
-    if one is not known. A loop, as the call alone would take half as long as a small model's step."""
+    if one is not known or ends a text. A loop, as the call alone would take half as long as a small
+    model's step."""
     if keys.shape[1] == 1:
         return *tell(model, cache, token, starts, filled.shape[0], keys, **how), count
+    how = dict(how)
+    stop_ids = how.pop("stop_ids", ())
     number, is_over = torch.arange(keys.shape[1], device=token.device), starts == 0  # see Decoder.inputs
 
     def goes_on(i, token, tokens, known, logits):
+        for stop_id in stop_ids:
+            known = known & ((token[:, 0] != stop_id) | (i == 0))  # the first is not told here
         return (i < count) & (known | is_over).all()
 
     def step(i, token, tokens, known, logits):
@@ -266,8 +271,9 @@ def compiled_tell(at_once: int = 1):
     return call
 
 
-AT_ONCE = 16  # tokens of a text that are told in one call; if it ends among them, the others are for nothing
+AT_ONCE = 32  # tokens of a text that are told in one call, at most
 SMALL = 2**27  # parameters of a model whose tokens come fast enough for that
+A_CALL = 2**30  # parameters times tokens that a call is to take, some 50 ms
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
@@ -282,7 +288,8 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
         return dict(model=for_inference(model, kind, 1 + draft.tokens), draft=draft)
     ready = dict(model=for_inference(model, kind, batch_size))
     if compile:
-        at_once = max(4, AT_ONCE // batch_size) if on_cpu and model.num_parameters() < SMALL else 1
+        size = model.num_parameters()
+        at_once = max(4, min(AT_ONCE, A_CALL // (size * batch_size))) if on_cpu and size < SMALL else 1
         ready |= dict(tell=compiled_tell(at_once), at_once=at_once)
     if on_cpu and compile and kind != "float32":  # uncompiled, attention would read them more slowly
         ready |= dict(cache_dtype=torch.bfloat16)

@@ -53,13 +53,14 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
     assert uncached.tokens == expected
 
 
-def tell_several(model, cache, token, starts, end, keys, **how):
-    """What a compiled loop does: as many tokens as there are keys, if all are known but the last."""
+def tell_several(model, cache, token, starts, end, keys, stop_ids=(), **how):
+    """What a compiled loop does: as many tokens as there are keys, if all are known but the last, and none
+    but the last ends a text."""
     told = []
     for i in range(keys.shape[1]):
         logits, token, known = tell(model, cache, token, starts + i, end + i, keys[:, i:], **how)
         told.append(token)
-        if not known.all():
+        if not known.all() or torch.isin(token, torch.tensor(stop_ids)).any():
             break
     return logits, torch.cat(told, dim=1), known
 

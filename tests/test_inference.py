@@ -142,6 +142,26 @@ def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
 
 
 @needs_compiler
+def test_a_compiled_loop_ends_where_a_text_does_and_not_for_one_that_is_over():
+    model, prompts, run, calls = random_model(max_seq_len=64), [[1], [2, 3, 4]], compiled_tell(8), []
+    first, second = together(model, prompts, 1, max_new_tokens=60)
+    stop_ids = [next(token for token in first[5:] if token not in second)]
+
+    def tell(model, cache, token, starts, end, keys, **how):
+        logits, tokens, known = run(model, cache, token, starts, end, keys, **how)
+        calls.append((tokens.shape[1], keys.shape[1], torch.isin(tokens[starts > 0], torch.tensor(stop_ids))))
+        return logits, tokens, known
+
+    told = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
+    list(Decoder(model, Decoding(60), 2, stop_ids, tell=tell, at_once=8).run(told))
+    assert [text.tokens for text in told] == together(model, prompts, 1, stop_ids, max_new_tokens=60)
+    assert len(told[0].tokens) < 40 and len(told[1].tokens) == 63
+    for count, asked, ends in calls:
+        assert not ends[:, :-1].any() and (count == asked or ends[:, -1].any())
+    assert any(len(ends) == 1 and count == 8 for count, _, ends in calls)
+
+
+@needs_compiler
 def test_several_compiled_models_are_not_taken_for_one_another():
     """PyTorch keeps what it compiled with the code of the step; they shared it, and after some more were
     compiled one was taken for another."""
