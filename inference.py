@@ -16,6 +16,8 @@ from decoder import DRAFTED, Draft, one_step, tell
 from device import DTYPES
 from model import KVCache, Transformer
 
+SMALL = 2**27  # parameters of a model whose tokens come so fast that what is done once a token counts
+
 
 def frozen(tensor) -> nn.Parameter:
     """A parameter that is not trained. Not a buffer: at each call, a compiled step looks whether its
@@ -23,15 +25,21 @@ def frozen(tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-STREAMS = 4
+PARTS = 4
+SMALL_MATRIX = 2**19  # weights, which a cache near the processor soon holds
 
 
 def row_product(x, weight):
-    """A row x (1, in) of float32 times a matrix (out, in), transposed: (1, out). As sums and products,
-    which the compiler makes one loop that reads the matrix in several places at once. To read memory
-    in one place takes half as long again: processors fetch ahead of it, but not far."""
-    parts = weight.unflatten(0, (math.gcd(STREAMS, len(weight)), -1))
-    return torch.cat([(x * part.float()).sum(-1) for part in parts])[None]
+    """A row x (1, in) of float32 times a matrix (out, in), transposed: (1, out). As sums and products of
+    several parts at once, which the compiler makes one loop. A large matrix is parted by its rows, and
+    so memory is read in several places: to read it in one takes half as long again, as processors fetch
+    ahead, but not far. A small one by its columns, as there is then nothing to join."""
+    if weight.numel() >= SMALL_MATRIX:
+        parts = weight.unflatten(0, (math.gcd(PARTS, len(weight)), -1))
+        return torch.cat([(x * part.float()).sum(-1) for part in parts])[None]
+    fitting = [parts for parts in range(1, PARTS + 1) if x.shape[-1] % (16 * parts) == 0]  # 16 numbers a register
+    x, weight = (y.unflatten(-1, (max(fitting, default=1), -1)).unbind(-2) for y in (x, weight))
+    return sum(numbers * part.float() for numbers, part in zip(x, weight, strict=True)).sum(-1)[None]
 
 
 class Int8Linear(nn.Module):
@@ -44,8 +52,21 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         scale = weight.abs().amax(1) / 127  # (out,)
         quantized = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-        self.weight = frozen(quantized)
-        self.scale = frozen(scale)
+        self.shape = quantized.shape
+        self.lie_in(frozen(quantized.flatten()), frozen(scale))
+
+    def lie_in(self, weights, scales, weight_at: int = 0, scale_at: int = 0):
+        """Have the matrix in a tensor with others, from there on, and its scales in another."""
+        self.weights, self.weight_at = weights, weight_at
+        self.scales, self.scale_at = scales, scale_at
+
+    @property
+    def weight(self):
+        return self.weights[self.weight_at : self.weight_at + self.shape.numel()].view(self.shape)
+
+    @property
+    def scale(self):
+        return self.scales[self.scale_at : self.scale_at + self.shape[0]]
 
     def forward(self, x):
         if x.device.type != "cpu":
@@ -61,6 +82,18 @@ class Int8Linear(nn.Module):
         else:
             product = torch._int_mm(quantized.to(torch.int8), self.weight.t()).float()
         return (product * (scale * self.scale)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def lie_together(layers: list[Int8Linear]):
+    """Have all matrices in one tensor. Compiled code makes itself a handle of each tensor that it is
+    given, and at so many for each token that is a part of a small model's step."""
+    weights = frozen(torch.cat([layer.weights for layer in layers]))
+    scales = frozen(torch.cat([layer.scales for layer in layers]))
+    weight_at = scale_at = 0
+    for layer in layers:
+        layer.lie_in(weights, scales, weight_at, scale_at)
+        weight_at += layer.shape.numel()
+        scale_at += layer.shape[0]
 
 
 def packable_kinds() -> list[str]:
@@ -149,6 +182,8 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
             ours.feed_forward.w1 = joined(feed_forward.w1, feed_forward.w3)
             ours.feed_forward.w3 = None
             ours.feed_forward.w2 = linear(feed_forward.w2.weight)
+    if kind == "int8" and model.num_parameters() < SMALL:
+        lie_together([layer for layer in packed.modules() if isinstance(layer, Int8Linear)])
     return packed.eval()
 
 
@@ -272,7 +307,6 @@ def compiled_tell(at_once: int = 1):
 
 
 AT_ONCE = 32  # tokens of a text that are told in one call, at most
-SMALL = 2**27  # parameters of a model whose tokens come fast enough for that
 A_CALL = 2**30  # parameters times tokens that a call is to take, some 50 ms
 
 

@@ -21,11 +21,11 @@ def test_one_row_and_many_multiply_alike(kind):
         torch.testing.assert_close(layer(x[row : row + 1, 3:4])[0, 0], whole[row, 3], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("height", [7, 96, 98])
-def test_a_row_of_integers_is_multiplied_exactly_as_many_are(height):
-    """Whether or not the matrix can be read in four places."""
+@pytest.mark.parametrize("height, width", [(7, 64), (98, 48), (96, 18), (9000, 64), (9003, 64), (9002, 64)])
+def test_a_row_of_integers_is_multiplied_exactly_as_many_are(height, width):
+    """However many parts of the matrix can be read at once, by its columns or by its rows."""
     torch.manual_seed(0)
-    x, weight = (torch.randint(-127, 128, (rows, 64), dtype=torch.int8) for rows in (20, height))
+    x, weight = (torch.randint(-127, 128, (rows, width), dtype=torch.int8) for rows in (20, height))
     whole = torch._int_mm(x, weight.t())
     assert torch.equal(row_product(x[3:4].float(), weight), whole[3:4].float())
 
