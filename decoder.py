@@ -185,6 +185,7 @@ class Decoder:
         if not sequence.finish and sequence.new == self.options.max_new_tokens:
             sequence.finish = "length"
         if sequence.finish:
+            sequence.forget_beyond()  # from now on, others may lengthen it
             yield sequence, None
 
     def reserve(self, length: int):

@@ -38,8 +38,8 @@ def row_product(x, weight):
         parts = weight.unflatten(0, (math.gcd(PARTS, len(weight)), -1))
         return torch.cat([(x * part.float()).sum(-1) for part in parts])[None]
     fitting = [parts for parts in range(1, PARTS + 1) if x.shape[-1] % (16 * parts) == 0]  # 16 numbers a register
-    x, weight = (y.unflatten(-1, (max(fitting, default=1), -1)).unbind(-2) for y in (x, weight))
-    return sum(numbers * part.float() for numbers, part in zip(x, weight, strict=True)).sum(-1)[None]
+    pieces, parts = (y.unflatten(-1, (max(fitting, default=1), -1)).unbind(-2) for y in (x, weight))
+    return sum(piece * part.float() for piece, part in zip(pieces, parts, strict=True)).sum(-1)[None]
 
 
 class Int8Linear(nn.Module):
@@ -85,8 +85,8 @@ class Int8Linear(nn.Module):
 
 
 def lie_together(layers: list[Int8Linear]):
-    """Have all matrices in one tensor. Compiled code makes itself a handle of each tensor that it is
-    given, and at so many for each token that is a part of a small model's step."""
+    """Have all matrices in one tensor. Compiled code makes itself a handle of each tensor that it is given,
+    for each token: so many that it takes a part of a small model's step. The model is to stay on its device."""
     weights = frozen(torch.cat([layer.weights for layer in layers]))
     scales = frozen(torch.cat([layer.scales for layer in layers]))
     weight_at = scale_at = 0
@@ -307,7 +307,7 @@ def compiled_tell(at_once: int = 1):
 
 
 AT_ONCE = 32  # tokens of a text that are told in one call, at most
-A_CALL = 2**30  # parameters times tokens that a call is to take, some 50 ms
+A_CALL = 2**29  # parameters times tokens of a call, where that leaves at least 4 of each text: some 50 ms
 
 
 def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:

@@ -60,7 +60,8 @@ def tell_several(model, cache, token, starts, end, keys, stop_ids=(), **how):
     for i in range(keys.shape[1]):
         logits, token, known = tell(model, cache, token, starts + i, end + i, keys[:, i:], **how)
         told.append(token)
-        if not known.all() or torch.isin(token, torch.tensor(stop_ids)).any():
+        ends = torch.isin(token[:, 0], torch.tensor(stop_ids))
+        if ((ends | ~known) & (starts > 0)).any():  # those at 0 are over
             break
     return logits, torch.cat(told, dim=1), known
 
@@ -123,6 +124,20 @@ def test_what_was_told_ahead_is_not_taken_for_what_comes_after_a_break():
         if number == 2:
             break
     text.tokens += [3, 1, 4, 1, 5, 9, 2, 6]
+    alone = continuation(model, text.tokens, max_new_tokens=20, **GREEDY)
+    list(decoder.run([text]))
+    assert text.tokens[-20:] == alone
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_a_text_may_be_lengthened_as_soon_as_it_is_over(how):
+    model, text, more = random_model(max_seq_len=64), Sequence([1]), [3, 1, 4, 1, 5, 9, 2, 6]
+    decoder = Decoder(model, Decoding(20, **GREEDY), **how)
+    for number, (_, token) in enumerate(decoder.run([text])):
+        if number == 2:
+            text.finish = "stop"
+        if token is None:
+            text.tokens += more
     alone = continuation(model, text.tokens, max_new_tokens=20, **GREEDY)
     list(decoder.run([text]))
     assert text.tokens[-20:] == alone
