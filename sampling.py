@@ -103,16 +103,16 @@ def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: 
         return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     tokens = draw(scaled, keys, range(ATTEMPTS))  # (B, A)
     own, scaled = scaled.gather(-1, tokens)[..., None], scaled[:, None]  # (B, A, 1), (B, 1, V)
-    inside = torch.ones_like(tokens, dtype=torch.bool)
+    inside = torch.ones_like(tokens, dtype=torch.bool)  # not changed in place: a compiled loop forbids that
     if top_k:
-        inside &= (scaled > own).sum(-1) < top_k
+        inside = inside & ((scaled > own).sum(-1) < top_k)
     if top_p < 1:
         number = torch.arange(logits.shape[-1], device=logits.device)
         before = (scaled > own) | (scaled == own) & (number < tokens[..., None])
-        inside &= (scaled.softmax(-1) * before).sum(-1) < top_p
+        inside = inside & ((scaled.softmax(-1) * before).sum(-1) < top_p)
     if min_p:
         probabilities = scaled.softmax(-1)[:, 0]
-        inside &= probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True)
+        inside = inside & (probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True))
     first = inside.int().argmax(-1, keepdim=True)
     return tokens.gather(-1, first)[:, 0], inside.any(-1)
 

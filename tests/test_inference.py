@@ -130,6 +130,17 @@ def test_a_compiled_step_fits_other_caches_and_options_too(capfd):
 
 
 @needs_compiler
+@pytest.mark.parametrize("truncation", [dict(top_k=9), dict(top_p=0.7), dict(min_p=0.1)], ids=str)
+def test_a_loop_with_a_truncated_draw_can_be_compiled_too(truncation, capfd):
+    """An operation in place within the loop could not."""
+    model, told = random_model(max_seq_len=64), Sequence([1])
+    engine = dict(model=for_inference(model, "float32"), tell=compiled_tell(4), at_once=4)
+    list(Decoder(options=Decoding(40, **truncation), **engine).run([told]))
+    assert [told.tokens] == together(model, [[1]], 1, max_new_tokens=40, **truncation)
+    assert "cannot compile" not in capfd.readouterr().err
+
+
+@needs_compiler
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
     """A cache filled to the last was an error of the compiler's."""
