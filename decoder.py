@@ -87,7 +87,7 @@ class Sequence:
         return len(self.tokens) - self.start - self.cached
 
     def forget_beyond(self):
-        """The cache may hold more than the tokens, told ahead; and one token must be left to read."""
+        """The tokens may be fewer than were there; and one must be left to read."""
         self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
 
 
@@ -163,19 +163,16 @@ class Decoder:
         for sequence in [*waiting, *self.rows]:
             sequence.new, sequence.finish = 0, ""
             sequence.forget_beyond()
-        try:
-            while waiting or any(not sequence.finish for sequence in self.rows):
-                self.admit(waiting)
-                for sequence, token in self.choose_next():
-                    yield from self.add(sequence, token)
-        finally:  # also where it is broken off: what is told ahead is not to be taken for what comes then
-            for sequence in self.rows:
-                sequence.forget_beyond()
+        while waiting or any(not sequence.finish for sequence in self.rows):
+            self.admit(waiting)
+            for sequence, token in self.choose_next():
+                yield from self.add(sequence, token)
 
     def add(self, sequence: Sequence, token: int) -> Iterator[tuple[Sequence, int | None]]:
         """A token that was chosen for a text. What run yields of it."""
         if sequence.finish:
             return  # it was told beyond the end
+        sequence.cached = len(sequence.tokens) - sequence.start  # all these; what is told beyond may not come
         if token in self.stop_ids:
             sequence.finish = "stop"
         else:
@@ -185,7 +182,6 @@ class Decoder:
         if not sequence.finish and sequence.new == self.options.max_new_tokens:
             sequence.finish = "length"
         if sequence.finish:
-            sequence.forget_beyond()  # from now on, others may lengthen it
             yield sequence, None
 
     def reserve(self, length: int):
@@ -251,8 +247,6 @@ class Decoder:
     def read_and_choose(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
         logits = self.read(sequences)
         check_numbers(logits)
-        for sequence in sequences:
-            sequence.cached += sequence.unread
         return list(zip(sequences, self.pick(sequences, logits), strict=True))
 
     def read(self, sequences: list[Sequence]):
@@ -278,8 +272,6 @@ class Decoder:
             logits, tokens, known = logits[going_on], tokens[going_on], known[going_on]
         before = tokens.shape[1] - 1
         columns = [*tokens[:, :-1].t().tolist(), self.pick(sequences, logits, (tokens[:, -1], known), before)]
-        for sequence in sequences:
-            sequence.cached += 1 + before
         return [pair for column in columns for pair in zip(sequences, column, strict=True)]
 
     def inputs(self, going_on: list[int], count: int):
@@ -318,7 +310,6 @@ class Decoder:
         agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
         chosen = []
         for row in going_on:
-            self.rows[row].cached += 1 + agreeing[row]
             chosen += [(self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()]
         return chosen
 
