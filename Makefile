@@ -17,7 +17,7 @@ test: $(VENV)/installed-dev
 
 # 10,000 damaged files on each reader of a format.
 fuzz: $(VENV)/installed-dev
-	$(RUN) -m tests.fuzz --files=10000
+	$(RUN) -m tests.tools.fuzz --files=10000
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cria needs Python 3.11 or newer: make PYTHON=python3.11')"

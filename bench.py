@@ -28,20 +28,20 @@ from typing import Literal
 
 import torch
 
-import bench_data
-import bench_sample
-import peers
 import train
-from atomic import write_atomically
-from bench_data import path_problems
+from benchmarks import baselines as peers
+from benchmarks import data as bench_data
+from benchmarks import decoding as bench_sample
+from benchmarks.data import path_problems
+from benchmarks.timing import WARM_UP, Measured, Variant, measure, synchronize, timing_problems
 from configurator import configure, refuse, run_script
-from device import keep_freed_memory, peak_flops, pick_device, pick_dtype
-from distributed import join_world
 from model import Transformer, draw_weights, flops_per_token
-from parallel import fill, is_sharded
-from run import equip
-from saving import save
-from turns import WARM_UP, Measured, Variant, measure, synchronize, timing_problems
+from runtime.atomic_files import write_atomically
+from runtime.device import keep_freed_memory, peak_flops, pick_device, pick_dtype
+from runtime.distributed import join_world
+from training.parallel import fill, is_sharded
+from training.saving import save
+from training.setup import equip
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
 PRESETS = {

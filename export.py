@@ -19,80 +19,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-from atomic import write_atomically
+from checkpoints.manager import newest_path
 from configurator import configure, print_overrides, run_script
-from formats import ckpt, gguf, hugging_face, llama2c, meta
-from formats.stored import StoredModel, one_line
-from keeper import newest_path
-from model import MAX_POSITIONS, Transformer, parameter_shapes
-from tokenizer import Tokenizer, load_tokenizer
+from formats import ckpt, gguf, llama2c
+from formats.lazy_model import StoredModel
+from formats.registry import FORMATS, checked_tokenizer, read_stored
+from model import MAX_POSITIONS, parameter_shapes
+from runtime.atomic_files import write_atomically
+from textdata.tokenizer import load_tokenizer
 
-FORMATS = (ckpt, gguf, hugging_face, meta, llama2c)  # as they are tried; model.bin has no sign of its own
 SUFFIXES = {".pt": "ckpt", ".pth": "ckpt", ".bin": "v0", ".gguf": "gguf", "": "hf"}
 VERSIONS = {-1: "hf", 0: "v0", 1: "v1", 2: "v2"}  # llama2.c's numbers
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-def format_of(path: str) -> ModuleType:
-    """The format of what is at path. Raises ValueError, naming it, if it is none of those known."""
-    if not os.path.exists(path):
-        advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
-        raise ValueError(f"{path}: there is no such file or folder{advice}")
-    for module in FORMATS:
-        if module.recognises(path):
-            return module
-    if os.path.isfile(path) and any(module.recognises(os.path.dirname(path) or ".") for module in (hugging_face, meta)):
-        raise ValueError(f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's")
-    raise ValueError(f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged")
-
-
-def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> StoredModel:
-    """The model at path, in whatever format, with its own tokenizer or the one named, and its own
-    context or another. Its tensors are still on the disk. Raises ValueError where anything is wrong."""
-    module = format_of(path)
-    try:
-        stored = module.read(path)
-    except ValueError as error:  # it may quote what is in the file
-        raise ValueError(one_line(str(error))) from error
-    if max_seq_len is not None:
-        stored = dataclasses.replace(stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len))
-    if tokenizer:
-        named = load_tokenizer(tokenizer)
-        stored = dataclasses.replace(stored, own_tokenizer=lambda: named)
-    return stored
-
-
-def checked_tokenizer(stored: StoredModel, named: str = "") -> Tokenizer | None:
-    """The model's tokenizer, if it has one. Raises ValueError where it is another model's."""
-    try:
-        tokenizer = stored.own_tokenizer()
-    except ValueError as error:
-        raise ValueError(one_line(str(error))) from error
-    if tokenizer is None:
-        return None
-    source = named or f"the tokenizer beside {stored.path}"
-    if tokenizer.vocab_size != stored.args.vocab_size:
-        raise ValueError(
-            f"{source} has {tokenizer.vocab_size} tokens, but the model in {stored.path} has "
-            f"{stored.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
-        )
-    if stored.tokenizer_hash not in (None, tokenizer.hash):
-        raise ValueError(
-            f"{source} (hash {tokenizer.hash[:12]}) is not the tokenizer that {stored.path} was trained with "
-            f"(hash {stored.tokenizer_hash[:12]}): name that one with --tokenizer=PATH"
-        )
-    return tokenizer
-
-
-def read_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
-    """A model from any format, ready to evaluate, and its tokenizer, which must be there."""
-    stored = read_stored(path, tokenizer)
-    found = checked_tokenizer(stored, tokenizer)
-    if found is None:
-        raise ValueError(f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH")
-    return stored.model(), found
 
 
 @dataclass(frozen=True)
@@ -108,6 +46,8 @@ class ExportConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = "auto"
     tokenizer: str = ""  # the model's vocabulary; if empty, the one in or beside it
     max_seq_len: int | None = None  # the longest context; None: the model's (Meta's folders do not say)
+    # also the optimizer's state and the step: from ckpt.pt to a sharded checkpoint (.dcp), or back
+    training_state: bool = False
     # llama2.c's options
     checkpoint: str | None = None  # the same as --from
     meta_llama: str | None = None  # the same as --from
@@ -133,7 +73,7 @@ class ExportConfig:
     def problems(self):
         if not self.output:
             yield "say what to write: python export.py out/model.bin"
-        elif not self.target:
+        elif not self.target and not self.training_state:
             yield f"{self.output}: which format is that to be? Name it with --format="
         if self.max_seq_len is not None and not 1 <= self.max_seq_len <= MAX_POSITIONS:
             yield f"--max_seq_len={self.max_seq_len}: must be at least 1 and at most {MAX_POSITIONS}"
@@ -145,8 +85,21 @@ class ExportConfig:
             yield "name one model to read: --from, --checkpoint, --meta_llama and --hf say the same"
         if self.format != "auto" and self.version is not None and self.format != VERSIONS[self.version]:
             yield f"--version={self.version} is --format={VERSIONS[self.version]}, not {self.format}"
+        if self.training_state:
+            yield from self.training_state_problems()
         if self.output and os.path.realpath(self.output) == os.path.realpath(self.source):
             yield f"{self.output}: is also what is read; write elsewhere"
+
+
+    def training_state_problems(self):
+        others = ("format", "dtype", "tokenizer", "max_seq_len", "version")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if given := [f"--{name}" for name in others if getattr(self, name) != defaults[name]]:
+            yield f"--training_state=True copies a checkpoint as it is: leave out {', '.join(given)}"
+        if not self.output.endswith((".pt", ".dcp")):
+            yield f"{self.output}: must end in .pt (one file) or .dcp (a sharded checkpoint)"
+        elif os.path.lexists(self.output):
+            yield f"{self.output}: exists already; write elsewhere, or remove it first"
 
 
 def write_model(stored: StoredModel, path: str, target: str, dtype: str = "auto"):
@@ -238,6 +191,11 @@ def main():
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
     print_overrides(config, given)
+    if config.training_state:
+        from checkpoints.sharded import convert_checkpoint  # imports DCP, which takes a second
+
+        step = convert_checkpoint(config.source, config.output)
+        return print(f"wrote {config.output}, the training state of step {step}")
     stored = with_tokenizer(read_stored(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
     write_model(stored, config.output, config.target, config.dtype)
     parameters = sum(math.prod(shape) for _, shape in parameter_shapes(stored.args))

@@ -9,16 +9,16 @@ Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S cached p
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend_one, causal_attention
-from loss import linear_cross_entropy
-from rope import RopeScaling, apply_rope, rope_tables
+from ops.attention import attend_one, causal_attention
+from ops.cross_entropy import linear_cross_entropy
+from ops.kv_cache import KVCache, Place
+from ops.rope import RopeScaling, apply_rope, rope_tables
 
 # Up to this length attention in blocks beats the fused kernel on a CPU; beyond it the gain is small
 # and what it keeps is large.
@@ -123,68 +123,6 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
-
-
-class KVCache:
-    """Keys and values of the positions read so far: a row a sequence, which may all be of different
-    lengths. What lies beyond a row's own length is never attended to.
-
-    keys and values: a tensor (batch_size, n_kv_heads, length, head_dim) for each layer."""
-
-    def __init__(self, args: ModelArgs, batch_size: int, length: int | None = None, device=None, dtype=None):
-        shape = (batch_size, args.kv_heads, length or args.max_seq_len, args.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(args.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(args.n_layers)]
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.keys[0])
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[2]
-
-    def lengthen(self, length: int):
-        """Make room for more positions, up to length."""
-        added = (0, 0, 0, length - self.length)
-        self.keys = [F.pad(keys, added) for keys in self.keys]
-        self.values = [F.pad(values, added) for values in self.values]
-
-    def take(self, rows):
-        """Keep these rows (N,), in this order; one may be there several times."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-
-
-class Place(NamedTuple):
-    """Where the tokens (B, T) of a forward pass stand, and what was read before them."""
-
-    cos: torch.Tensor  # of their positions, ([B,] T, head_dim/2)
-    sin: torch.Tensor
-    cache: KVCache | None = None
-    start: int | torch.Tensor = 0  # the first token's position, in every row or of each row (B,)
-    end: int = 0  # one beyond the last position of the longest row
-    rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
-    mask: torch.Tensor | None = None  # which positions each token sees (B, 1, T, end); None: it is causal
-
-    def remember(self, layer: int, k, v):
-        """Store k and v (B, n_kv_heads, T, head_dim) in the cache, in its number format; returns those
-        of all positions up to the end."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        batch, heads, length = k.shape[:3]
-        if isinstance(self.start, int):
-            rows = slice(batch) if self.rows is None else self.rows
-            keys[rows, :, self.start : self.end] = k.type_as(keys)
-            values[rows, :, self.start : self.end] = v.type_as(values)
-            if not self.start:
-                return k, v
-        else:
-            rows, number = slice(batch), torch.arange(max(batch, heads, length), device=k.device)
-            positions = self.start[:, None, None] + number[:length]
-            places = (number[:batch, None, None], number[:heads, None], positions)
-            keys.index_put_(places, k.type_as(keys))
-            values.index_put_(places, v.type_as(values))
-        return keys[rows, :, : self.end].type_as(k), values[rows, :, : self.end].type_as(v)
 
 
 def project(x, *layers: nn.Linear):
@@ -396,6 +334,19 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, place)
         return self.norm(x)
+
+    def new_kv_cache(self, batch_size: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for batch_size sequences of up to length positions, on the model's device.
+
+        dtype: of the keys and values; None: the dtype the model computes in here (autocast's, or the
+        weights')."""
+        weight = self.tok_embeddings.weight
+        if dtype is None:
+            device_type = weight.device.type
+            is_autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if is_autocast else weight.dtype
+        shape = (batch_size, self.args.kv_heads, length, self.args.head_dim)
+        return KVCache(self.args.n_layers, shape, weight.device, dtype)
 
     def num_parameters(self) -> int:
         """Parameters, a tied classifier counted once."""

@@ -19,18 +19,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from beam import Hypothesis, beam_search
+from checkpoints.manager import newest_path
 from configurator import configure, print_overrides, run_script
-from decoder import Decoder, Decoding, decoding_problems
-from device import pick_device, pick_dtype
-from export import read_model
-from generation import Piece, Story, generate
-from inference import prepared
-from keeper import newest_path
+from formats.registry import read_model
+from generation.beam_search import Hypothesis, beam_search
+from generation.compile import prepared
+from generation.engine import Decoder, Decoding, decoding_problems
+from generation.sampling import BadWords
+from generation.scoring import log_probabilities
+from generation.streaming import Piece, Story, generate
 from model import Transformer
-from sampling import BadWords
-from scoring import log_probabilities
-from tokenizer import Tokenizer
+from runtime.device import pick_device, pick_dtype
+from textdata.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,36 +14,30 @@ Each stage has its own options: python tinystories.py pretokenize --help
 import contextlib
 import glob
 import json
-import multiprocessing
 import os
 import random
-import signal
 import sys
 import tarfile
-import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Literal
 
 import requests
 from tqdm import tqdm
 
-from atomic import only_writer, write_atomically
 from configurator import configure, print_overrides, refuse, run_script
-from corpus import find_files, read_pieces
-from dataset import META_FILE, ShardWriter, split_point, token_dtype, tokens_folder, write_meta
-from distributed import World, join_world, leave_world, lost_processes_in_words
-from download import download, plain_reason, unpack
-from tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
-from words import Encoder
+from runtime.atomic_files import only_writer, write_atomically
+from runtime.distributed import join_world, leave_world, lost_processes_in_words
+from textdata.corpus import find_files, read_pieces
+from textdata.download import download, plain_reason, unpack
+from textdata.pretokenize import pretokenize
+from textdata.token_shards import token_dtype, tokens_folder
+from textdata.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 ARCHIVE = "TinyStories_all_data.tar.gz"
 STORIES = "TinyStories_all_data"
 STORIES_PER_SHARD = 5000
 VOCAB_CHARACTERS = 100_000_000  # of text to learn a vocabulary from
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that a process waits for those that have more to do
-BATCH_CHARACTERS = 2**20  # of text handed to SentencePiece at a time
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def run_download(config: Download):
 
 
 def run_synthesize(config: Synthesize):
-    from synthetic import story
+    from textdata.synthetic import story
 
     bar = tqdm(disable=None, total=config.num_stories, unit="story", desc="synthesizing")
     with only_writer(config.data_dir), bar:
@@ -248,149 +242,6 @@ def plan(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenize
             "val_fraction": float(number == 0) if first_validates else config.val_fraction,
         })  # fmt: skip
     return jobs
-
-
-def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, world: World):
-    """Run the jobs that are not done yet, each process its share of them, recording each as it ends;
-    meta.json is complete only after the last."""
-    done = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
-    finished = [done[json.dumps(job)] for job in jobs if json.dumps(job) in done]
-    waiting = [job for job in jobs if json.dumps(job) not in done]
-    others = {shard["job"]["source"] for shard in done.values()} - {job["source"] for job in jobs}
-    if others and len(others) == len(done):
-        raise ValueError(f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir")
-    world.wait()  # until all know what is done
-    if world.is_main:
-        if finished:
-            print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
-        write_meta(folder, meta | {"shards": finished})
-    own = []
-
-    def record(shard):
-        own.append(shard)
-        if world.is_main:
-            write_meta(folder, meta | {"shards": finished + own})
-        else:
-            part = json.dumps({"dtype": meta["dtype"], "shards": own})
-            write_atomically(os.path.join(folder, f"part{world.rank}.json"), part.encode())
-
-    run_jobs(waiting[world.rank :: world.size], folder, num_workers, record, world.is_main)
-    world.wait()
-    if world.is_main:
-        recorded = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
-        complete(folder, meta, [recorded[json.dumps(job)] for job in jobs])
-
-
-def complete(folder: str, meta: dict, shards: list[dict]):
-    """Write the whole meta.json, and remove what is of files that are gone or of an interrupted run."""
-    for name in set(os.listdir(folder)) - {shard["file"] for shard in shards}:
-        if name.endswith((".bin", ".partial")):
-            os.remove(os.path.join(folder, name))
-    tokens = {split: sum(s[split][1] - s[split][0] for s in shards) for split in ("train", "val")}
-    write_meta(folder, meta | {"shards": shards, "complete": True, "tokens": tokens})
-    for path in part_files(folder):
-        os.remove(path)
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(shards)} shard(s)")
-
-
-def part_files(folder: str) -> list[str]:
-    """What processes but the first have recorded."""
-    return glob.glob(os.path.join(glob.escape(folder), "part*.json"))
-
-
-def recorded_shards(folder: str) -> list[dict]:
-    """The shards of an earlier run, or of this one so far, that are still whole."""
-    found = []
-    for record in (os.path.join(folder, META_FILE), *part_files(folder)):
-        try:
-            with open(record, encoding="utf-8") as file:
-                meta = json.load(file)
-            width = int(meta["dtype"][-1])
-            paths = [os.path.join(folder, shard["file"]) for shard in meta["shards"]]
-            sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
-            shards = zip(meta["shards"], sizes, strict=True)
-            found += [s for s, size in shards if size == s["tokens"] * width and "job" in s]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
-
-
-def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: bool):
-    """Tokenize in parallel under one progress bar. The first failure ends the run."""
-    context = multiprocessing.get_context("spawn")
-    bytes_read = context.Value("q", 0)
-    workers = min(num_workers, len(jobs))
-    threads = max(1, num_workers // max(1, workers))
-    size, hides = sum(job["size"] for job in jobs), None if shows else True
-    bar = tqdm(disable=hides, total=size, unit="B", unit_scale=True, desc="tokenizing")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bar)
-        if workers < 2:
-            for job in jobs:
-                count_bytes(bytes_read)
-                record(tokenize_file(job, folder, threads, lambda: bar.update(bytes_read.value - bar.n)))
-            return
-        pool = ProcessPoolExecutor(workers, context, count_bytes, (bytes_read, True))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the workers are ready for it
-        try:
-            running = {pool.submit(tokenize_file, job, folder, threads) for job in jobs}
-        finally:
-            signal.signal(signal.SIGINT, earlier)
-        while running:
-            ended, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            bar.update(bytes_read.value - bar.n)
-            for future in ended:
-                try:
-                    record(future.result())
-                except BrokenProcessPool:
-                    raise ValueError("a worker was killed (out of memory?); try fewer with --num_workers=1") from None
-
-
-def count_bytes(counter, in_worker: bool = False):
-    """Have tokenize_file count what it reads here. A worker ends silently with Ctrl-C, and with
-    its parent, however that dies."""
-    global bytes_read
-    bytes_read = counter
-    if in_worker:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        parent = multiprocessing.parent_process()
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def tokenize_file(job: dict, folder: str, num_threads: int, on_progress=lambda: None) -> dict:
-    """Write the job's shard; returns its entry for meta.json."""
-    tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
-    path = os.path.join(folder, job["file"])
-    position = 0
-
-    def progress(now):
-        nonlocal position
-        with bytes_read.get_lock():
-            bytes_read.value += now - position
-        position = now
-        on_progress()
-
-    with ShardWriter(path, tokenizer.vocab_size) as writer:
-        encoder = Encoder(tokenizer, writer.dtype)
-        batch, characters = [], 0
-        for piece in read_pieces(job["source"], job["separator"], progress):
-            batch.append(piece)
-            characters += len(piece.text)
-            if characters > BATCH_CHARACTERS:
-                write_batch(writer, encoder, batch, num_threads)
-                batch, characters = [], 0
-        write_batch(writer, encoder, batch, num_threads)
-    cut = split_point(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
-    return {"file": job["file"], "tokens": writer.tokens, "train": [0, cut], "val": [cut, writer.tokens], "job": job}
-
-
-def write_batch(writer: ShardWriter, encoder: Encoder, batch: list, num_threads: int):
-    encoded = encoder.encode([piece.text for piece in batch], num_threads)
-    for piece, ids in zip(batch, encoded, strict=True):
-        if piece.starts_document:
-            writer.write([encoder.tokenizer.bos_id])
-        writer.write_bytes(ids)
 
 
 STAGES = {

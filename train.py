@@ -26,21 +26,23 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from atomic import only_writer
+from checkpoints.manager import snapshot
 from configurator import configure, print_overrides, run_script
-from dataset import dropout_seed, evaluation_batches, prefetch, training_batches
-from debug import show_step
-from device import autocast, keep_freed_memory, peak_flops, pick_device
-from distributed import World, join_world, leave_world, lost_processes_in_words
-from evaluation import evaluate
-from generation import generate
-from health import check_finite, remember_bad, skips, tell_spikes
-from keeper import snapshot
+from generation.streaming import generate
 from model import ModelArgs, Transformer, flops_per_token
-from optim import learning_rate_at
-from parallel import gradients_meet, is_sharded, whole
-from run import ARCHITECTURE, Run, fine_tune, resume, set_up
-from saving import finish_saving, open_out_dir, save
+from runtime.atomic_files import only_writer
+from runtime.device import autocast, keep_freed_memory, peak_flops, pick_device
+from runtime.distributed import World, join_world, leave_world, lost_processes_in_words, whole
+from textdata.loader import dropout_seed, evaluation_batches, prefetch, training_batches
+from training.evaluation import evaluate
+from training.inspect_step import show_step
+from training.monitor import check_finite, remember_bad, skips, tell_spikes
+from training.optim import learning_rate_at
+from training.parallel import gradients_meet, is_sharded
+from training.resume import ARCHITECTURE, fine_tune, resume
+from training.saving import finish_saving, open_out_dir, save
+from training.setup import set_up
+from training.state import Run
 
 # Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
 COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}

@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from atomic import AtomicFile
-from checkpoint import NOT_TIED, check_checkpoint, is_in_shares, write_model_args
-from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, same_values, to_write, tokenizer_in
+from checkpoints.file import NOT_TIED, check_checkpoint, is_in_shares, write_model_args
+from formats.lazy_model import TORCH_DTYPES, StoredModel, StoredTensor, same_values, to_write, tokenizer_in
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
-from tokenizer import Llama3Tokenizer, Tokenizer
+from runtime.atomic_files import AtomicFile
+from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
@@ -37,7 +37,7 @@ def read(path: str) -> StoredModel:
 
 
 def read_in_shares(path: str) -> StoredModel:
-    from sharded import read_outline
+    from checkpoints.sharded import read_outline
 
     outline = read_outline(path)
 

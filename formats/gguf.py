@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from atomic import AtomicFile
 from formats import tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
@@ -26,10 +25,11 @@ from formats.gguf_file import (
     read_container,
     write_tensor,
 )
-from formats.stored import StoredModel, StoredTensor, expanded, one_line
+from formats.lazy_model import StoredModel, StoredTensor, expanded, one_line
 from model import ModelArgs
-from rope import RopeScaling, rope_frequencies
-from tokenizer import (
+from ops.rope import RopeScaling, rope_frequencies
+from runtime.atomic_files import AtomicFile
+from textdata.tokenizer import (
     CONTROL,
     NORMAL,
     Llama3Tokenizer,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from formats.stored import BLOCK, Source, StoredTensor, check_range, read_into, stored_in_file, write_values
+from formats.lazy_model import BLOCK, StoredTensor, check_range, read_into, stored_in_file, write_values
+from runtime.atomic_files import Source
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 GROUP = 32  # values in a block of Q8_0

@@ -15,12 +15,9 @@ from functools import partial
 
 import torch
 
-from atomic import AtomicFolder
 from formats import tokenizer_json
-from formats.safetensors_file import read_safetensors, size_of, write_safetensors
-from formats.stored import (
+from formats.lazy_model import (
     TORCH_DTYPES,
-    Source,
     StoredModel,
     StoredTensor,
     expanded,
@@ -29,10 +26,12 @@ from formats.stored import (
     to_write,
     tokenizer_in,
 )
+from formats.safetensors_file import read_safetensors, size_of, write_safetensors
 from formats.torch_file import read_torch_file
 from model import ModelArgs
-from rope import RopeScaling
-from tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
+from ops.rope import RopeScaling
+from runtime.atomic_files import AtomicFolder, Source
+from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, at most

@@ -17,19 +17,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from atomic import AtomicFile
-from formats.stored import (
-    BLOCK,
-    Source,
-    StoredModel,
-    StoredTensor,
-    read_into,
-    stored_in_file,
-    tokenizer_in,
-    write_values,
-)
+from formats.lazy_model import BLOCK, StoredModel, StoredTensor, read_into, stored_in_file, tokenizer_in, write_values
 from model import ModelArgs, parameter_shapes
-from rope import rope_tables
+from ops.rope import rope_tables
+from runtime.atomic_files import AtomicFile, Source
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
 SHAPE = struct.Struct("<7i")

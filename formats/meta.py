@@ -12,13 +12,13 @@ import re
 
 import torch
 
-from atomic import AtomicFolder
 from formats.ckpt import ranks_refusal, weights
-from formats.stored import TORCH_DTYPES, StoredModel, StoredTensor, read_json, same_values, tokenizer_in
+from formats.lazy_model import TORCH_DTYPES, StoredModel, StoredTensor, read_json, same_values, tokenizer_in
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
-from rope import RopeScaling
-from tokenizer import Llama3Tokenizer, Tokenizer
+from ops.rope import RopeScaling
+from runtime.atomic_files import AtomicFolder
+from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 DTYPES = {"meta": ("float32", "float16", "bfloat16")}
 CUT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")

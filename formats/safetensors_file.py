@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 import torch
 
-from formats.stored import Source, StoredTensor, stored_in_file, write_values
+from formats.lazy_model import StoredTensor, stored_in_file, write_values
+from runtime.atomic_files import Source
 
 LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit

@@ -9,7 +9,7 @@ merges likewise; its tokens are written in GPT-2's alphabet, in which every byte
 import json
 import re
 
-from tokenizer import (
+from textdata.tokenizer import (
     BYTE,
     CONTROL,
     LLAMA3_PATTERN,

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import reason_of
-from formats.stored import Source, StoredTensor, read_into, write_values
+from checkpoints.file import reason_of
+from formats.lazy_model import StoredTensor, read_into, write_values
+from runtime.atomic_files import Source
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {

@@ -19,15 +19,15 @@ import pytest
 import torch
 
 import configurator
-from atomic import write_atomically
-from checkpoint import is_in_shares, load_checkpoint
-from keeper import newest_checkpoint
+from checkpoints.file import is_in_shares, load_checkpoint
+from checkpoints.manager import newest_checkpoint
 from model import Transformer, parameter_shapes
-from parallel import fill
-from synthetic import story
+from runtime.atomic_files import write_atomically
 from tests.nursery import CAN_FORK, ROOT, Command, prepare_to_fork
+from textdata.synthetic import story
+from textdata.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tinystories import Pretokenize, run_pretokenize
-from tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from training.parallel import fill
 
 VOCAB_SIZE = 512
 
@@ -137,7 +137,7 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 
 def weights_in(path: str) -> dict:
     """A checkpoint's, in one file or in shares."""
-    from sharded import read_outline, with_whole_tensors
+    from checkpoints.sharded import read_outline, with_whole_tensors
 
     if is_in_shares(path):
         return with_whole_tensors(read_outline(path))["model"]

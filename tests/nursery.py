@@ -18,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from turns import free_port
+from benchmarks.timing import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CAN_FORK = sys.platform == "linux"
-SCRIPTS = ["train", "sample", "export", "tinystories", "sharded"]
+SCRIPTS = ["train", "sample", "export", "tinystories"]
 IMPORTED_LATER = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.figure"]
 
 

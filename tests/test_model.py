@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_module
-from model import KVCache, ModelArgs, Transformer, flops_per_token
+from model import ModelArgs, Transformer, flops_per_token
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, vocab_size=61, hidden_dim=48, max_seq_len=40)
 
@@ -110,7 +110,7 @@ def test_a_token_changes_no_logits_before_it(changed, attention):
 def test_logits_read_through_the_cache_in_any_pieces_equal_the_whole(seed, n_kv_heads, attention):
     model, tokens = random_model(n_kv_heads=n_kv_heads), random_tokens(3, 40)
     cuts = [0, *sorted(random.Random(seed).sample(range(1, 40), 1 + 3 * seed)), 40]
-    cache = KVCache(model.args, batch_size=3)
+    cache = model.new_kv_cache(3, 40)
     with torch.no_grad():
         whole, _ = model(tokens)
         pieces = [model(tokens[:, a:b], cache=cache, start_pos=a)[0] for a, b in itertools.pairwise(cuts)]
@@ -119,7 +119,7 @@ def test_logits_read_through_the_cache_in_any_pieces_equal_the_whole(seed, n_kv_
 
 def test_a_cache_that_was_used_reads_like_a_new_one():
     model, tokens = random_model(), random_tokens(2, 40)
-    cache = KVCache(model.args, batch_size=2)
+    cache = model.new_kv_cache(2, 40)
     with torch.no_grad():
         model(tokens.flip(1), cache=cache)
         model(tokens[:, :7], cache=cache)
@@ -182,7 +182,7 @@ def test_positions_past_max_seq_len_are_refused_by_name():
     with pytest.raises(ValueError, match="max_seq_len=40"):
         model(random_tokens(1, 41))
     with pytest.raises(ValueError, match="max_seq_len=40"):
-        model(random_tokens(1, 1), cache=KVCache(model.args, 1), start_pos=40)
+        model(random_tokens(1, 1), cache=model.new_kv_cache(1, 40), start_pos=40)
 
 
 def test_dropout_acts_in_training_only(attention):
@@ -326,7 +326,7 @@ def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
     model, lengths = random_model(n_heads=4, n_kv_heads=kv_heads), [3, 9, 1]
     tokens = random_tokens(3, 20)
     whole, _ = model(tokens)
-    cache = KVCache(model.args, batch_size=5)
+    cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
         model.hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
     cache.take(torch.tensor([4, 3, 2]))

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import sample
-from atomic import write_atomically
-from beam import beam_search
-from checkpoint import save_checkpoint, write_model_args
-from decoder import continuation
+from checkpoints.file import save_checkpoint, write_model_args
 from formats import llama2c
-from formats.stored import stored
-from generation import Story, generate
+from formats.lazy_model import stored
+from generation.beam_search import beam_search
+from generation.engine import continuation
+from generation.streaming import Story, generate
 from model import ModelArgs, Transformer
-from tokenizer import load_tokenizer, train_sentencepiece
+from runtime.atomic_files import write_atomically
+from textdata.tokenizer import load_tokenizer, train_sentencepiece
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,13 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-import corpus
-import download
 import tinystories
-from atomic import only_writer
-from dataset import read_meta
+from runtime.atomic_files import only_writer
 from tests.conftest import ROOT, VOCAB_SIZE, write_stories
+from textdata import corpus, download
+from textdata.token_shards import read_meta
+from textdata.tokenizer import load_tokenizer
 from tinystories import ARCHIVE, STORIES, main
-from tokenizer import load_tokenizer
 
 SMALL_MODEL = ("--dim=32", "--n_layers=1", "--n_heads=2", "--batch_size=2", "--max_seq_len=32", "--device=cpu")
 SHORT_RUN = ("--max_iters=2", "--eval_iters=2", "--gradient_accumulation_steps=1", "--compile=False")

@@ -18,12 +18,12 @@ import torch
 
 import model as model_module
 import train as train_module
-from checkpoint import load_checkpoint
-from dataset import TokenWindows
+from checkpoints.file import load_checkpoint
 from formats import llama2c
 from model import ModelArgs, Transformer
 from tests.conftest import load_model
 from tests.nursery import run_together
+from textdata.token_shards import TokenWindows
 from train import check_against_cpu
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,311 @@
+"""
+bench.py: that what it compares is comparable, and that it reports what it measured.
+"""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+import bench
+from benchmarks import decoding as bench_sample
+from benchmarks.baselines import PlainLlama
+from benchmarks.data import TO_LEARN_FROM, DataBench, distinct_stories, take
+from benchmarks.decoding import TOKENS, made_up_tokenizer, random_model, report, seconds_to_first_token, write_files
+from benchmarks.timing import Measured, Variant, measure
+from formats.registry import read_model
+from model import ModelArgs, Transformer
+from textdata.tokenizer import train_sentencepiece
+from training import saving
+
+SMALL = dict(dim=32, n_layers=2, n_heads=4, vocab_size=50, multiple_of=8, max_seq_len=24)
+
+
+def halves_first(weight, head_dim: int):
+    """Rows of a query or key projection from Meta's order of pairs to that of halves."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def plain_twin(model: Transformer) -> PlainLlama:
+    """The plain model with our model's weights."""
+    plain, head_dim = PlainLlama(model.args), model.args.head_dim
+    with torch.no_grad():
+        plain.embedding.weight.copy_(model.tok_embeddings.weight)
+        plain.head.weight.copy_(model.output.weight)
+        plain.norm.weight.copy_(model.norm.weight)
+        for block, layer in zip(plain.blocks, model.layers, strict=True):
+            block.attention.query.weight.copy_(halves_first(layer.attention.wq.weight, head_dim))
+            block.attention.key.weight.copy_(halves_first(layer.attention.wk.weight, head_dim))
+            block.attention.value.weight.copy_(layer.attention.wv.weight)
+            block.attention.out.weight.copy_(layer.attention.wo.weight)
+            block.gate.weight.copy_(layer.feed_forward.w1.weight)
+            block.down.weight.copy_(layer.feed_forward.w2.weight)
+            block.up.weight.copy_(layer.feed_forward.w3.weight)
+            block.attention_norm.weight.copy_(layer.attention_norm.weight)
+            block.ffn_norm.weight.copy_(layer.ffn_norm.weight)
+    return plain
+
+
+@pytest.mark.parametrize("shape", [{}, dict(n_kv_heads=2), dict(tie_embeddings=False)], ids=str)
+def test_the_plain_model_is_the_same_model(shape):
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(**(SMALL | shape)))
+    plain = plain_twin(model)
+    assert sum(p.numel() for p in plain.parameters()) == model.num_parameters()
+    inputs, targets = torch.randint(50, (2, 3, 24)).unbind()
+    ours = model(inputs, targets)[1]
+    theirs = plain(inputs, targets)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(model.layers[0].feed_forward.w2.weight.grad, plain.blocks[0].down.weight.grad)
+    torch.testing.assert_close(model.tok_embeddings.weight.grad, plain.embedding.weight.grad)
+
+
+def test_the_plain_model_goes_on_with_the_same_probabilities():
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(**SMALL)).eval()
+    tokens = torch.randint(50, (3, 24))
+    with torch.inference_mode():
+        torch.testing.assert_close(plain_twin(model).next_logits(tokens), model(tokens)[0][:, -1])
+
+
+def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
+    path, variants = tmp_path / "bench.json", bench.train_variants
+    chosen = ("plain", "ours")  # each takes seconds to start
+    assert {*chosen, "plain, compiled"} <= {variant.name for variant in variants([], "cpu")}
+    monkeypatch.setattr(bench, "train_variants", lambda *args: [v for v in variants(*args) if v.name in chosen])
+    monkeypatch.setattr(bench, "pick_dtype", lambda name, device: "float32")
+    monkeypatch.setitem(bench.PRESETS, "260K", [*bench.PRESETS["260K"], "--compile=False"])
+    options = ("--preset=260K", "--rounds=2", "--seconds=0.01", "--batch_size=1", "--device=cpu", f"--json={path}")
+    status, told, error = run_here(bench, "train", *options)
+    assert status == 0, error
+    records = {record["variant"]: record for record in json.loads(path.read_text())}
+    assert records.keys() == set(chosen)
+    for name, record in records.items():
+        assert record["preset"] == "260K" and record["tokens_per_second"] > 0
+        assert record["peak_memory_bytes"] > 50 * 2**20
+        assert f"| {name} | {record['tokens_per_second']:,.0f} | {record['ratio_to_plain']:.2f} |" in told
+    assert records["plain"]["ratio_to_plain"] == 1.0
+    assert 0 < records["ours"]["share_of_ceiling"] < 1
+
+
+def test_the_data_bench_reports_what_it_measured(run_here, monkeypatch, tmp_path):
+    path = tmp_path / "data.json"
+    monkeypatch.setitem(bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"])
+    monkeypatch.setattr(bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01))
+    options = ("--megabytes=1", "--rounds=1", "--vocab_size=512", f"--json={path}")
+    status, _, error = run_here(bench, "data", *options)
+    assert status == 0, error
+    records = {record["variant"]: record for record in json.loads(path.read_text())}
+    assert records["pretokenize ours"]["tokens_per_second"] > 1000
+    assert records["pretokenize ours"]["peak_memory_bytes"] > 50 * 2**20
+    assert 0 < records["sampler"]["share_of_step"] < 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["speed"], "must come first and be one of train, cost, save, data, sample"),
+        (["train", "--preset=7B"], "--preset=7B: must be one of all, 260K"),
+        (["train", "--rounds=0"], "--rounds=0: must be 1 or more"),
+        (["train", "--seconds=0"], "--seconds=0: must be above 0"),
+        (["train", "--json=nowhere/x.json"], "there is no folder nowhere"),
+        (["train", "--json=/tmp"], "--json=/tmp: a file cannot be written there"),
+        (["save", "--checkpoint_interval=0"], "--checkpoint_interval=0: must be 1 or more"),
+        (["data", "--megabytes=0"], "--megabytes=0: must be 1 or more"),
+        (["sample", "--batch=3"], "--batch=3: must be one of all, 1, 4, 16, 64"),
+        (["sample", "--rounds=0", "--seconds=0"], "--seconds=0: must be above 0"),
+        (["sample", "--json=nowhere/x.json"], "there is no folder nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_sentence(run_script, arguments, sentence):
+    result = run_script("bench.py", *arguments)
+    assert result.returncode in (1, 2) and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def sleeper(device: str, milliseconds: float):
+    """A variant that does one unit of work in so many milliseconds."""
+
+    def step() -> int:
+        time.sleep(milliseconds / 1000)
+        return 1
+
+    return step
+
+
+def broken(device: str, message: str):
+    raise RuntimeError(message)
+
+
+def dying(device: str):
+    os._exit(3)
+
+
+def test_variants_are_measured_in_their_own_processes_and_compared_in_every_round():
+    variants = [Variant(str(ms), sleeper, dict(device="cpu", milliseconds=ms)) for ms in (20, 80)]
+    fast, slow = measure(variants, rounds=3, seconds=0.2).values()
+    assert len(fast.rates) == len(slow.rates) == 3
+    assert fast.rate / slow.rate == pytest.approx(4, rel=0.3)
+
+
+def test_a_variant_that_fails_is_named_with_its_reason():
+    with pytest.raises(ValueError, match="mine: RuntimeError: no such thing"):
+        measure([Variant("mine", broken, dict(device="cpu", message="no such thing"))], 1, 0.1)
+
+
+def second_fails(device: str):
+    """The first process waits for the second, which fails."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("no second device")
+    time.sleep(600)
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it():
+    with pytest.raises(ValueError, match="pair: ValueError: no second device"):
+        measure([Variant("pair", second_fails, dict(device="cpu"), processes=2)], 1, 0.1)
+
+
+def test_a_text_without_stories_is_refused(run_script, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    result = run_script("bench.py", "data", f"--input={tmp_path / 'empty.txt'}")
+    assert result.returncode == 1 and "there is no text in it" in result.stderr
+
+
+def test_the_default_vocabulary_can_be_learned_from_the_default_text():
+    config = DataBench()
+    stories = distinct_stories(config)
+    assert train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size)
+
+
+def test_a_variant_whose_process_dies_ends_the_measurement():
+    with pytest.raises(ValueError, match="mine: its process died"):
+        measure([Variant("mine", dying, dict(device="cpu"))], 1, 0.1)
+
+
+TINY = ModelArgs(**SMALL | dict(vocab_size=300, max_seq_len=bench_sample.CONTEXT))
+
+
+@pytest.mark.parametrize("of, package", [("plain", "torch"), ("transformers", "transformers")])
+def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
+    pytest.importorskip(package)
+    threads = torch.get_num_threads()
+    step = bench_sample.theirs(of, TINY, "cpu", threads, batch_size=2)
+    assert [step(), step()] == [2 * TOKENS] * 2
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_our_stories_do_not_end_early(kind):
+    step = bench_sample.ours(TINY, "cpu", torch.get_num_threads(), batch_size=3, kind=kind, compile=False)
+    assert [step(), step()] == [3 * TOKENS] * 2
+
+
+@pytest.mark.parametrize("dtype", bench_sample.FILES.values())
+def test_llama_cpp_tells_as_many_tokens_as_it_is_asked_for(dtype, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
+    write_files(TINY, str(tmp_path))
+    step = bench_sample.llama_cpp(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
+    assert [step(), step()] == [TOKENS] * 2
+
+
+def test_all_tell_with_the_same_random_model(tmp_path):
+    write_files(TINY, str(tmp_path))
+    model, tokenizer = read_model(str(tmp_path / "ckpt.pt"))
+    torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
+    assert tokenizer.vocab_size == TINY.vocab_size
+    if (tmp_path / "float32.gguf").exists():  # where llama.cpp is installed
+        torch.testing.assert_close(read_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict())
+
+
+def test_the_made_up_vocabulary_spells_any_text():
+    tokenizer = made_up_tokenizer(bench_sample.VOCAB_SIZE)
+    assert tokenizer.vocab_size == len({piece for piece, _, _ in tokenizer.pieces}) == bench_sample.VOCAB_SIZE
+    assert tokenizer.decode(tokenizer.encode("Once upon a time, a café 🦙")) == "Once upon a time, a café 🦙"
+    assert len(tokenizer.encode("upon a time")) < len("upon a time")
+
+
+def test_who_is_compared(monkeypatch):
+    monkeypatch.setattr(bench_sample, "find_spec", lambda package: True)
+    monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "bfloat16")
+
+    def names(batch, threads, device="cpu"):
+        return {variant.name for variant in bench_sample.variants(TINY, device, batch, threads, "folder")}
+
+    ours, alone = {"float32", "bfloat16", "int8"}, {"float32, not compiled", "int8, not compiled"}
+    assert names(64, 1) == names(4, 2) == ours
+    assert names(16, 2) == ours | {"transformers"}
+    assert names(1, 1) == ours | alone | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
+    assert names(1, 2) == names(1, 1) | {"plain"}
+    assert names(1, 2, "cuda") == ours | alone | {"transformers", "plain"}
+    monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
+    monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "float32")
+    assert names(1, 2) == {"float32", "int8", "plain"} | alone
+
+
+def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
+    rates = {"plain": [1, 2, 4], "llama.cpp F32": [10, 20, 40], "llama.cpp Q8_0": [30, 30, 30]}
+    rates |= {"float32": [20, 40, 20], "bfloat16": [7, 7, 7], "int8, not compiled": [45, 60, 90]}
+    where = dict(preset="15M", batch=1, threads=2)
+    records = report(where, {name: Measured(figures, 0) for name, figures in rates.items()})
+    lines = capsys.readouterr().out.splitlines()
+    assert "| variant | tokens/s | spread | x plain | x llama.cpp |" in lines
+    assert "| float32 | 20 | 20 to 40 | 20.00 | 2.00 |" in lines
+    assert "| bfloat16 | 7 | 7 to 7 | 3.50 |  |" in lines
+    assert "| int8, not compiled | 60 | 45 to 90 | 30.00 | 2.00 |" in lines
+    assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
+
+
+def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
+    path, variants = tmp_path / "bench.json", bench_sample.variants
+    chosen = ("plain", "float32, not compiled")  # each takes seconds to start
+    monkeypatch.setattr(bench_sample, "variants", lambda *args: [v for v in variants(*args) if v.name in chosen])
+    monkeypatch.setattr(bench_sample, "RUNS", 1)
+    monkeypatch.setattr(bench_sample, "VOCAB_SIZE", 300)
+    monkeypatch.setitem(bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4"])
+    monkeypatch.setattr(bench, "find_spec", lambda package: None)
+    options = ("--preset=15M", "--batch=1", "--threads=2", "--rounds=2", "--seconds=0.01", "--device=cpu")
+    status, told, error = run_here(bench, "sample", *options, f"--json={path}")
+    assert status == 0, error
+    assert told.startswith("cpu: ") and "note: llama.cpp is left out, as xllamacpp is not installed" in told
+    *records, first = json.loads(path.read_text())
+    assert [record["variant"] for record in records] == [*chosen]
+    for record in [*records, first]:
+        assert (record["preset"], record["batch"], record["threads"]) == ("15M", 1, 2)
+    for record in records:
+        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in told
+    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in told
+    assert 0.5 < first["seconds"] < 120
+
+
+def test_saving_is_measured_with_what_is_saved(run_here, monkeypatch, tmp_path):
+    path, steps, saved = tmp_path / "bench.json", [], []
+    training_step, save_checkpoint = bench.train.training_step, saving.save_checkpoint
+    monkeypatch.setattr(bench.train, "training_step", lambda *run: steps.append(training_step(*run)))
+    monkeypatch.setattr(saving, "save_checkpoint", lambda *what: saved.append(save_checkpoint(*what)))
+    monkeypatch.setitem(bench.PRESETS, "260K", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"])
+    options = ("--preset=260K", "--checkpoint_interval=4", "--rounds=3", "--device=cpu", f"--json={path}")
+    status, told, error = run_here(bench, "save", *options)
+    assert status == 0, error
+    assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
+    (record,) = json.loads(path.read_text())
+    assert record["ratio_min"] <= record["ratio"] <= record["ratio_max"]
+    assert f"| one in 4 steps | {record['tokens_per_second']:,.0f} | {record['ratio']:.3f} |" in told
+
+
+def event(token: int | None) -> str:
+    return f"print('{json.dumps(dict(prompt=0, sample=0, token=token, text=''))}', flush=True)"
+
+
+def test_the_first_token_is_waited_for_and_no_longer():
+    lines = ["import time", event(None), "time.sleep(0.5)", event(7), "time.sleep(60)"]
+    assert 0.5 < seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1) < 30
+
+
+def test_a_story_without_a_first_token_is_an_error():
+    for lines in ([event(None)], ["raise SystemExit('no tokenizer')"]):
+        with pytest.raises(ValueError, match="no first token"):
+            seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1)

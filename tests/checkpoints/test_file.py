@@ -1,0 +1,318 @@
+import errno
+import io
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.file import LLAMA2C_MODEL_ARGS, load_checkpoint, save_checkpoint, write_model_args
+from model import ModelArgs, Transformer
+from runtime import atomic_files as atomic
+from tests.conftest import load_model
+
+TINY = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6)
+LLAMA2C_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout"}
+
+
+def random_model(**overrides) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelArgs(**(TINY | overrides))).eval()
+
+
+def checkpoint_of(model: Transformer, /, **changes) -> dict:
+    plain = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=7)
+    return plain | changes
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return str(tmp_path / "ckpt.pt")
+
+
+@pytest.fixture
+def good(path) -> bytes:
+    """The content of a good checkpoint, which is at path."""
+    save_checkpoint(path, checkpoint_of(random_model()))
+    return content_of(path)
+
+
+def content_of(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def llama2c_checkpoint(prefix: str) -> dict:
+    """As llama2.c's train.py writes it, n_kv_heads among the rest; hidden width 48."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"tok_embeddings": (19, 16), "norm": (16,)}
+    for layer in range(2):
+        block = f"layers.{layer}"
+        shapes |= {f"{block}.attention.{name}": (16, 16) for name in ("wq", "wo")}
+        shapes |= {f"{block}.attention.{name}": (8, 16) for name in ("wk", "wv")}
+        shapes |= {f"{block}.feed_forward.{name}": (48, 16) for name in ("w1", "w3")}
+        shapes |= {f"{block}.feed_forward.w2": (16, 48), f"{block}.attention_norm": (16,), f"{block}.ffn_norm": (16,)}
+    model = {f"{prefix}{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    model[f"{prefix}output.weight"] = model[f"{prefix}tok_embeddings.weight"]
+    return {
+        "model": model,
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": dict(
+            dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6, dropout=0.0
+        ),
+        "iter_num": 1000,
+        "best_val_loss": torch.tensor(1.25),
+        "config": {"out_dir": "out", "vocab_source": "custom", "vocab_size": 19, "compile": True},
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
+    """nanoGPT #325: what was compiled or trained by several processes did not load."""
+    theirs = llama2c_checkpoint(prefix)
+    torch.save(theirs, path)
+    model, checkpoint = load_model(path)
+    assert model.args == ModelArgs(**TINY) and not model.training
+    assert {prefix + name for name in model.state_dict()} == set(theirs["model"])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, theirs["model"][prefix + name]), name
+    assert model.output.weight is model.tok_embeddings.weight
+    assert checkpoint["iter_num"] == 1000 and checkpoint["best_val_loss"] == 1.25
+    assert checkpoint["config"]["vocab_source"] == "custom"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_is_saved_loads_bit_for_bit(tied, path):
+    model = random_model(tie_embeddings=tied, hidden_dim=33, rope_theta=500000.0, norm_eps=1e-6)
+    save_checkpoint(path, checkpoint_of(model))
+    again, checkpoint = load_model(path)
+    state = model.state_dict()
+    assert again.args.ffn_dim == 33 and again.args.rope_theta == 500000.0 and again.args.norm_eps == 1e-6
+    assert list(state) == list(again.state_dict()) and checkpoint["iter_num"] == 7
+    assert all(torch.equal(state[name], weight) for name, weight in again.state_dict().items())
+    assert (again.output.weight is again.tok_embeddings.weight) == tied
+
+
+def test_what_is_saved_is_plain_for_any_reader(good, path):
+    plain = torch.load(path, weights_only=True)
+    assert set(plain["model"]) == set(random_model().state_dict())
+    assert plain["model_args"] == TINY | dict(dropout=0.0)
+
+
+@pytest.mark.parametrize("shape", [{}, TINY, TINY | dict(n_kv_heads=None), TINY | dict(dropout=0.1)])
+def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
+    assert set(LLAMA2C_MODEL_ARGS) == LLAMA2C_KEYS
+    args = ModelArgs(**shape)
+    saved = write_model_args(args)
+    assert set(saved) == LLAMA2C_KEYS
+    assert saved["n_kv_heads"] == args.kv_heads
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        dict(hidden_dim=33),
+        dict(ffn_dim_multiplier=1.3),
+        dict(rope_theta=500000.0),
+        dict(norm_eps=1e-6),
+        dict(tie_embeddings=False),
+        dict(hidden_dim=33, rope_theta=500000.0, tie_embeddings=False),
+    ],
+    ids=str,
+)
+def test_args_have_further_keys_only_where_the_architecture_needs_them(further):
+    args = ModelArgs(**TINY, **further)
+    saved = write_model_args(args)
+    assert saved == TINY | dict(dropout=0.0) | further
+    assert ModelArgs(**saved) == args
+
+
+def changed(state: dict, **changes) -> dict:
+    """The state dict with some tensors replaced; None takes one away."""
+    state = state | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(norm__weight=None), r"no norm\.weight"),
+        (dict(layers__1__attention__wk__weight=None), r"no layers\.1\.attention\.wk\.weight"),
+        (dict(layers__1__ffn_norm__weight=None), r"no layers\.1\.ffn_norm\.weight"),
+        (dict(lm_head__weight=torch.zeros(19, 16)), r"unexpected lm_head\.weight"),
+        (dict(layers__2__ffn_norm__weight=torch.ones(16)), r"unexpected layers\.2\.ffn_norm\.weight"),
+        (dict(norm__weight=torch.ones(17)), r"norm\.weight is \(17,\), not \(16,\)"),
+        (dict(layers__0__attention__wk__weight=torch.ones(16, 8)), r"wk\.weight is \(16, 8\), not \(8, 16\)"),
+        (dict(output__weight=torch.zeros(19, 16)), "classifier differs from its embedding"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
+    model = random_model()
+    save_checkpoint(path, checkpoint_of(model, model=changed(model.state_dict(), **changes)))
+    with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + said):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, bias=False, vocab_size=50304, dropout=0.0),  # nanoGPT
+        TINY | dict(n_experts=8),
+        TINY | dict(n_kv_heads=3),
+        TINY | dict(dim="16"),
+        TINY | dict(dim=None),
+        {},
+        [16, 2, 4],
+        None,
+    ],
+    ids=str,
+)
+def test_args_that_no_llama_has_are_refused(saved, path):
+    save_checkpoint(path, checkpoint_of(random_model(), model_args=saved))
+    with pytest.raises(ValueError, match=r"ckpt\.pt: model_args are not those of a Llama"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str)
+def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, path):
+    save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | lie))
+    with pytest.raises(ValueError, match=r"ckpt\.pt: "):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2, 3],
+        torch.zeros(3),
+        {},
+        random_model().state_dict(),
+        dict(model=random_model().state_dict(), iter_num=0),
+        dict(model=[1, 2], model_args=TINY, iter_num=0),
+        dict(model={"norm.weight": 3}, model_args=TINY, iter_num=0),
+        dict(model={name: 3 for name in random_model().state_dict()}, model_args=TINY, iter_num=0),
+        dict(model={0: torch.zeros(3)}, model_args=TINY, iter_num=0),
+    ],
+    ids=["list", "tensor", "empty", "state dict", "no model_args", "model a list", "weight missing and no tensor",
+         "weights no tensors", "names no text"],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_refused(content, path):
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"ckpt\.pt: "):
+        load_model(path)
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
+    with pytest.raises(ValueError, match=r"nowhere/ckpt\.pt: .*train\.py"):
+        load_checkpoint("nowhere/ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(errno.EIO, os.strerror(errno.EIO))],
+    ids=["memory", "input"],
+)
+def test_what_says_nothing_of_the_file_is_not_called_damage(error, good, path, monkeypatch):
+    """A run would go on from an older checkpoint, and put a good one aside."""
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        load_checkpoint(path)
+    assert raised.value is error
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+def test_a_checkpoint_runs_no_code(how, path, tmp_path):
+    touched = tmp_path / "touched"
+    checkpoint = checkpoint_of(random_model(), config={"seed": Hostile(touched)})
+    if how == "pickle":
+        with open(path, "wb") as file:
+            pickle.dump(checkpoint["config"], file, protocol=2)
+    else:
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
+        load_checkpoint(path)
+    assert not touched.exists()
+    # The control: what would do harm is in the file, and does it where a pickle is trusted.
+    assert str(touched).encode() in Path(path).read_bytes()
+    pickle.loads(pickle.dumps(Hostile(touched)))
+    assert touched.exists()
+
+
+@pytest.mark.parametrize("twentieth", range(20))
+def test_a_truncated_checkpoint_is_refused(twentieth, good, path):
+    with open(path, "wb") as file:
+        file.write(good[: len(good) * twentieth // 20])
+    with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"PK\3\4" + b"x" * 5000, b"Once upon a time " * 300])
+def test_what_is_no_checkpoint_at_all_is_refused(content, path):
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def only_the_old_file_is_there(path, content: bytes) -> bool:
+    return os.listdir(os.path.dirname(path)) == ["ckpt.pt"] and content_of(path) == content
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good, path):
+    """nanoGPT #167: a run in float16 turned to NaN and saved itself."""
+    model = random_model()
+    with torch.no_grad():
+        model.layers[1].feed_forward.w3.weight[-1, -1] = value
+    with pytest.raises(ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"):
+        save_checkpoint(path, checkpoint_of(model))
+    assert only_the_old_file_is_there(path, good)
+
+
+@pytest.mark.parametrize("room", [0, 1, 1000, 10_000, 20_000])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path, monkeypatch):
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    assert len(good) > room
+    monkeypatch.setattr(atomic, "open", lambda path, mode: io.BufferedWriter(FullDisk(path, mode), 64), raising=False)
+    with pytest.raises(OSError, match=r"ckpt\.pt|No space left"):
+        save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+    assert only_the_old_file_is_there(path, good)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else(call, good, path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+    assert only_the_old_file_is_there(path, good)
+
+
+def test_a_new_checkpoint_replaces_the_old_one_and_leaves_nothing_else(good, path):
+    save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+    assert load_checkpoint(path)["iter_num"] == 8
+    assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]

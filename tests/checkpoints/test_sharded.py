@@ -1,0 +1,321 @@
+"""Checkpoints in shares: written, read, joined, and refused where they are damaged."""
+
+import dataclasses
+import errno
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import export
+import train
+from checkpoints import sharded
+from checkpoints.file import load_checkpoint, save_checkpoint
+from checkpoints.manager import newest_checkpoint, open_checkpoint
+from checkpoints.sharded import read_outline, with_whole_tensors, write_whole
+from model import ModelArgs, Transformer, draw_weights
+from runtime.device import autocast
+from runtime.distributed import World, whole
+from tests.checkpoints.test_file import checkpoint_of, random_model
+from tests.test_train import same_state
+from training import saving
+from training import setup as run_module
+from training.metrics import Metrics
+from training.parallel import fill, shard
+
+ARGS = dict(dim=32, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=32)
+
+
+def trained_state(step: int) -> dict:
+    """What load_checkpoint gives of a model with AdamW's moments."""
+    model = random_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
+    optimizer.step()
+    return checkpoint_of(model, iter_num=step, optimizer=optimizer.state_dict(), late_norms=[0.5, 1.5])
+
+
+@pytest.fixture
+def file(tmp_path) -> str:
+    save_checkpoint(str(tmp_path / "file.pt"), trained_state(7))
+    return str(tmp_path / "file.pt")
+
+
+@pytest.fixture
+def folder(file, tmp_path) -> str:
+    write_whole(load_checkpoint(file), str(tmp_path / "ckpt.dcp"))
+    return str(tmp_path / "ckpt.dcp")
+
+
+def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
+    assert run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0] == 0
+    assert same_state(file, tmp_path / "again.pt")
+    assert run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0] == 0
+    again = with_whole_tensors(read_outline(str(tmp_path / "more.dcp")))
+    assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
+
+
+def test_shares_are_exported_as_the_file_is(file, folder, run_here, tmp_path):
+    for source, target in ((file, "a.bin"), (folder, "b.bin")):
+        assert run_here(export, str(tmp_path / target), f"--from={source}")[0] == 0
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.pt"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp_path):
+    path = os.path.join(folder, name)
+    with open(path, "rb") as part:
+        content = bytearray(part.read())
+    if damage == "gone":
+        os.remove(path)
+    elif damage == "changed" and name == "run.pt":
+        torch.save(torch.load(path, weights_only=True) | dict(late_norms=[0.5]), path)
+    else:
+        content[len(content) // 2] ^= 1
+        with open(path, "wb") as part:
+            part.write(content[: len(content) * 2 // 3] if damage == "cut" else content)
+    with pytest.raises(ValueError, match=rf"{re.escape(folder)}: damaged"):
+        read_outline(folder)
+    status, _, errors = run_here(export, str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True")
+    assert status == 1 and folder in errors and not os.path.exists(tmp_path / "joined.pt")
+
+
+class Hostile:
+    """What would write a file, were its pickle believed."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def with_table(folder: str, table):
+    """The folder with another table, its hash put right."""
+    with open(os.path.join(folder, ".metadata"), "wb") as file:
+        pickle.dump(table, file)
+    rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
+    rest["files"][".metadata"] = sharded.digest_of(os.path.join(folder, ".metadata"))
+    torch.save({key: value for key, value in rest.items() if key != "sha256"}, os.path.join(folder, "run.pt"))
+
+
+def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
+    with_table(folder, Hostile(tmp_path / "harmed"))
+    with pytest.raises(ValueError, match="open is no part of a table"):
+        read_outline(folder)
+    assert not os.path.exists(tmp_path / "harmed")
+
+
+def test_a_table_that_is_no_pickle_is_refused(folder):
+    with_table(folder, None)
+    with open(os.path.join(folder, ".metadata"), "wb") as file:
+        file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
+    rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
+    rest["files"][".metadata"] = sharded.digest_of(os.path.join(folder, ".metadata"))
+    torch.save(rest, os.path.join(folder, "run.pt"))
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_outline(folder)
+
+
+def test_a_table_that_names_files_elsewhere_is_refused(folder):
+    table = read_outline(folder)["shares"].table
+    for place in table.storage_data.values():
+        place.relative_path = "../file.pt"
+    with_table(folder, table)
+    with pytest.raises(ValueError, match=r"names another file, \.\./file\.pt"):
+        read_outline(folder)
+
+
+def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
+    os.rename(file, tmp_path / "ckpt_000007.pt")
+    assert newest_checkpoint(str(tmp_path))[0] == folder
+    shutil.rmtree(folder)
+    said = []
+    assert newest_checkpoint(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt") and len(said) == 1
+
+
+def test_weights_drawn_one_at_a_time_are_a_new_model_s():
+    for args in (ModelArgs(64, 2, 4, vocab_size=96), ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False)):
+        torch.manual_seed(5)
+        weights = dict(draw_weights(args))
+        torch.manual_seed(5)
+        model = Transformer(args)
+        assert weights.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(sharded, "digest_of", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_outline(folder)
+
+
+def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
+    outline = read_outline(folder)
+    os.rename(folder, tmp_path / "ckpt_000007.dcp")
+    with pytest.raises(ValueError, match="changed while it was read"):
+        with_whole_tensors(outline)
+    write_whole(load_checkpoint(file), folder)  # as training puts a new one in its place
+    with pytest.raises(ValueError, match="changed while it was read"):
+        with_whole_tensors(outline)
+
+
+@pytest.mark.parametrize("lie", ["no parts", "larger than the files", "a part beyond it"])
+def test_a_table_that_promises_what_is_not_there_is_refused(folder, lie):
+    table = read_outline(folder)["shares"].table
+    entry = table.state_dict_metadata["model/norm.weight"]
+    if lie == "no parts":
+        entry.chunks.clear()
+    else:
+        entry.size = torch.Size([2**44])
+        entry.chunks[0].sizes = torch.Size([2**44 if lie == "larger than the files" else 2**45])
+    with_table(folder, table)
+    expected = {
+        "no parts": "not all of",
+        "larger than the files": "larger than its",
+        "a part beyond it": "is beyond it",
+    }
+    with pytest.raises(ValueError, match=expected[lie]):
+        read_outline(folder)
+
+
+@pytest.fixture
+def alone():
+    """A group of processes of which this one is all."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
+    """A run in shares, of which one process has all; each call takes a step and saves."""
+    monkeypatch.setattr(run_module, "in_shares", lambda config, world: True)
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    config = train.TrainConfig(**ARGS, out_dir=str(out_dir), dtype="float32", keep_checkpoints=1)
+    run = run_module.equip(config, World(), "cpu", (tokenizer, None, None), config.model_args())
+    fill(run.model, draw_weights(config.model_args()))
+    run.metrics = Metrics(str(out_dir), 0)
+    (out_dir / "tokenizer.model").write_bytes(tokenizer.content)
+
+    def save(step: int, best: bool = False) -> Path:
+        run.iter_num = step
+        run.model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
+        run.optimizer.step()
+        saving.save(run, best)
+        run.keeper.wait()
+        return out_dir
+
+    save.run = run
+    return save
+
+
+def steps_in(out_dir: Path) -> dict[str, int]:
+    names = [name for name in os.listdir(out_dir) if name.endswith((".dcp", ".pt", ".partial", ".old"))]
+    return {name: open_checkpoint(str(out_dir / name))["iter_num"] for name in sorted(names)}
+
+
+def test_shares_are_kept_as_files_are(sharded_run):
+    out_dir = sharded_run(5, best=True)
+    for lesser in ("best.pt", "model.bin"):
+        (out_dir / lesser).write_bytes(b"")
+    sharded_run(10, best=True)
+    assert not (out_dir / "best.pt").exists() and not (out_dir / "model.bin").exists()
+    sharded_run(15)
+    sharded_run(15)  # of the same step again, as before an evaluation and after it
+    assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 15, "ckpt_000010.dcp": 10}
+    weights = with_whole_tensors(read_outline(str(out_dir / "ckpt.dcp")))["model"]
+    assert all(torch.equal(weights[name], p.full_tensor()) for name, p in sharded_run.run.model.named_parameters())
+    os.truncate(out_dir / "ckpt.dcp" / "__0_0.distcp", 1000)
+    said = []
+    assert newest_checkpoint(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp") and len(said) == 1
+
+
+def test_without_older_ones_there_is_the_newest_alone(sharded_run):
+    sharded_run.run.config = dataclasses.replace(sharded_run.run.config, keep_checkpoints=0)
+    sharded_run(5)
+    assert steps_in(sharded_run(10)) == {"ckpt.dcp": 10}
+
+
+@pytest.mark.parametrize("where", ["link_or_copy", "write_whole_file"])
+def test_a_best_that_could_not_be_written_is_owed(sharded_run, monkeypatch, where):
+    out_dir = sharded_run(5)
+
+    def full(*paths):
+        raise OSError(28, "No space left on device", paths[0])
+
+    with monkeypatch.context() as on:
+        on.setattr(saving if where == "link_or_copy" else sharded, where, full)
+        sharded_run(10, best=True)
+        assert "No space left" in sharded_run.run.keeper.news()[0]
+        newest = 10 if where == "link_or_copy" else 5  # which does not suffer by the best
+        assert steps_in(out_dir).get("ckpt.dcp") == newest and "best.dcp" not in steps_in(out_dir)
+    sharded_run(15)
+    assert steps_in(out_dir) == {"best.dcp": 15, "ckpt.dcp": 15, f"ckpt_{newest:06d}.dcp": newest}
+
+
+def test_what_stands_in_the_way_of_the_best_holds_up_nothing_else(sharded_run):
+    out_dir = sharded_run(5, best=True)
+    (out_dir / "best.dcp" / "mine").mkdir()
+    sharded_run(10, best=True)
+    assert "holds other things (mine)" in sharded_run.run.keeper.news()[0] and steps_in(out_dir)["ckpt.dcp"] == 10
+    (out_dir / "best.dcp" / "mine").rmdir()
+    sharded_run.run.keeper.finish()
+    assert steps_in(out_dir)["best.dcp"] == 10
+
+
+def test_a_folder_that_is_deleted_is_made_again(sharded_run):
+    out_dir = sharded_run(5, best=True)
+    shutil.rmtree(out_dir)
+    sharded_run(10)
+    assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10} and (out_dir / "tokenizer.model").exists()
+
+
+def test_a_best_that_was_to_give_way_to_nothing_comes_back(sharded_run):
+    """Killed between the two renamings, there was no best.dcp, and the next start removed the old one."""
+    out_dir = sharded_run(5, best=True)
+    os.rename(out_dir / "best.dcp", out_dir / "best.dcp.123.partial.old")
+    (out_dir / "ckpt.dcp.10.partial").mkdir()
+    sharded_run.run.config = dataclasses.replace(sharded_run.run.config, init_from="resume")
+    saving.open_out_dir(sharded_run.run, str(out_dir / "ckpt.dcp"))
+    assert steps_in(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5}
+
+
+def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
+    """Machines without a common disk would each keep a part, and rotate what is whole away."""
+    out_dir = sharded_run(5)
+    monkeypatch.setattr(sharded, "digest_of", lambda path: "")
+    monkeypatch.setattr(sharded.glob, "glob", lambda pattern: ["elsewhere/__1_0.distcp"])
+    with pytest.raises(ValueError, match="--out_dir must be one folder that all machines see"):
+        sharded_run(10)
+    monkeypatch.undo()
+    assert steps_in(out_dir) == {"ckpt.dcp": 5}
+
+
+def test_gathering_in_16_bits_changes_nothing_but_the_gains_rounding(alone):
+    losses, gradients = [], []
+    tokens = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(1))
+    for is_shared in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelArgs(64, 2, 4, vocab_size=96, max_seq_len=16))
+        if is_shared:
+            shard(model, "cpu", 1, "bfloat16")
+        with autocast("cpu", "bfloat16"):
+            loss = model(tokens, tokens)[1]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([whole(p.grad) for p in model.parameters()])
+        assert all(grad.dtype == torch.float32 for grad in gradients[-1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for plain, shared in zip(*gradients, strict=True):
+        assert (plain - shared).norm() < 0.02 * plain.norm()

@@ -1,0 +1,280 @@
+"""
+GGUF files, against llama.cpp itself and against the gguf package.
+"""
+
+import struct
+
+import gguf as reference
+import numpy as np
+import pytest
+import requests
+import torch
+
+from export import write_model
+from formats import gguf, gguf_file
+from formats.lazy_model import expanded, stored
+from formats.registry import read_stored
+from generation.engine import continuation
+from tests.formats.test_formats import LLAMA3, random_model
+from tests.formats.test_hugging_face import slices_of, small_llama3
+from textdata.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def llama_cpp():
+    """llama_cpp(path) loads a file in llama.cpp, with a cache in float32; returns ask(command, **request)."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
+    servers = []
+
+    def load(path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 512, 1, -1, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        server = xllamacpp.Server(params)
+        servers.append(server)
+
+        def ask(command, **request):
+            answer = requests.post(f"{server.listening_address}/{command}", json=request, timeout=60)
+            answer.raise_for_status()
+            return answer.json()
+
+        return ask
+
+    yield load
+    servers.clear()
+
+
+def published(shared):
+    return read_stored(shared("models/stories260K.bin"), shared("models/tok512.bin"))
+
+
+def exported(tmp_path, source, dtype) -> str:
+    path = str(tmp_path / f"{dtype}.gguf")
+    write_model(source, path, "gguf", dtype)
+    return path
+
+
+def greedy(model, tokenizer, number):
+    return continuation(model, [tokenizer.bos_id], max_new_tokens=number, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_llama_cpp_tells_the_same_story(dtype, shared, llama_cpp, tmp_path):
+    source = published(shared)
+    path = exported(tmp_path, source, dtype)
+    ask = llama_cpp(path)
+    told = ask("completion", prompt=[1], n_predict=200, temperature=0, ignore_eos=True, return_tokens=True)
+    ours = greedy(read_stored(path).model(), source.own_tokenizer(), 200)
+    assert told["tokens"] == ours == greedy(source.model(), source.own_tokenizer(), 200)
+
+
+def log_probabilities(ask, tokens: list[int]) -> list[dict[int, float]]:
+    """llama.cpp's log-probabilities of the tokens that may follow each beginning of tokens."""
+    tables = []
+    for length in range(1, len(tokens)):
+        answer = ask("completion", prompt=tokens[:length], n_predict=1, temperature=1, n_probs=512, samplers=[])
+        (choice,) = answer["completion_probabilities"]
+        tables.append({entry["id"]: entry["logprob"] for entry in choice["top_logprobs"]})
+    return tables
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float16", 0.05), ("q8_0", 0.5)])
+def test_llama_cpp_computes_our_probabilities(dtype, tolerance, shared, llama_cpp, tmp_path):
+    """Of all 512 tokens at 20 positions. In Q8_0 it also quantizes the activations, as we do not."""
+    source = published(shared)
+    path = exported(tmp_path, source, dtype)
+    tokens = [1, *greedy(source.model(), source.own_tokenizer(), 20)]
+    with torch.no_grad():
+        ours = read_stored(path).model()(torch.tensor([tokens]))[0][0].log_softmax(-1)
+    worst = 0.0
+    for position, table in enumerate(log_probabilities(llama_cpp(path), tokens)):
+        assert len(table) > 400
+        for token, value in table.items():
+            if value > -12:  # it cuts off the unlikeliest
+                worst = max(worst, abs(ours[position, token].item() - value))
+    assert 0 < worst < tolerance
+
+
+@pytest.mark.parametrize("text", ["tinystories.txt", "tinystories_lowercase.txt"])
+def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tmp_path):
+    source = published(shared)
+    ask, tokenizer = llama_cpp(exported(tmp_path, source, "q8_0")), source.own_tokenizer()
+    with open(shared(f"data/{text}"), encoding="utf-8") as file:
+        for piece in slices_of(file.read()):
+            assert ask("tokenize", content=piece, add_special=False, parse_special=False)["tokens"] == (
+                tokenizer.encode(piece)
+            )
+
+
+def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(tokenizer, stories, llama_cpp, tmp_path):
+    ask = llama_cpp(exported(tmp_path, stored(random_model(dim=64), tokenizer=tokenizer), "float16"))
+    for piece in slices_of("\n\n".join(stories), 300):
+        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
+    assert ask("tokenize", content="Once", add_special=True)["tokens"] == tokenizer.encode("Once", bos=True)
+
+
+@pytest.mark.parametrize("extra", [{}, LLAMA3], ids=["plain", "llama3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path):
+    """The rotary layout and its scaling show at late positions."""
+    tokenizer = small_llama3()
+    args = dict(dim=64, hidden_dim=100, vocab_size=tokenizer.vocab_size, n_kv_heads=n_kv_heads, tie_embeddings=tied)
+    model = random_model(**args, **extra)
+    ask = llama_cpp(exported(tmp_path, stored(model, tokenizer=tokenizer), "float32"))
+    tokens = [(7 * i) % 250 for i in range(150)]
+    # It tells no probabilities where the token that it draws ends the text.
+    request = dict(prompt=tokens, n_predict=1, temperature=1, n_probs=200, samplers=[])
+    answers = (ask("completion", seed=seed, **request) for seed in range(100))
+    answer = next(answer for answer in answers if "completion_probabilities" in answer)
+    with torch.no_grad():
+        ours = model(torch.tensor([tokens]))[0][0, -1].log_softmax(-1)
+    entries = answer["completion_probabilities"][0]["top_logprobs"]
+    assert len(entries) == 200
+    assert max(abs(ours[entry["id"]].item() - entry["logprob"]) for entry in entries) < 1e-3
+
+
+def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, tmp_path):
+    tokenizer = small_llama3()
+    model = random_model(dim=32, vocab_size=tokenizer.vocab_size)
+    ask = llama_cpp(exported(tmp_path, stored(model, tokenizer=tokenizer), "float32"))
+    for piece in [*slices_of("\n\n".join(stories), 300), "naïve 🦙", "1234567", " \n\n \t x"]:
+        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
+    chat = "<|start_header_id|>user<|end_header_id|>\n\nthe<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    tokens = ask("tokenize", content=chat, add_special=True, parse_special=True)["tokens"]
+    assert tokens == tokenizer.encode_chat([("user", "the")])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_the_gguf_package_reads_the_same_tensors(dtype, tokenizer, tmp_path):
+    model = random_model(dim=64, hidden_dim=100, n_kv_heads=2, tie_embeddings=False)
+    path = exported(tmp_path, stored(model, tokenizer=tokenizer), dtype)
+    tensors = {tensor.name: tensor for tensor in reference.GGUFReader(path).tensors}
+    again = read_stored(path)
+    for ours, theirs in expanded(gguf.TABLE, model.args):
+        tensor = tensors.pop(theirs)
+        values = reference.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(values, again.read(ours).float().numpy())
+    assert not tensors
+
+
+def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
+    """As llama.cpp's converter writes it, Q8_0 by its own quantization."""
+    model, path = random_model(dim=64, hidden_dim=96, n_kv_heads=2), str(tmp_path / "theirs.gguf")
+    writer = reference.GGUFWriter(path, "llama")
+    writer.add_context_length(160)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece for piece, _, _ in tokenizer.pieces])
+    writer.add_token_scores([score for _, score, _ in tokenizer.pieces])
+    writer.add_token_types([kind for _, _, kind in tokenizer.pieces])
+    for ours, theirs in expanded(gguf.TABLE, model.args):
+        weight = model.get_parameter(ours).detach().numpy()
+        if weight.ndim == 2:
+            quantized = reference.quants.quantize(weight, reference.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(theirs, quantized, raw_dtype=reference.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(theirs, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = read_stored(path)
+    assert again.own_tokenizer().hash == tokenizer.hash and again.args.norm_eps == 1e-5
+    for name, weight in model.named_parameters():
+        assert (again.read(name) - weight).abs().max() <= weight.abs().max() / 127
+
+
+def test_q8_0_blocks_are_those_of_the_definition(tokenizer, tmp_path):
+    """Scale in float16, then 32 int8; computed here in float64."""
+    model = random_model(dim=32, hidden_dim=64)
+    path = exported(tmp_path, stored(model, tokenizer=tokenizer), "q8_0")
+    tensor = next(t for t in reference.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
+    expected = b""
+    for block in model.layers[0].feed_forward.w3.weight.detach().double().reshape(-1, 32).tolist():
+        scale = float(np.float16(np.float32(max(map(abs, block))) / np.float32(127)))
+        expected += struct.pack("<e32b", scale, *(max(-127, min(127, round(value / scale))) for value in block))
+    assert tensor.data.tobytes() == expected
+
+
+def test_weights_too_large_for_a_scale_in_float16_are_refused(tokenizer, tmp_path):
+    model = random_model(dim=64)
+    with torch.no_grad():
+        model.layers[0].feed_forward.w1.weight[0, 0] = 1e8
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_gate\.weight has values too large for q8_0"):
+        exported(tmp_path, stored(model, tokenizer=tokenizer), "q8_0")
+
+
+def header_changed(path, **changes):
+    """Put other values of the same length into a file's key-value pairs."""
+    content = open(path, "rb").read()
+    for key, value in changes.items():
+        encoded = gguf_file.packed_string(key.replace("__", "."))
+        at = content.index(encoded) + len(encoded)
+        old = struct.unpack_from("<I", content, at)[0]
+        size = 8 + struct.unpack_from("<Q", content, at + 4)[0]
+        if old in gguf_file.SCALARS:
+            size = struct.calcsize(gguf_file.SCALARS[old])
+        new = gguf_file.packed_value(value)
+        assert len(new) == 4 + size, "the alignment of what follows would be another"
+        content = content[:at] + new + content[at + 4 + size :]
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(general__architecture="gptj0"), "architecture 'gptj0', not llama"),
+        (dict(llama__block_count=(4, 2**30)), r"it has no blk\.2"),
+        (dict(llama__block_count=(4, 1)), r"blk\.1.* is no part of a Llama"),
+        (dict(llama__embedding_length=(4, 2**31)), "do not fit|must|dim"),
+        (dict(llama__attention__head_count=(4, 5)), "n_heads=5: must divide"),
+        (dict(llama__rope__dimension_count=(4, 8)), "llama.rope.dimension_count is 8"),
+        (dict(llama__attention__layer_norm_rms_epsilon=(6, float("nan"))), "norm_eps"),
+        (dict(llama__feed_forward_length=(4, 7)), "do not fit the model"),
+        (dict(general__alignment=(4, 33)), "general.alignment=33"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_header_of_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_path):
+    path = exported(tmp_path, stored(random_model(), tokenizer=tokenizer), "float32")
+    header_changed(path, **changes)
+    with pytest.raises(ValueError, match=rf"float32\.gguf: .*({said})"):
+        read_stored(path)
+
+
+def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokenizer, tmp_path):
+    path = exported(tmp_path, stored(random_model(), tokenizer=tokenizer), "float32")
+    header_changed(path, tokenizer__ggml__model="bert!")
+    again = read_stored(path)
+    with pytest.raises(ValueError, match="a vocabulary of type 'bert!'"):
+        again.own_tokenizer()
+    assert torch.equal(again.read("norm.weight"), random_model().norm.weight)
+
+
+def test_a_llama_3_vocabulary_comes_back(tmp_path):
+    tokenizer = small_llama3()
+    model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
+    again = read_stored(exported(tmp_path, stored(model, tokenizer=tokenizer), "float16")).own_tokenizer()
+    assert again.hash == tokenizer.hash and again.special == tokenizer.special
+
+
+def test_a_model_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="reads no GGUF file without a vocabulary"):
+        exported(tmp_path, stored(random_model()), "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_published_tokenizer_keeps_its_identity(shared, tmp_path):
+    source = published(shared)
+    again = read_stored(exported(tmp_path, source, "q8_0"))
+    assert again.own_tokenizer().hash == load_tokenizer(shared("models/tok512.bin")).hash

@@ -1,0 +1,353 @@
+"""
+Hugging Face folders, against transformers itself: theirs here and ours there.
+"""
+
+import io
+import json
+import random
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+
+from export import write_model
+from formats import hugging_face
+from formats.lazy_model import stored
+from formats.registry import read_stored
+from ops.rope import RopeScaling
+from tests.formats.test_formats import LLAMA3, logits_of, random_model
+from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
+
+LINEAR = dict(rope_scaling=RopeScaling("linear", 4.0))
+
+
+def exported(tmp_path, model, tokenizer=None, dtype="auto") -> str:
+    path = str(tmp_path / "exported")
+    write_model(stored(model, tokenizer=tokenizer), path, "hf", dtype)
+    return path
+
+
+def slices_of(text: str, number: int = 1000) -> list[str]:
+    rng = random.Random(0)
+    starts = [rng.randrange(len(text)) for _ in range(number)]
+    return [text[start : start + rng.randrange(1, 200)] for start in starts]
+
+
+@pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_transformers_computes_our_logits(n_kv_heads, tied, extra, tokenizer, tmp_path):
+    """llama2.c #321: an export that did not load; llama2.c #286: one that was right for twenty tokens."""
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, max_seq_len=200, **extra)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model, tokenizer))
+    tokens = torch.randint(512, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
+    assert theirs.dtype == torch.float32 and theirs.config.max_position_embeddings == 200
+
+
+def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
+    source = read_stored(shared("models/stories260K.bin"), shared("models/tok512.bin"))
+    path, model = str(tmp_path / "exported"), source.model()
+    write_model(source, path, "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
+        tokens = torch.tensor([source.own_tokenizer().encode(file.read(2000), bos=True)[:200]])
+    with torch.no_grad():  # its logits reach 20, where transformers' own two attention kernels differ by 2.2e-5
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], rtol=1.3e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_model_that_transformers_saved_computes_its_logits_here(shards, tied, extra, tmp_path):
+    settings = hugging_face.config_of(random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager")).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards > 1 else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shards == 1 else (tmp_path / INDEX).exists()
+    ours = read_stored(str(tmp_path)).model()
+    tokens = torch.randint(512, (2, 160))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - ours(tokens)[0]).abs().max() < 2e-5
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def as_version_4_wrote_it(folder):
+    """Turn an exported folder into one of before rope_parameters and safetensors, in two shards."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"], config["head_dim"]
+    config["rope_scaling"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    state = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    names = sorted(state)
+    for number, part in enumerate((names[::2], names[1::2])):
+        torch.save({name: state[name].half() for name in part}, folder / f"pytorch_model-{number}.bin")
+    weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_older_folder_of_pickles_is_read(tied, tokenizer, tmp_path):
+    model = random_model(tie_embeddings=tied, rope_theta=500000.0)
+    path = exported(tmp_path, model, tokenizer)
+    as_version_4_wrote_it(tmp_path / "exported")
+    again = read_stored(path)
+    assert again.dtype == torch.float16 and again.args.rope_theta == 500000.0
+    assert (logits_of(again.model()) - logits_of(model)).abs().max() < 1e-2
+
+
+def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(hugging_face, "SHARD_SIZE", 100_000)
+    model = random_model()
+    path = exported(tmp_path, model, tokenizer)
+    index = json.loads((tmp_path / "exported" / INDEX).read_text())
+    files = sorted(file.name for file in (tmp_path / "exported").glob("*.safetensors"))
+    assert len(files) == 3 and set(files) == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 4 * model.num_parameters()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
+    assert torch.equal(logits_of(read_stored(path).model()), logits_of(model))
+    (tmp_path / "exported" / files[1]).unlink()
+    with pytest.raises(ValueError, match=rf"the shard {files[1]} is missing"):
+        read_stored(path)
+
+
+@pytest.mark.parametrize(
+    "model, text",
+    [
+        ("tok512.bin", "tinystories.txt"),
+        ("tok512.bin", "tinystories_lowercase.txt"),
+        ("llama2_tokenizer.model", "tinystories.txt"),
+        ("llama2_tokenizer.model", "tinyshakespeare.txt"),
+    ],
+)
+def test_transformers_cuts_and_joins_a_text_as_sentencepiece_does(model, text, shared, tmp_path):
+    """LLMs-from-scratch and litgpt #1359: a tokenizer that did not load, or cut otherwise."""
+    tokenizer = load_tokenizer(shared(f"models/{model}"))
+    path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    with open(shared(f"data/{text}"), encoding="utf-8") as file:
+        slices = slices_of(file.read())
+    slices += ["", " ", "  two  spaces ", "\n\n\tTab", "naïve café — “quoted” 🦙🦙", "日本語", "é\u0301", "\u00a0"]
+    for piece in slices:
+        ids = tokenizer.encode(piece)
+        assert theirs.encode(piece, add_special_tokens=False) == ids, repr(piece)
+        assert theirs.encode(piece) == [tokenizer.bos_id, *ids]
+        assert theirs.decode(ids) == tokenizer.decode(ids) == tokenizer.processor.decode(ids)
+    again = hugging_face.read_tokenizer(path)
+    assert again.hash == tokenizer.hash
+
+
+@pytest.mark.parametrize("model", ["tok512.bin", "llama2_tokenizer.model"])
+def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shared, tmp_path):
+    tokenizer = load_tokenizer(shared(f"models/{model}"))
+    path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    again = hugging_face.read_tokenizer(path)
+    with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
+        assert all(again.encode(piece) == tokenizer.encode(piece) for piece in slices_of(file.read()))
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(scheme, tokenizer, tmp_path):
+    """Its spaces are turned into ▁ by a pre-tokenizer. Where a text begins with a space, that one puts
+    no further one before it, and SentencePiece, with which the vocabulary was learned, does."""
+    path = exported(tmp_path, random_model(), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    file = tmp_path / "exported" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"normalizer": None}
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    again, theirs = hugging_face.read_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+    for text in ("Once upon a time", "two  spaces ", "Lily's\n\nball"):
+        assert again.encode(text) == theirs.encode(text, add_special_tokens=False)
+    content["pre_tokenizer"]["split"] = True
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="in another way than Llama 2"):
+        hugging_face.read_tokenizer(path)
+
+
+def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
+    path = exported(tmp_path, random_model(), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    generation = transformers.GenerationConfig.from_pretrained(path)
+    assert generation.bos_token_id == tokenizer.bos_id and set(generation.eos_token_id) == tokenizer.stop_ids
+    ids = [tokenizer.bos_id, *tokenizer.encode("Hi"), tokenizer.eos_id]
+    assert theirs.decode(ids, skip_special_tokens=True) == "Hi"
+
+
+def test_a_vocabulary_that_changes_the_text_is_refused(stories, tmp_path):
+    tokenizer = sentencepiece_of(stories, model_type="bpe", remove_extra_whitespaces=True)
+    with pytest.raises(ValueError, match=r"normalizes a text before it cuts it.*train_vocab"):
+        exported(tmp_path, random_model(), tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(model_type="mistral"), "a model of type 'mistral', not llama"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu' is more than"),
+        (dict(attention_bias=True), "attention_bias=True is more than"),
+        (dict(mlp_bias=True), "mlp_bias=True is more than"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(head_dim=32), "head_dim=32"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope scaling of type 'yarn'"),
+        (dict(rope_parameters={"rope_type": "llama3", "factor": 4.0}), "low_freq_factor"),
+        (dict(hidden_size=None), "no hidden_size"),
+        (dict(num_hidden_layers=3), "it has no model.layers.2"),
+        (dict(num_hidden_layers=1), "model.layers.1.* is no part of a Llama"),
+        (dict(num_hidden_layers=2**30), "it has no model.layers.2"),
+        (dict(hidden_size=2**30, head_dim=None), "do not fit the model"),
+        (dict(vocab_size=511), "do not fit the model: tok_embeddings.weight"),
+        (dict(max_position_embeddings=2**30), "at most 1048576 positions"),
+        (dict(num_attention_heads=5, head_dim=None), "n_heads=5: must divide dim=48"),
+        (dict(rms_norm_eps="tiny"), "not the settings of a Llama"),
+        (dict(tie_word_embeddings=False), "it has no lm_head.weight"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_path):
+    path = exported(tmp_path, random_model(), tokenizer)
+    file = tmp_path / "exported" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"exported.*{said}"):
+        read_stored(path)
+
+
+@pytest.mark.parametrize("rope", [dict(rope_parameters=None), dict(rope_theta=None, rope_scaling=None)])
+def test_the_rotary_settings_of_either_version_are_enough(rope, tokenizer, tmp_path):
+    path = exported(tmp_path, random_model(**LLAMA3), tokenizer)
+    file = tmp_path / "exported" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | rope))
+    args = read_stored(path).args
+    assert (args.rope_theta, args.rope_scaling) == (LLAMA3["rope_theta"], LLAMA3["rope_scaling"])
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_runs_no_code(tokenizer, tmp_path):
+    path = exported(tmp_path, random_model(), tokenizer)
+    folder = tmp_path / "exported"
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Hostile(tmp_path / "touched")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: damaged or not a checkpoint"):
+        read_stored(path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_shard_outside_the_folder_is_refused(tokenizer, tmp_path):
+    path = exported(tmp_path, random_model(), tokenizer)
+    folder = tmp_path / "exported"
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    weight_map = {"model.norm.weight": "../elsewhere.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"elsewhere\.safetensors is missing"):
+        read_stored(path)
+
+
+def small_llama3() -> Llama3Tokenizer:
+    """Bytes, some longer tokens, and Llama 3's special ones."""
+    words = ["th", "he", "the", " t", " the", "in", "ing", "er", "\n\n", " a", "an", " an", "and", " and", "  ", "12"]
+    return Llama3Tokenizer([bytes([byte]) for byte in range(256)] + [word.encode() for word in words])
+
+
+def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_path):
+    tokenizer = small_llama3()
+    model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
+    path = exported(tmp_path, model, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    for text in [*stories[:50], "naïve 🦙 <|eot_id", "1234567", " \n\n \t x", ""]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text) == [tokenizer.bos_id, *ids]
+        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+    messages = [("system", "Be brief."), ("user", " Hello, the llama! "), ("assistant", "Hi."), ("user", "Bye")]
+    chat = [{"role": role, "content": text} for role, text in messages]
+    templated = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert templated == tokenizer.encode_chat(messages)
+    assert hugging_face.read_tokenizer(path).hash == tokenizer.hash
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    again = hugging_face.read_tokenizer(path)
+    assert again.hash == tokenizer.hash and again.special == tokenizer.special
+
+
+def sentencepiece_of(stories, **options) -> SentencePieceTokenizer:
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(stories), model_writer=content, vocab_size=512, minloglevel=2,
+        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True) | options,
+    )  # fmt: skip
+    return SentencePieceTokenizer(content.getvalue())
+
+
+def test_a_vocabulary_of_another_algorithm_is_refused_and_has_another_identity(stories, tmp_path):
+    tokenizer = sentencepiece_of(stories, model_type="unigram")
+    with pytest.raises(ValueError, match="no byte-pair encoding"):
+        exported(tmp_path, random_model(), tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer\.bin is read as byte-pair encoding"):
+        tokenizer.to_bin()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_bin(stories, tmp_path):
+    tokenizer = sentencepiece_of(stories, model_type="bpe", add_dummy_prefix=False)
+    path = exported(tmp_path, random_model(), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    again = hugging_face.read_tokenizer(path)
+    for text in stories[:20]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
+        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+    with pytest.raises(ValueError, match="begin a text with a space"):
+        tokenizer.to_bin()
+
+
+def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
+    base = small_llama3()
+    tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
+    model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
+    path = exported(tmp_path, model, tokenizer)
+    assert tokenizer.hash != base.hash and read_stored(path).own_tokenizer().special == tokenizer.special
+    for target in ("ckpt", "meta"):
+        with pytest.raises(ValueError, match="no place for special tokens other than"):
+            write_model(stored(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
+
+
+@pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])
+def test_a_tokenizer_json_that_cuts_otherwise_is_refused(change, tmp_path):
+    tokenizer = small_llama3()
+    path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    file = tmp_path / "exported" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    steps = content["pre_tokenizer"]["pretokenizers"]
+    if change == "normalizer":
+        content["normalizer"] = {"type": "Lowercase"}
+    elif change == "prefix":
+        steps[1]["add_prefix_space"] = True
+    elif change == "digits":
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    else:
+        content["model"]["merges"].reverse()
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: it (cuts words|merges) in another"):
+        hugging_face.read_tokenizer(path)

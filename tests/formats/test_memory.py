@@ -1,0 +1,71 @@
+"""
+Converting a model takes the memory of its largest tensor, whatever the model's size.
+
+    CRIA_CONVERT_GB=8 python -m pytest tests/test_streaming.py -s    shows it on a model of 8 GB
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from export import write_model
+from formats.lazy_model import StoredModel, StoredTensor
+from formats.registry import read_stored
+from model import ModelArgs, parameter_shapes
+from tests.conftest import ROOT
+
+GIGABYTES = float(os.environ.get("CRIA_CONVERT_GB", 0.3))  # of weights in bfloat16
+CONSTANT = 100  # MB for blocks, and for what the allocator keeps
+
+# Linux's own account, which begins anew with a program; getrusage's would begin with the memory of these tests.
+PEAK = "import re, runpy, sys; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; {}; " + (
+    "print('peak', re.search('VmHWM:\\\\s*([0-9]+)', open('/proc/self/status').read())[1])"
+)
+
+
+def peak_of(statement: str, *arguments) -> float:
+    """The largest resident memory of a process, in MB."""
+    command = [sys.executable, "-c", PEAK.format(statement), str(ROOT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 1024
+
+
+@pytest.fixture(scope="module")
+def random_folder(tokenizer, tmp_path_factory):
+    """A folder of Hugging Face's with random weights in bfloat16, which were never in memory all at
+    once; and the size of its largest tensor in MB."""
+    args = ModelArgs(dim=1024, n_heads=16, hidden_dim=16384, n_layers=1, vocab_size=512)
+    per_layer = sum(2 * torch.Size(shape).numel() for name, shape in parameter_shapes(args) if "layers" in name) / 1e9
+    args = ModelArgs(**{**vars(args), "n_layers": max(1, round(GIGABYTES / per_layer))})
+
+    def random(shape):
+        return StoredTensor(shape, torch.bfloat16, lambda: torch.randn(shape, dtype=torch.bfloat16).mul_(0.02))
+
+    tensors = {name: random(shape) for name, shape in parameter_shapes(args)}
+    path = str(tmp_path_factory.mktemp("random") / "hf")
+    write_model(StoredModel("random", args, tensors, lambda: tokenizer), path, "hf")
+    return path, max(2 * torch.Size(shape).numel() for _, shape in parameter_shapes(args)) / 1e6
+
+
+@pytest.fixture(scope="module")
+def bare() -> float:
+    """The memory of a process that has imported everything, and done nothing, in MB."""
+    return peak_of("import export")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak of memory")
+@pytest.mark.parametrize("target", ["v0", "v2", "meta", "gguf", "q8_0"])
+def test_a_conversion_needs_no_more_than_the_largest_tensor_and_a_constant(target, bare, random_folder, tmp_path):
+    path, largest = random_folder
+    options = ["--format=gguf", "--dtype=q8_0"] if target == "q8_0" else [f"--format={target}"]
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    peak = peak_of(run, ROOT / "export.py", tmp_path / "first", f"--from={path}", *options)
+    # And back from it, as every format has a reader of its own.
+    back = peak_of(run, ROOT / "export.py", tmp_path / "back", f"--from={tmp_path / 'first'}", "--format=hf")
+    print(f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; bare {bare:.0f} MB, largest tensor {largest:.0f} MB")
+    assert max(peak, back) < bare + 2 * largest + CONSTANT  # float32 of v0 and v2 is twice bfloat16
+    assert read_stored(str(tmp_path / "back")).args.n_layers == read_stored(path).args.n_layers

@@ -1,0 +1,277 @@
+import io
+import os
+import random
+import re
+import shutil
+import socket
+import tarfile
+
+import pytest
+import requests
+
+from textdata import download as module
+from textdata.download import download, unpack
+
+MIB = 2**20
+CONTENT = bytes(range(256)) * (5 * MIB // 256)
+OTHER = CONTENT[::-1] + b"other"
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0)
+
+
+@pytest.fixture
+def target(tmp_path) -> str:
+    return str(tmp_path / "archive.tar.gz")
+
+
+@pytest.fixture
+def give_up_after(server, target):
+    """give_up_after(etag) leaves what a download that broke off in the middle leaves: the first
+    megabytes of CONTENT, with that tag."""
+
+    def leave(etag: str | None = '"one"'):
+        server.content["file"], server.etag = CONTENT, etag
+        server.cuts = [3 * MIB + 5]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "ATTEMPTS", 1)
+            with pytest.raises(ConnectionError):
+                download(server.url("file"), target)
+        assert 0 < os.path.getsize(f"{target}.partial") <= 3 * MIB + 5
+        assert not os.path.exists(target)
+        server.requests.clear()
+
+    return leave
+
+
+def content_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def files_beside(path: str) -> list[str]:
+    return sorted(os.listdir(os.path.dirname(path)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**21 + 1])
+def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
+    server.content["file"] = (CONTENT * 3)[:size]
+    download(server.url("file"), target)
+    assert content_of(target) == server.content["file"] and files_beside(target) == ["archive.tar.gz"]
+
+
+def test_a_cut_connection_is_continued_where_it_stopped(server, target):
+    server.content["file"], server.cuts = CONTENT, [3 * MIB + 5, MIB + 5]
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT
+    first, second, third = server.requests
+    assert "Range" not in first and "If-Range" not in first
+    begins = [int(request["Range"].removeprefix("bytes=").removesuffix("-")) for request in (second, third)]
+    assert 2 * MIB < begins[0] < begins[1]
+    assert second["If-Range"] == third["If-Range"] == '"one"'
+    assert files_beside(target) == ["archive.tar.gz"]
+
+
+def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_after):
+    give_up_after()
+    have = os.path.getsize(f"{target}.partial")
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT
+    assert [request["Range"] for request in server.requests] == [f"bytes={have}-"]
+
+
+@pytest.mark.parametrize("before", ['"one"', 'W/"one"', None])
+@pytest.mark.parametrize("now", ['"two"', 'W/"two"', None])
+def test_another_content_under_the_same_address_is_fetched_anew(server, target, give_up_after, before, now):
+    """Two contents may not be joined. An empty If-Range is none to many servers, and a weak tag
+    may not stand in it (RFC 9110, 13.1.5)."""
+    give_up_after(before)
+    server.content["file"], server.etag = OTHER, now
+    download(server.url("file"), target)
+    assert content_of(target) == OTHER
+    assert not any((request["If-Range"] or "").startswith("W/") for request in server.requests)
+
+
+def test_a_server_that_ignores_ranges_sends_everything_again(server, target, give_up_after):
+    give_up_after()
+    server.knows_ranges = False
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT
+
+
+def test_a_partial_file_that_is_whole_already_only_gets_its_name(server, target, give_up_after):
+    give_up_after()
+    with open(f"{target}.partial", "wb") as file:
+        file.write(CONTENT)
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT and files_beside(target) == ["archive.tar.gz"]
+    assert len(server.requests) == 1
+
+
+def test_a_partial_file_longer_than_the_content_is_fetched_anew(server, target, give_up_after):
+    give_up_after()
+    with open(f"{target}.partial", "wb") as file:
+        file.write(CONTENT + b"too much")
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT
+
+
+@pytest.mark.parametrize("statuses", [[503], [503, 502, 500, 504]])
+def test_a_server_in_trouble_is_asked_again(server, target, statuses):
+    server.content["file"], server.statuses = CONTENT, statuses
+    download(server.url("file"), target)
+    assert content_of(target) == CONTENT
+
+
+def test_a_server_that_stays_in_trouble_is_given_up_with_the_reason(server, target):
+    server.content["file"], server.statuses = CONTENT, [503] * 100
+    with pytest.raises(ConnectionError, match=r"gave up on http\S+/file after 5 attempts: 503 "):
+        download(server.url("file"), target)
+    assert len(server.requests) == 5 and not os.path.exists(target)
+
+
+@pytest.mark.parametrize("status", [404, 403, 410])
+def test_what_is_not_there_is_asked_for_once(server, target, status):
+    server.statuses = [status]
+    with pytest.raises(requests.HTTPError, match=str(status)):
+        download(server.url("file"), target)
+    assert len(server.requests) == 1 and not os.path.exists(target)
+
+
+def test_a_server_that_announces_more_than_it_sends_is_given_up(server, target):
+    server.content["file"], server.extra_length, server.knows_ranges = CONTENT, 5, False
+    with pytest.raises(ConnectionError, match="after 5 attempts"):
+        download(server.url("file"), target)
+    assert not os.path.exists(target)
+
+
+def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # not listening
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
+        with pytest.raises(ConnectionError, match=rf"{re.escape(url)} after 5 attempts: .*[Cc]onnection refused$"):
+            download(url, target)
+    assert files_beside(target) == []
+
+
+def test_an_earlier_file_is_kept_until_the_new_one_is_whole(server, target):
+    with open(target, "wb") as file:
+        file.write(b"old")
+    server.content["file"], server.statuses = CONTENT, [503] * 5
+    with pytest.raises(ConnectionError):
+        download(server.url("file"), target)
+    assert content_of(target) == b"old"
+
+
+def member(name: str, content: bytes = b"x", **attributes) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for attribute, value in attributes.items():
+        setattr(info, attribute, value)
+    return info, io.BytesIO(content)
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """pack(members) writes a .tar.gz; returns its path."""
+
+    def write(members) -> str:
+        path = str(tmp_path / "packed")
+        with tarfile.open(path, "w:gz") as tar:
+            for info, content in members:
+                tar.addfile(info, content)
+        return path
+
+    return write
+
+
+def test_an_archive_is_unpacked_into_a_new_folder(pack, tmp_path):
+    members = [member("data00.json", b"[]"), member("./data01.json", CONTENT), member("deep/er/a.txt")]
+    unpack(pack(members), str(tmp_path / "folder"))
+    assert (tmp_path / "folder" / "data00.json").read_bytes() == b"[]"
+    assert (tmp_path / "folder" / "data01.json").read_bytes() == CONTENT
+    assert (tmp_path / "folder" / "deep" / "er" / "a.txt").read_bytes() == b"x"
+    assert sorted(os.listdir(tmp_path)) == ["folder", "packed"]
+
+
+def symlink(name: str, target: str, kind: bytes = tarfile.SYMTYPE):
+    return member(name, b"", type=kind, linkname=target)
+
+
+EVIL = {
+    "a path upwards": [member("../outside")],
+    "a path upwards in the middle": [member("deep/../../outside")],
+    "a symlink upwards": [symlink("link", "../outside")],
+    "an absolute symlink": [symlink("link", "/etc/passwd")],
+    "a file through a symlink": [symlink("link", ".."), member("link/outside")],
+    "a symlink through a symlink": [symlink("a", "."), symlink("a/b", "../.."), member("a/b/outside")],
+    "a hard link upwards": [symlink("link", "../packed", tarfile.LNKTYPE)],
+    "a device": [symlink("null", "", tarfile.CHRTYPE)],
+    "a pipe": [symlink("pipe", "", tarfile.FIFOTYPE)],
+}
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_an_archive_that_would_write_elsewhere_is_refused(pack, tmp_path, kind):
+    with pytest.raises(tarfile.TarError):
+        unpack(pack([member("data00.json"), *EVIL[kind]]), str(tmp_path / "deep" / "folder"))
+    left = [name for _, folders, files in os.walk(tmp_path) for name in folders + files]
+    assert sorted(left) == ["packed"] or sorted(left) == ["deep", "packed"]
+
+
+def test_an_absolute_path_stays_inside(pack, tmp_path):
+    outside = tmp_path / "outside"
+    unpack(pack([member(str(outside))]), str(tmp_path / "folder"))
+    assert not outside.exists()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "packed"]
+
+
+def test_an_executable_with_the_rights_of_another_user_loses_them(pack, tmp_path):
+    unpack(pack([member("tool", mode=0o6777)]), str(tmp_path / "folder"))
+    assert (tmp_path / "folder" / "tool").stat().st_mode & 0o6022 == 0
+
+
+REFUSALS = (tarfile.TarError, EOFError, OSError)  # what the download stage turns into a sentence
+
+
+def test_a_truncated_archive_is_refused_wherever_it_ends(pack, tmp_path):
+    """Cut within a header, an archive seems to end there: tarfile alone lets files be missing."""
+    names = [f"data{number:02d}.json" for number in range(3)]
+    path = pack([member(name, name.encode() * 100) for name in names])
+    whole, folder, mistaken = content_of(path), tmp_path / "folder", []
+    for length in range(len(whole)):
+        with open(path, "wb") as file:
+            file.write(whole[:length])
+        try:
+            unpack(path, str(folder))
+        except REFUSALS:
+            assert os.listdir(tmp_path) == ["packed"]
+        except Exception as error:
+            mistaken.append((length, repr(error)))
+        else:
+            if sorted(os.listdir(folder)) != names:
+                mistaken.append((length, sorted(os.listdir(folder))))
+            shutil.rmtree(folder)
+    assert mistaken == []
+
+
+@pytest.mark.parametrize("content", [CONTENT[:5000], random.Random(1).randbytes(5000)], ids=["compressible", "random"])
+def test_a_damaged_archive_is_refused(pack, tmp_path, content):
+    """Its checksum is at the very end, after what tarfile reads."""
+    path = pack([member(f"{number}.json", content) for number in range(4)])
+    whole = content_of(path)
+    for position in range(len(whole) // 4, len(whole) - 8, len(whole) // 10):
+        with open(path, "wb") as file:
+            file.write(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(REFUSALS):
+            unpack(path, str(tmp_path / "folder"))
+        assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_what_an_interrupted_unpacking_left_is_not_mixed_in(pack, tmp_path):
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "folder.partial" / "stale.json").write_text("x")
+    unpack(pack([member("data00.json")]), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path / "folder") == ["data00.json"]

@@ -1,0 +1,98 @@
+import json
+import re
+import shutil
+import types
+
+import pytest
+import torch
+
+from checkpoints.file import load_checkpoint
+from tests.test_train import TINY, same_state
+from textdata.loader import training_window
+from textdata.token_shards import TokenWindows
+from training import monitor as health
+
+SPIKED = "--skip_spikes=1.05"  # so low that it is met
+
+
+@pytest.fixture
+def train(run_script, data_dir):
+    return lambda *args: run_script("train.py", f"--data_dir={data_dir}", *args)
+
+
+def run_with(norms, skip_spikes=3.0, said=None) -> types.SimpleNamespace:
+    config = types.SimpleNamespace(skip_spikes=skip_spikes)
+    say = (said if said is not None else []).append
+    return types.SimpleNamespace(config=config, late_norms=list(norms), iter_num=7, say=say)
+
+
+def test_a_norm_far_above_the_usual_one_is_skipped_and_told():
+    said = []
+    run = run_with([1.0] * 30, said=said)
+    assert not health.skips(run, torch.tensor(2.9)) and not said
+    assert health.skips(run, torch.tensor(3.1)) and "step 7: skipped" in said[0]
+    assert run.late_norms[-2:] == [pytest.approx(2.9), pytest.approx(3.1)]
+
+
+def test_nothing_is_skipped_unasked_or_before_it_is_known_what_is_usual():
+    assert not health.skips(run_with([1.0] * 30, skip_spikes=0.0), torch.tensor(1e9))
+    assert not health.skips(run_with([1.0] * (health.FEWEST_NORMS - 1)), torch.tensor(1e9))
+
+
+def test_norms_that_are_no_numbers_are_not_remembered():
+    run = run_with([1.0] * 30)
+    health.skips(run, torch.tensor(float("nan")))
+    health.skips(run, torch.tensor(float("inf")))
+    assert len(run.late_norms) == 30
+
+
+def test_a_spike_of_the_loss_is_told():
+    said, records = [], [{"loss": 2.0}] * 30
+    run = run_with([], said=said)
+    run.world, run.metrics = types.SimpleNamespace(is_main=True), types.SimpleNamespace(records=records)
+    health.tell_spikes(run, loss=9.0)
+    assert not said
+    health.tell_spikes(run, loss=30.0)
+    assert said == ["step 7: loss 30 is 15 times what is usual"]
+
+
+def test_a_resumed_run_skips_the_same_updates(train, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    whole = train(*TINY, SPIKED, "--max_iters=60", f"--out_dir={straight}", "--keep_checkpoints=9")
+    assert whole.stdout.count("skipped, its gradient") > 2, whole.stdout
+    resumed.mkdir()
+    shutil.copy(straight / "ckpt_000040.pt", resumed / "ckpt.pt")
+    rest = train("--init_from=resume", f"--out_dir={resumed}")
+    skips_of = lambda text: re.findall(r"step ([45]\d): skipped", text)
+    assert skips_of(rest.stdout) == skips_of(whole.stdout) != []
+    assert same_state(straight / "ckpt.pt", resumed / "ckpt.pt")
+
+
+def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
+    """Its sequences are those that the run read, its loss and gradient those that the run had."""
+    options = (*TINY, "--max_iters=40", "--keep_checkpoints=9", f"--out_dir={tmp_path}")
+    assert train(*options).returncode == 0
+    (tmp_path / "ckpt_000020.pt").replace(tmp_path / "ckpt.pt")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    result = train("--init_from=resume", f"--out_dir={tmp_path}", "--debug_step=20")
+    assert result.returncode == 0 and result.stderr == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = next(r for r in map(json.loads, lines) if r["iter"] == 20 and "loss" in r)
+    loss, norm = map(float, re.search(r"^loss (\S+), norm of the gradient (\S+);", result.stdout, re.M).groups())
+    assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(record["grad_norm"], rel=1e-4)
+    windows = TokenWindows(token_folder, "train", 32)
+    config = load_checkpoint(str(tmp_path / "ckpt.pt"))["config"]
+    for position in range(20 * 8, 21 * 8):
+        path, start, _ = windows.place(training_window(position, len(windows), config["seed"]))
+        assert re.search(rf"^ *{position}  {re.escape(path)}:{start}  loss", result.stdout, re.M)
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train, tmp_path):
+    blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--max_iters=9", f"--out_dir={tmp_path}")
+    blown_up += ("--log_interval=6",)  # at which it is noticed, later than it happens
+    result = train(*TINY, *blown_up)
+    step, first = map(int, re.search(r"step (\d+), which reads from sequence (\d+) on", result.stderr).groups())
+    assert result.returncode == 1 and 0 < step < 6 and first == step * 8 and f"--debug_step={step}" in result.stderr
+    again = train(*TINY, *blown_up, f"--debug_step={step}", "--init_from=auto")
+    assert again.returncode == 0 and f"step {step} reads sequences {first} to {first + 7}" in again.stdout
