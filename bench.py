@@ -35,11 +35,11 @@ from benchmarks import decoding as bench_sample
 from benchmarks.data import path_problems
 from benchmarks.timing import WARM_UP, Measured, Variant, measure, synchronize, timing_problems
 from configurator import configure, refuse, run_script
-from model import Transformer, draw_weights, flops_per_token
+from model import Transformer, flops_per_token, iter_initial_weights
 from runtime.atomic_files import write_atomically
-from runtime.device import keep_freed_memory, peak_flops, pick_device, pick_dtype
-from runtime.distributed import join_world
-from training.parallel import fill, is_sharded
+from runtime.device import disable_malloc_trim, peak_flops, pick_device, pick_dtype
+from runtime.distributed import init_distributed
+from training.parallel import is_sharded, load_weights
 from training.saving import save
 from training.setup import equip
 
@@ -112,11 +112,11 @@ def ours(options: list[str], device: str):
 
 def our_run(options: list[str], device: str):
     config, _ = configure(train.TrainConfig, options)
-    world, device = join_world(device)
-    keep_freed_memory()
+    world, device = init_distributed(device)
+    disable_malloc_trim()
     torch.manual_seed(0)
     run = equip(config, world, device, (None, None, None), config.model_args())
-    fill(run.model, draw_weights(config.model_args()))
+    load_weights(run.model, iter_initial_weights(config.model_args()))
     forward = train.compiled(run)
     if world.size > 1 and not is_sharded(run.model):
         forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
@@ -259,7 +259,7 @@ def report(preset: str, options: list[str], device: str, measured: dict[str, Mea
 
 
 def count(args) -> str:
-    number = Transformer.outline(args).num_parameters()
+    number = Transformer.on_meta(args).num_parameters()
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
 
 

@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checkpoints.manager import newest_path
+from checkpoints.manager import latest_path
 from configurator import configure, print_overrides, run_script
 from formats import ckpt, gguf, llama2c
-from formats.lazy_model import StoredModel
-from formats.registry import FORMATS, checked_tokenizer, read_stored
+from formats.lazy_model import LazyModel
+from formats.registry import FORMATS, checked_tokenizer, open_model
 from model import MAX_POSITIONS, parameter_shapes
 from runtime.atomic_files import write_atomically
 from textdata.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class ExportConfig:
     @property
     def sources(self) -> list[str]:
         named = (self.from_, self.checkpoint, self.meta_llama, self.hf)
-        return [path for path in named if path is not None] or [newest_path("out")]
+        return [path for path in named if path is not None] or [latest_path("out")]
 
     @property
     def source(self) -> str:
@@ -102,22 +102,22 @@ class ExportConfig:
             yield f"{self.output}: exists already; write elsewhere, or remove it first"
 
 
-def write_model(stored: StoredModel, path: str, target: str, dtype: str = "auto"):
+def write_model(stored: LazyModel, path: str, target: str, dtype: str = "auto"):
     """Write a model in the format that --format calls target. Raises ValueError, before anything is
     written, for what the format cannot say and where something else is in the way."""
     module = next(module for module in FORMATS if target in module.DTYPES)
-    if reason := module.refusal(stored.args):
+    if reason := module.unsupported_reason(stored.args):
         raise ValueError(f"{path}: {reason}")
-    dtype = pick_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], stored)
-    check_what_gives_way(path, module)
-    beside = tokenizer_beside(stored, path, module) if module in (ckpt, llama2c) else None
+    dtype = export_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], stored)
+    check_overwrite(path, module)
+    beside = tokenizer_target(stored, path, module) if module in (ckpt, llama2c) else None
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     module.write(stored, path, target, dtype)
     if beside:
         write_atomically(*beside)
 
 
-def check_what_gives_way(path: str, module: ModuleType):
+def check_overwrite(path: str, module: ModuleType):
     """Raise ValueError where something is in the place of what is to be written, unless it is an
     older model of the same format, and no checkpoint, in which there may be a training run's state."""
     if module in (ckpt, gguf, llama2c) and (os.path.isdir(path) or path.endswith(os.sep)):
@@ -128,7 +128,7 @@ def check_what_gives_way(path: str, module: ModuleType):
     if is_empty or (os.path.isfile(path) and os.path.getsize(path) == 0):
         return
     try:
-        is_older = module is not ckpt and module.recognises(path) and module.read(path)
+        is_older = module is not ckpt and module.matches(path) and module.read(path)
     except (ValueError, OSError):
         is_older = False
     if is_older:
@@ -138,7 +138,7 @@ def check_what_gives_way(path: str, module: ModuleType):
     raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
 
 
-def tokenizer_beside(stored: StoredModel, path: str, module: ModuleType) -> tuple[str, bytes] | None:
+def tokenizer_target(stored: LazyModel, path: str, module: ModuleType) -> tuple[str, bytes] | None:
     """Where a model's vocabulary goes that is not in its file, and its content; None if it is there,
     or not known. Raises ValueError where another one lies there, as it would be taken for the model's."""
     tokenizer, folder = stored.own_tokenizer(), os.path.dirname(path)
@@ -154,7 +154,7 @@ def tokenizer_beside(stored: StoredModel, path: str, module: ModuleType) -> tupl
     return None if os.path.exists(os.path.join(folder, name)) else (os.path.join(folder, name), content)
 
 
-def pick_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: StoredModel) -> str:
+def export_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: LazyModel) -> str:
     """The dtype to write: the one asked for, or the model's own, or the format's first. Raises
     ValueError for one that the format does not have."""
     if asked == "auto":
@@ -165,7 +165,7 @@ def pick_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: Stored
     return asked
 
 
-def with_tokenizer(stored: StoredModel, named: str) -> StoredModel:
+def with_tokenizer(stored: LazyModel, named: str) -> LazyModel:
     """The model with a tokenizer that is known to be its own, or, saying so, with none."""
     try:
         tokenizer = checked_tokenizer(stored, named)
@@ -196,7 +196,7 @@ def main():
 
         step = convert_checkpoint(config.source, config.output)
         return print(f"wrote {config.output}, the training state of step {step}")
-    stored = with_tokenizer(read_stored(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
+    stored = with_tokenizer(open_model(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
     write_model(stored, config.output, config.target, config.dtype)
     parameters = sum(math.prod(shape) for _, shape in parameter_shapes(stored.args))
     print(f"wrote {config.output} ({config.target}): {parameters:,} parameters, {size_of(config.output):,} bytes")

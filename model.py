@@ -15,17 +15,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops.attention import attend_one, causal_attention
+from ops.attention import causal_attention, single_query_attention
 from ops.cross_entropy import linear_cross_entropy
-from ops.kv_cache import KVCache, Place
-from ops.rope import RopeScaling, apply_rope, rope_tables
+from ops.kv_cache import ForwardContext, KVCache
+from ops.rope import RopeScaling, apply_rope, precompute_rope_cache
 
 # Up to this length attention in blocks beats the fused kernel on a CPU; beyond it the gain is small
 # and what it keeps is large.
-PLAIN_ATTENTION_MAX_LEN = 1024
+BLOCKWISE_ATTENTION_MAX_LEN = 1024
 
 
-LARGEST_SIZE = 2**31  # of a dimension; what is beyond is damage
+MAX_DIM = 2**31  # of a dimension; what is beyond is damage
 MAX_POSITIONS = 2**20  # a longer context is a damaged file, whose tables would fill the memory
 
 
@@ -54,11 +54,11 @@ class ModelArgs:
             value = getattr(self, name)
             if value is None and name not in sizes:
                 continue
-            if not isinstance(value, int) or not 1 <= value < LARGEST_SIZE:
-                raise ValueError(f"{name}={value}: must be a whole number, at least 1 and below {LARGEST_SIZE}")
+            if not isinstance(value, int) or not 1 <= value < MAX_DIM:
+                raise ValueError(f"{name}={value}: must be a whole number, at least 1 and below {MAX_DIM}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
-        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < LARGEST_SIZE:
+        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < MAX_DIM:
             raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None")
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
@@ -125,7 +125,7 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def project(x, *layers: nn.Linear):
+def fused_linear(x, *layers: nn.Linear):
     """What each of the layers, which have no biases, makes of x (B, T, C). In training it is one
     product with all their weights, which costs less than several; to copy the weights together
     for a few tokens would cost more."""
@@ -149,15 +149,15 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.dropout = args.dropout
 
-    def forward(self, x, place: Place):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.wq, self.wk, self.wv))
+    def forward(self, x, place: ForwardContext):
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x, self.wq, self.wk, self.wv))
         # (B, T, n_heads, head_dim) and twice (B, T, n_kv_heads, head_dim)
         scale = self.head_dim**-0.5  # of the scores
         q = apply_rope(q, place.cos * scale, place.sin * scale)
         k = apply_rope(k, place.cos, place.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if place.cache is not None:
-            k, v = place.remember(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
+            k, v = place.update_kv_cache(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
         y = self.attend(q, k, v, place.mask)  # (B, n_heads, T, head_dim)
         y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         if length == 1:  # the queries that share a key are rows of one product
             grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
             if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
-                return attend_one(grouped, k, v, mask).reshape(q.shape)
+                return single_query_attention(grouped, k, v, mask).reshape(q.shape)
             y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
             return y.reshape(q.shape)
         if self.queries_per_kv > 1:
@@ -176,7 +176,7 @@ class Attention(nn.Module):
             v = v.repeat_interleave(self.queries_per_kv, dim=1)
         if mask is not None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
-        if q.device.type == "cpu" and length == seen <= PLAIN_ATTENTION_MAX_LEN:
+        if q.device.type == "cpu" and length == seen <= BLOCKWISE_ATTENTION_MAX_LEN:
             return causal_attention(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1.0)
 
@@ -192,7 +192,7 @@ class FeedForward(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x):
-        gate, value = project(x, self.w1, self.w3)  # (B, T, ffn_dim)
+        gate, value = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
         y = self.w2(F.silu(gate) * value)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
@@ -205,7 +205,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, place: Place):
+    def forward(self, x, place: ForwardContext):
         x = x + self.attention(self.attention_norm(x), place)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -220,7 +220,7 @@ def init_matrix(name: str, matrix, args: ModelArgs):
         nn.init.normal_(matrix, mean=0.0, std=std)
 
 
-def draw_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
+def iter_initial_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
     """The names and weights of a new Transformer(args), bit for bit, of which one is in memory at a time."""
     nn.Embedding(args.vocab_size, args.dim)  # layers draw weights of their own, which are not used
     for layer in range(args.n_layers):
@@ -251,42 +251,42 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self.register_buffers_and_ties()
+        self.init_buffers_and_tie_weights()
         self.init_weights()
 
     @classmethod
-    def outline(cls, args: ModelArgs) -> "Transformer":
+    def on_meta(cls, args: ModelArgs) -> "Transformer":
         """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
         with torch.device("meta"):  # where nothing is drawn or computed: it would import the compiler, for a second
             return cls(args)
 
     @classmethod
-    def empty(cls, args: ModelArgs) -> "Transformer":
+    def uninitialized(cls, args: ModelArgs) -> "Transformer":
         """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
-        model = cls.outline(args)  # allocate imports the compiler too
+        model = cls.on_meta(args)  # allocate imports the compiler too
         spaces = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
         if args.tie_embeddings:
             spaces["output.weight"] = spaces["tok_embeddings.weight"]
         model.load_state_dict(spaces, assign=True)
-        model.register_buffers_and_ties()
+        model.init_buffers_and_tie_weights()
         return model
 
-    def allocate(self, device: str) -> "Transformer":
+    def materialize(self, device: str) -> "Transformer":
         """Take memory on the device for an outline, the weights in it still to be set."""
         self.to_empty(device=device)
-        self.register_buffers_and_ties()
+        self.init_buffers_and_tie_weights()
         for name, buffer in list(self.named_buffers()):
             self.register_buffer(name, buffer.to(device), persistent=False)
         return self
 
-    def register_buffers_and_ties(self):
+    def init_buffers_and_tie_weights(self):
         if self.args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         args = self.args
         if self.tok_embeddings.weight.is_meta:
             cos, sin = (torch.empty(args.max_seq_len, args.head_dim // 2) for _ in range(2))
         else:
-            cos, sin = rope_tables(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
+            cos, sin = precompute_rope_cache(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -300,13 +300,13 @@ class Transformer(nn.Module):
 
         With targets (B, T): logits is None and loss the mean cross-entropy in nats over the
         targets that are not -1; the logits are never held whole. Without: logits (B, T, V)
-        and loss None. cache and start_pos: see hidden, whose ValueError this raises too."""
-        x = self.hidden(tokens, cache, start_pos)  # (B, T, C)
+        and loss None. cache and start_pos: see forward_hidden, whose ValueError this raises too."""
+        x = self.forward_hidden(tokens, cache, start_pos)  # (B, T, C)
         if targets is None:
             return self.output(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten())
 
-    def hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None, exact: bool = True):
+    def forward_hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None, exact: bool = True):
         """What the classifier reads (B, T, C) of tokens (B, T).
 
         With a cache, the tokens are the positions from start_pos on, those before it are read from
@@ -326,7 +326,7 @@ class Transformer(nn.Module):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, end)
         elif isinstance(start_pos, int) and 1 < length < end:  # causal from the end
             mask = torch.ones(length, end, dtype=torch.bool, device=tokens.device).tril(start_pos)
-        place = Place(self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask)
+        place = ForwardContext(self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask)
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoints.manager import newest_path
+from checkpoints.manager import latest_path
 from configurator import configure, print_overrides, run_script
-from formats.registry import read_model
+from formats.registry import load_model
 from generation.beam_search import Hypothesis, beam_search
 from generation.compile import prepared
 from generation.engine import Decoder, Decoding, decoding_problems
@@ -309,8 +309,8 @@ def main():
     with contextlib.redirect_stdout(sys.stderr) if config.format != "text" else contextlib.nullcontext():
         print_overrides(config, given)
     device = pick_device(config.device)
-    path = newest_path(config.out_dir) if config.init_from == "resume" else config.init_from
-    model, tokenizer = read_model(path, config.tokenizer)
+    path = latest_path(config.out_dir) if config.init_from == "resume" else config.init_from
+    model, tokenizer = load_model(path, config.tokenizer)
     prompts = [] if config.score else read_prompts(config.start)
     teller = Storyteller(config, model, tokenizer, device, stories=max(1, len(prompts) * config.num_samples))
     del model  # what is left of it is the teller's

@@ -25,12 +25,12 @@ import requests
 from tqdm import tqdm
 
 from configurator import configure, print_overrides, refuse, run_script
-from runtime.atomic_files import only_writer, write_atomically
-from runtime.distributed import join_world, leave_world, lost_processes_in_words
-from textdata.corpus import find_files, read_pieces
+from runtime.atomic_files import run_lock, write_atomically
+from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
+from textdata.corpus import find_files, read_documents
 from textdata.download import download, plain_reason, unpack
 from textdata.pretokenize import pretokenize
-from textdata.token_shards import token_dtype, tokens_folder
+from textdata.token_shards import token_dir, token_dtype
 from textdata.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 ARCHIVE = "TinyStories_all_data.tar.gz"
@@ -101,7 +101,7 @@ class Pretokenize:
 def run_download(config: Download):
     folder = os.path.join(config.data_dir, STORIES)
     archive = os.path.join(config.data_dir, ARCHIVE)
-    with only_writer(config.data_dir):
+    with run_lock(config.data_dir):
         if os.path.isdir(folder):
             return print(f"{folder} is there already; delete it to download again")
         try:
@@ -122,7 +122,7 @@ def run_synthesize(config: Synthesize):
     from textdata.synthetic import story
 
     bar = tqdm(disable=None, total=config.num_stories, unit="story", desc="synthesizing")
-    with only_writer(config.data_dir), bar:
+    with run_lock(config.data_dir), bar:
         for shard, first in enumerate(range(0, config.num_stories, STORIES_PER_SHARD)):
             rng = random.Random(f"{config.seed} {shard}")
             count = min(STORIES_PER_SHARD, config.num_stories - first)
@@ -156,7 +156,7 @@ def separator_of(config) -> str:
 
 def run_train_vocab(config: TrainVocab):
     files, data_dir = find_input(config)
-    with only_writer(data_dir):
+    with run_lock(data_dir):
         learn_vocabulary(files, data_dir, config.vocab_size, separator_of(config))
 
 
@@ -165,7 +165,7 @@ def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator
     the path of the first."""
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     print(f"learning {vocab_size} tokens from {len(files)} file(s) ...")
-    texts = (text for file in files for text in beginning(file, separator, VOCAB_CHARACTERS // len(files)))
+    texts = (text for file in files for text in head_of_corpus(file, separator, VOCAB_CHARACTERS // len(files)))
     tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, vocab_size))
     write_atomically(path, tokenizer.content)
     write_atomically(path.removesuffix("model") + "bin", tokenizer.to_bin())
@@ -173,8 +173,8 @@ def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator
     return path
 
 
-def beginning(file: str, separator: str, characters: int):
-    for text, _ in read_pieces(file, separator):
+def head_of_corpus(file: str, separator: str, characters: int):
+    for text, _ in read_documents(file, separator):
         yield text
         characters -= len(text)
         if characters < 0:
@@ -182,18 +182,18 @@ def beginning(file: str, separator: str, characters: int):
 
 
 def run_pretokenize(config: Pretokenize):
-    world, _ = join_world("cpu", LONGEST_WAIT)  # torchrun's processes take the files in turn
+    world, _ = init_distributed("cpu", LONGEST_WAIT)  # torchrun's processes take the files in turn
     files, data_dir = find_input(config)
-    folder = tokens_folder(data_dir, config.vocab_source, config.vocab_size)
+    folder = token_dir(data_dir, config.vocab_source, config.vocab_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lost_processes_in_words("for a week"))
+        stack.enter_context(translate_dist_errors("for a week"))
         if world.is_main:
-            stack.enter_context(only_writer(data_dir))
-            stack.enter_context(only_writer(folder))
+            stack.enter_context(run_lock(data_dir))
+            stack.enter_context(run_lock(folder))
             prepare_tokenizer(config, files, data_dir, folder)
-        world.wait()
+        world.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
-        jobs = plan(config, files, folder, tokenizer)
+        jobs = list_jobs(config, files, folder, tokenizer)
         meta = {
             "vocab_source": config.vocab_source,
             "vocab_size": tokenizer.vocab_size,
@@ -204,7 +204,7 @@ def run_pretokenize(config: Pretokenize):
         }
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         pretokenize(jobs, folder, meta, config.num_workers or max(1, os.cpu_count() // here), world)
-        leave_world()
+        shutdown_distributed()
     if world.is_main:
         options = f"--data_dir={data_dir} --vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
         print(f"next: python train.py {options}")
@@ -226,7 +226,7 @@ def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, fold
     write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
 
 
-def plan(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenizer) -> list[dict]:
+def list_jobs(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenizer) -> list[dict]:
     """One job a file: where it goes, and all that its tokens depend on."""
     jobs = []
     first_validates = not config.input and len(files) > 1

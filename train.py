@@ -30,15 +30,15 @@ from checkpoints.manager import snapshot
 from configurator import configure, print_overrides, run_script
 from generation.streaming import generate
 from model import ModelArgs, Transformer, flops_per_token
-from runtime.atomic_files import only_writer
-from runtime.device import autocast, keep_freed_memory, peak_flops, pick_device
-from runtime.distributed import World, join_world, leave_world, lost_processes_in_words, whole
+from runtime.atomic_files import run_lock
+from runtime.device import autocast, disable_malloc_trim, peak_flops, pick_device
+from runtime.distributed import DistContext, full_tensor, init_distributed, shutdown_distributed, translate_dist_errors
 from textdata.loader import dropout_seed, evaluation_batches, prefetch, training_batches
 from training.evaluation import evaluate
 from training.inspect_step import show_step
 from training.monitor import check_finite, remember_bad, skips, tell_spikes
-from training.optim import learning_rate_at
-from training.parallel import gradients_meet, is_sharded
+from training.optim import lr_at_step
+from training.parallel import grad_sync, is_sharded
 from training.resume import ARCHITECTURE, fine_tune, resume
 from training.saving import finish_saving, open_out_dir, save
 from training.setup import set_up
@@ -192,13 +192,13 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
         inputs, targets = next(batches)
         torch.manual_seed(dropout_seed(config.seed, micro_batch_position(run, run.position, micro_step)))
         is_last = micro_step == micro_steps - 1
-        with gradients_meet(model, now=is_last):
+        with grad_sync(model, now=is_last):
             with autocast(run.device, run.dtype):
                 _, loss = model(inputs, targets)
             run.scaler.scale(loss / micro_steps).backward()
         step_loss += loss.detach() / micro_steps
     run.scaler.unscale_(run.optimizer)
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     remember_bad(run, norm)
     if not skips(run, norm):
         run.scaler.step(run.optimizer)
@@ -211,7 +211,7 @@ def learning_rate(run: Run) -> float:
     config = run.config
     kind = config.lr_schedule if config.decay_lr else "constant"
     schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.max_iters, kind, config.wsd_cooldown)
-    return learning_rate_at(run.iter_num, *schedule)
+    return lr_at_step(run.iter_num, *schedule)
 
 
 def micro_batch_position(run: Run, step_position: int, micro_step: int) -> int:
@@ -261,7 +261,7 @@ def tell_story(run: Run):
     model = run.model
     if is_sharded(model):
         weights = snapshot(model.state_dict(), keeps=run.world.is_main)  # all must take part
-        model = Transformer.empty(model.args) if run.world.is_main else None
+        model = Transformer.uninitialized(model.args) if run.world.is_main else None
         if model:
             model.load_state_dict(weights)
     if run.world.is_main:
@@ -275,7 +275,7 @@ def tell_story(run: Run):
 def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
     """The line of a training step, on the terminal as a progress bar."""
     config = run.config
-    loss, norm = run.world.sum([loss.item()])[0] / run.world.size, norm.item()
+    loss, norm = run.world.all_reduce_sum([loss.item()])[0] / run.world.size, norm.item()
     check_finite(run, run.iter_num, loss, norm)
     tell_spikes(run, loss=loss, grad_norm=norm)
     tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
@@ -352,7 +352,7 @@ def train(run: Run):
             run.iter_num += 1
             run.position += config.sequences_per_step
             bar.update()
-            stops = run.world.any(interrupt.asked)
+            stops = run.world.any_rank(interrupt.asked)
             if stops or (config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0):
                 check_finite(run, run.iter_num - 1, loss.item(), norm.item())
                 save(run)
@@ -385,19 +385,19 @@ def main():
         config, pretrained = fine_tune(config, given)
     if config.debug_step is not None and "RANK" in os.environ:
         raise ValueError("--debug_step: one process is enough; leave torchrun out")
-    world, device = join_world(pick_device(config.device), config.timeout)
-    keep_freed_memory()
+    world, device = init_distributed(pick_device(config.device), config.timeout)
+    disable_malloc_trim()
     if world.is_main:
         print_overrides(config, given)
-    with lost_processes_in_words(f"for {config.timeout:g} s (--timeout)"), out_of_memory_in_words():
+    with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), out_of_memory_in_words():
         go_through(config, found, pretrained, world, device)
-        leave_world()
+        shutdown_distributed()
 
 
-def go_through(config, found, pretrained, world: World, device: str):
+def go_through(config, found, pretrained, world: DistContext, device: str):
     """The run, set up and trained; or one step of it shown."""
     writes = world.is_main and not config.eval_only and config.debug_step is None
-    with only_writer(config.out_dir) if writes else contextlib.nullcontext():
+    with run_lock(config.out_dir) if writes else contextlib.nullcontext():
         run = set_up(config, found, pretrained, world, device)
         if config.debug_step is not None:
             return show_step(run, config.debug_step)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.timing import largest_resident_size
-from textdata.corpus import find_files, read_pieces
+from textdata.corpus import find_files, read_documents
 from textdata.loader import training_batches
 from textdata.synthetic import story
-from textdata.token_shards import TokenWindows, token_dtype, tokens_folder, write_meta
+from textdata.token_shards import TokenDataset, token_dir, token_dtype, write_meta
 from textdata.tokenizer import load_tokenizer, train_sentencepiece
 
 TO_LEARN_FROM = 4 * 2**20  # characters
@@ -83,7 +83,7 @@ def pretokenizing(config: DataBench) -> list[dict]:
 
 def distinct_stories(config: DataBench) -> list[str]:
     if config.input:
-        stories = [piece.text for file in find_files(config.input) for piece in read_pieces(file)]
+        stories = [piece.text for file in find_files(config.input) for piece in read_documents(file)]
         if not stories:
             raise ValueError(f"--input={config.input}: there is no text in it")
         return stories
@@ -124,7 +124,7 @@ def run_pretokenize(config: DataBench, folder: str, shard: str, tokenizer: str, 
     if process.returncode:
         raise ValueError(f"pretokenize failed: {process.stdout.read().decode().strip()}")
     took = time.perf_counter() - began
-    with open(os.path.join(tokens_folder(data_dir, "custom", config.vocab_size), "meta.json")) as file:
+    with open(os.path.join(token_dir(data_dir, "custom", config.vocab_size), "meta.json")) as file:
         return sum(json.load(file)["tokens"].values()) / took, peak
 
 
@@ -157,7 +157,7 @@ def sampling(config: DataBench, batch_size: int, seq_len: int, step_seconds: flo
     return [{"preset": "15M", "variant": "sampler", "seconds_per_batch": seconds, "share_of_step": share}]
 
 
-def random_windows(folder: str, vocab_size: int, seq_len: int, tokens: int = 20_000_000) -> TokenWindows:
+def random_windows(folder: str, vocab_size: int, seq_len: int, tokens: int = 20_000_000) -> TokenDataset:
     """Windows over a shard of random tokens."""
     dtype = token_dtype(vocab_size)
     np.random.default_rng(0).integers(vocab_size, size=tokens).astype(dtype).tofile(os.path.join(folder, "00000.bin"))
@@ -166,4 +166,4 @@ def random_windows(folder: str, vocab_size: int, seq_len: int, tokens: int = 20_
         folder,
         {"vocab_size": vocab_size, "tokenizer_hash": "none", "dtype": dtype.str, "complete": True, "shards": [shard]},
     )
-    return TokenWindows(folder, "train", seq_len)
+    return TokenDataset(folder, "train", seq_len)

@@ -21,7 +21,7 @@ from benchmarks import baselines as peers
 from benchmarks.data import path_problems
 from benchmarks.timing import Measured, Variant, measure, timing_problems
 from export import write_model
-from formats.lazy_model import stored
+from formats.lazy_model import from_model
 from generation.compile import prepared
 from generation.engine import Decoder, Decoding, Sequence
 from model import ModelArgs, Transformer
@@ -131,7 +131,7 @@ def made_up_tokenizer(vocab_size: int) -> SentencePieceTokenizer:
 
 def write_files(args: ModelArgs, folder: str):
     """The model as ckpt.pt with tokenizer.model beside it, and, for llama.cpp, as GGUF files."""
-    model = stored(random_model(args), tokenizer=made_up_tokenizer(args.vocab_size))
+    model = from_model(random_model(args), tokenizer=made_up_tokenizer(args.vocab_size))
     write_model(model, os.path.join(folder, "ckpt.pt"), "ckpt", "float32")
     for dtype in FILES.values() if find_spec("xllamacpp") else ():
         write_model(model, os.path.join(folder, f"{dtype}.gguf"), "gguf", dtype)

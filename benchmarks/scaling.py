@@ -13,14 +13,14 @@ import time
 
 import torch
 
-from checkpoints.file import fingerprint, save_checkpoint, write_model_args
+from checkpoints.file import content_hash, save_checkpoint, write_model_args
 from checkpoints.manager import snapshot
 from model import ModelArgs, Transformer, flops_per_token
 from ops.cross_entropy import CHUNK_ELEMENTS
 from runtime.atomic_files import write_atomically
-from runtime.device import autocast, keep_freed_memory
-from textdata.loader import training_window
-from textdata.token_shards import TokenWindows
+from runtime.device import autocast, disable_malloc_trim
+from textdata.loader import epoch_index
+from textdata.token_shards import TokenDataset
 
 # The model: Llama 3.2 1B's shape.
 ARGS = ModelArgs(2048, 16, 32, 8, vocab_size=128256, hidden_dim=8192, rope_theta=500000.0, max_seq_len=2048)
@@ -29,7 +29,7 @@ NODES, GPUS_A_NODE = 64, 8
 MICRO_BATCH = 4  # sequences
 GPUS = NODES * GPUS_A_NODE
 STEP_TOKENS = GPUS * MICRO_BATCH * ARGS.max_seq_len
-PARAMETERS = Transformer.outline(ARGS).num_parameters()
+PARAMETERS = Transformer.on_meta(ARGS).num_parameters()
 
 # Assumed, not measured here: H100s (80 GB, 989 TFLOP/s in bfloat16) of which training gets 40%, as
 # nanochat's and torchtitan's published runs do; 8 network cards of 50 GB/s a node; a shared disk that
@@ -61,7 +61,7 @@ def kept_bytes(sequences: int) -> int:
 
     inputs = torch.zeros(sequences, ARGS.max_seq_len, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast("cpu", "bfloat16"):
-        model.hidden(inputs)
+        model.forward_hidden(inputs)
     return sum(size for size, _ in kept.values())
 
 
@@ -78,7 +78,7 @@ def checkpoint_costs() -> dict:
         times = {}
         for _ in range(2):  # the second time counts
             times["copy"] = timed(lambda: snapshot(state))
-            times["hash"] = timed(lambda: fingerprint(state))
+            times["hash"] = timed(lambda: content_hash(state))
             times["write"] = timed(lambda: save_checkpoint(path, state))
         size = os.path.getsize(path)
     return {"bytes of a parameter": size / model.num_parameters()} | {n: size / took for n, took in times.items()}
@@ -100,8 +100,8 @@ def data_costs() -> dict:
         }
         write_atomically(os.path.join(folder, "meta.json"), json.dumps(meta).encode())
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        windows = TokenWindows(folder, "train", ARGS.max_seq_len)
-        read = lambda position: windows[training_window(position, len(windows), 1337)]
+        windows = TokenDataset(folder, "train", ARGS.max_seq_len)
+        read = lambda position: windows[epoch_index(position, len(windows), 1337)]
         took = timed(lambda: [read(position) for position in range(windows_read)])
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"MB more memory": (after - before) / 1024, "ms a window": took / windows_read * 1e3}
@@ -178,7 +178,7 @@ def data_rows(data: dict) -> list[tuple]:
 
 
 def main():
-    keep_freed_memory()  # as training does
+    disable_malloc_trim()  # as training does
     data, costs, kept = data_costs(), checkpoint_costs(), activation_bytes()
     print("| what | figure | from |\n|---|---:|---|")
     for row in [*size_rows(), *memory_rows(kept), *network_rows(), *checkpoint_rows(costs), *data_rows(data)]:

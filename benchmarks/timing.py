@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.distributed import leave_world
+from runtime.distributed import shutdown_distributed
 
 WARM_UP = 3  # steps; the first ones compile, allocate and fill caches
 
@@ -56,7 +56,7 @@ def work(pipe, variant: Variant, rank: int, port: int):
             units = sum(step() for _ in range(steps))
             synchronize(device)
             pipe.send((units, time.perf_counter() - began, peak_memory(device)))
-        leave_world()
+        shutdown_distributed()
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         return
     except Exception as error:

@@ -28,36 +28,36 @@ UNREADABLE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 # Of an OSError that tells nothing of what the file holds.
-PASSING = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
+TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
 FORMAT = 1  # of our own keys
-NOT_TIED = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
+TIED_WEIGHTS_MISMATCH = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
 LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
 
 
 def save_checkpoint(path: str, checkpoint: dict):
     """Write a checkpoint so that path holds the old one or all of the new one. Raises
     ValueError, and leaves the old, if a weight is not finite; OSError if it cannot be kept."""
-    bad = [name for name, weight in checkpoint["model"].items() if not math.isfinite(largest(weight))]
+    bad = [name for name, weight in checkpoint["model"].items() if not math.isfinite(max_abs(weight))]
     if bad:
         raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
-    write_whole_file(path, checkpoint)
+    write_hashed(path, checkpoint)
 
 
-def write_whole_file(path: str, content: dict):
+def write_hashed(path: str, content: dict):
     """Write this and its SHA-256, or nothing. Raises OSError."""
     try:
         with AtomicFile(path) as file:
-            torch.save(content | {"sha256": fingerprint(content)}, file)
+            torch.save(content | {"sha256": content_hash(content)}, file)
     except RuntimeError as error:
-        raise short_write(path, error) from error
+        raise write_error(path, error) from error
 
 
-def short_write(path: str, error: RuntimeError) -> OSError:
+def write_error(path: str, error: RuntimeError) -> OSError:
     """What PyTorch's writer means, which hides the cause of a short write."""
     return OSError(f"{path}: could not be written whole; is the disk full? ({str(error).splitlines()[0]})")
 
 
-def fingerprint(checkpoint: dict) -> str:
+def content_hash(checkpoint: dict) -> str:
     """SHA-256 of a checkpoint's content but for its own sha256: of every name, number and tensor."""
     digest = hashlib.sha256()
 
@@ -76,7 +76,7 @@ def fingerprint(checkpoint: dict) -> str:
     return digest.hexdigest()
 
 
-def reason_of(error: Exception) -> str:
+def describe_load_error(error: Exception) -> str:
     """Why torch.load refused a file, in a few words, and without its advice to trust the file."""
     text = str(error) or "it is empty"
     if "Weights only load failed" in text:
@@ -85,7 +85,7 @@ def reason_of(error: Exception) -> str:
     return text.splitlines()[0][:100]
 
 
-def largest(tensor: torch.Tensor) -> float:
+def max_abs(tensor: torch.Tensor) -> float:
     """The largest magnitude in a tensor; no finite number if one of its values is none. Reads it
     once, at the speed of memory."""
     low, high = torch.aminmax(tensor)
@@ -102,35 +102,35 @@ def load_checkpoint(path: str) -> dict:
     if os.path.isdir(path):
         raise ValueError(f"{path}: is a folder, not a checkpoint")
     try:
-        checkpoint = read_whole_file(path)
+        checkpoint = read_hashed(path)
     except UNREADABLE as error:
-        raise damage(path, error) from error
+        raise as_value_error(path, error) from error
     check_checkpoint(checkpoint, path)
     tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
     if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):
-        raise ValueError(f"{path}: {NOT_TIED}")
+        raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     return checkpoint
 
 
-def damage(path: str, error: Exception) -> Exception:
+def as_value_error(path: str, error: Exception) -> Exception:
     """The refusal of a file that raised this; or the error itself, if it says nothing of the file."""
-    if getattr(error, "errno", None) in PASSING or "can't allocate memory" in str(error):
+    if getattr(error, "errno", None) in TRANSIENT_ERRNOS or "can't allocate memory" in str(error):
         return error
-    return ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})")
+    return ValueError(f"{path}: damaged or not a checkpoint ({describe_load_error(error)})")
 
 
-def read_whole_file(path: str) -> dict:
+def read_hashed(path: str) -> dict:
     """What torch.save wrote, compared with the SHA-256 in it, if there is one. Raises an UNREADABLE."""
     with open(path, "rb") as file:
         content = torch.load(file, map_location="cpu", weights_only=True)
     written = content.get("sha256") if isinstance(content, dict) else None
-    if written is not None and written != fingerprint(content):
+    if written is not None and written != content_hash(content):
         raise ValueError("its sha256 is another; if you changed it, delete that key")
     return content
 
 
 # Of what a checkpoint may hold beside the model and the optimizer's state.
-KINDS = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int, "late_norms": list}
+FIELD_TYPES = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int, "late_norms": list}
 
 
 def check_checkpoint(checkpoint, path: str):
@@ -142,18 +142,18 @@ def check_checkpoint(checkpoint, path: str):
     state = checkpoint["model"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()):
         raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
-    for name, kind in KINDS.items():
+    for name, kind in FIELD_TYPES.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
     for name in ("iter_num", "position"):
         if not 0 <= checkpoint.get(name, 0) < 2**63:
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {checkpoint[name]}")
-    checkpoint["model"] = {plain_name(name): weight for name, weight in state.items()}
+    checkpoint["model"] = {strip_prefixes(name): weight for name, weight in state.items()}
     checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
     check_weights(checkpoint["model_args"], checkpoint["model"], path)
 
 
-def plain_name(name: str) -> str:
+def strip_prefixes(name: str) -> str:
     """Without the prefixes that torch.compile and DDP put before a parameter's name."""
     return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
 
@@ -164,9 +164,11 @@ def read_model_args(path: str, saved: dict) -> ModelArgs:
         raise ValueError(f"{path}: model_args are not those of a Llama: {saved}")
     try:
         if saved.get("rope_scaling") is not None:
-            saved = saved | {"rope_scaling": RopeScaling(**saved["rope_scaling"])}
+            scaling = dict(saved["rope_scaling"])
+            scaling["type"] = scaling.pop("kind")  # the key in files written since the first release
+            saved = saved | {"rope_scaling": RopeScaling(**scaling)}
         return ModelArgs(**saved)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: model_args are not those of a Llama: {error}") from error
 
 
@@ -177,7 +179,8 @@ def write_model_args(args: ModelArgs) -> dict:
     plain = dataclasses.replace(ModelArgs(), **saved)
     extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
     if args.rope_scaling:
-        extra["rope_scaling"] = dataclasses.asdict(args.rope_scaling)
+        scaling = dataclasses.asdict(args.rope_scaling)
+        extra["rope_scaling"] = {"kind": scaling.pop("type"), **scaling}
     return saved | {name: value for name, value in extra.items() if value != getattr(plain, name)}
 
 
@@ -199,6 +202,6 @@ def check_weights(args: ModelArgs, tensors: dict, path: str):
         raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
 
 
-def is_in_shares(path: str) -> bool:
+def is_sharded_checkpoint(path: str) -> bool:
     """Whether it is a folder as sharded.py writes it, perhaps a damaged one."""
     return any(os.path.isfile(os.path.join(path, name)) for name in (".metadata", "run.pt"))

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoints.file import is_in_shares, load_checkpoint
+from checkpoints.file import is_sharded_checkpoint, load_checkpoint
 from runtime.atomic_files import AtomicFile
-from runtime.distributed import whole
+from runtime.distributed import full_tensor
 
 RETRY_SECONDS = 30.0  # after a write that failed
 NEWEST = ("ckpt.pt", "ckpt.dcp")  # a file, or a folder of shares (see sharded.py); older ones have a number in the name
@@ -29,7 +29,7 @@ def snapshot(value, keeps: bool = True, copies: dict | None = None):
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
         if id(value) not in copies:
-            full = whole(value.detach())
+            full = full_tensor(value.detach())
             copies[id(value)] = full.to("cpu", copy=True) if keeps else None
         return copies[id(value)]
     if isinstance(value, dict):
@@ -123,7 +123,7 @@ def step_of_copy(path: str) -> int:
     return int(re.search(r"(\d+)\.\w+$", path)[1])
 
 
-def numbered_copies(out_dir: str) -> list[str]:
+def numbered_checkpoints(out_dir: str) -> list[str]:
     """The older checkpoints, the newest first."""
     found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*"))
     found = [path for path in found if re.fullmatch(r"ckpt_\d+\.(pt|dcp)", os.path.basename(path))]
@@ -175,41 +175,41 @@ def give_number(path: str, step: int):
 
 def remove_oldest(out_dir: str, step: int, count: int):
     """Of the numbered checkpoints before this step, leave the last count, and those that cannot be removed."""
-    for old in [copy for copy in numbered_copies(out_dir) if step_of_copy(copy) < step][count:]:
+    for old in [copy for copy in numbered_checkpoints(out_dir) if step_of_copy(copy) < step][count:]:
         with contextlib.suppress(OSError):
             remove(old)
 
 
-def written_at(path: str) -> float:
+def checkpoint_mtime(path: str) -> float:
     """When a checkpoint was finished; 0 for what is not whole."""
     with contextlib.suppress(OSError):
         return os.path.getmtime(os.path.join(path, "run.pt") if os.path.isdir(path) else path)
     return 0.0
 
 
-def newest_path(out_dir: str) -> str:
+def latest_path(out_dir: str) -> str:
     """Where the newest checkpoint is, or would be."""
     paths = [os.path.join(out_dir, name) for name in NEWEST]
-    return max(filter(os.path.lexists, paths), key=written_at, default=paths[0])
+    return max(filter(os.path.lexists, paths), key=checkpoint_mtime, default=paths[0])
 
 
 def open_checkpoint(path: str) -> dict:
-    """load_checkpoint; of shares what sharded.read_outline gives."""
-    if is_in_shares(path):
-        from checkpoints.sharded import read_outline
+    """load_checkpoint; of shares what sharded.open_sharded gives."""
+    if is_sharded_checkpoint(path):
+        from checkpoints.sharded import open_sharded
 
-        return read_outline(path)
+        return open_sharded(path)
     return load_checkpoint(path)
 
 
-def newest_checkpoint(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, dict] | None:
+def load_latest(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, dict] | None:
     """The path and the content (see open_checkpoint) of the newest or, with a word on it, where that is
     damaged or gone, of the whole checkpoint that was written last. None if there is none at all; raises
     ValueError, of the first, if all are damaged."""
-    newest, problems = newest_path(out_dir), []
-    others = [*numbered_copies(out_dir), *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp"))]
+    newest, problems = latest_path(out_dir), []
+    others = [*numbered_checkpoints(out_dir), *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp"))]
     others = [path for path in others if path != newest and os.path.exists(path)]
-    others.sort(key=written_at, reverse=True)
+    others.sort(key=checkpoint_mtime, reverse=True)
     for path in [newest] * os.path.lexists(newest) + others:
         try:
             checkpoint = open_checkpoint(path)

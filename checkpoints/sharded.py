@@ -31,27 +31,27 @@ from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints.file import (
     UNREADABLE,
+    as_value_error,
     check_checkpoint,
-    damage,
-    is_in_shares,
-    largest,
+    describe_load_error,
+    is_sharded_checkpoint,
     load_checkpoint,
-    read_whole_file,
-    reason_of,
+    max_abs,
+    read_hashed,
     save_checkpoint,
-    short_write,
+    write_error,
+    write_hashed,
     write_model_args,
-    write_whole_file,
 )
 from model import ModelArgs
-from runtime.atomic_files import Source, sync_folder
-from runtime.distributed import is_share
+from runtime.atomic_files import FileSource, sync_folder
+from runtime.distributed import is_dtensor
 
-REST = "run.pt"
-TABLE = ".metadata"
-CLASSIFIER = "model/output.weight"
+STATE_FILE = "run.pt"
+METADATA_FILE = ".metadata"
+LM_HEAD_KEY = "model/output.weight"
 # All that a table of tensors is made of: what else a pickle names is not called.
-TABLE_IS_MADE_OF = {
+ALLOWED_METADATA_CLASSES = {
     *(("torch", name) for name in ("Size", "float32", "float16", "bfloat16", "float64", "strided")),
     *(("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -60,21 +60,21 @@ TABLE_IS_MADE_OF = {
 }
 
 
-def split(state: dict, place: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+def split_sharded(state: dict, place: str = "") -> tuple[dict[str, torch.Tensor], dict]:
     """The shares in nested dictionaries, by their places, and the dictionaries without them."""
     shares, rest = {}, {}
     for key, value in state.items():
         if isinstance(value, dict):
-            inner, rest[key] = split(value, f"{place}{key}/")
+            inner, rest[key] = split_sharded(value, f"{place}{key}/")
             shares |= inner
-        elif is_share(value):
+        elif is_dtensor(value):
             shares[f"{place}{key}"] = value
         else:
             rest[key] = value
     return shares, rest
 
 
-def put_back(rest: dict, tensors: dict[str, torch.Tensor]):
+def merge(rest: dict, tensors: dict[str, torch.Tensor]):
     """Undo split."""
     for place, tensor in tensors.items():
         *path, name = place.split("/")
@@ -84,9 +84,9 @@ def put_back(rest: dict, tensors: dict[str, torch.Tensor]):
         inner[name] = tensor
 
 
-def without_classifier(shares: dict[str, torch.Tensor], args: ModelArgs) -> dict[str, torch.Tensor]:
+def without_tied_head(shares: dict[str, torch.Tensor], args: ModelArgs) -> dict[str, torch.Tensor]:
     """A tied classifier is in a state dict twice, and is to be kept once."""
-    return {place: share for place, share in shares.items() if place != CLASSIFIER or not args.tie_embeddings}
+    return {place: share for place, share in shares.items() if place != LM_HEAD_KEY or not args.tie_embeddings}
 
 
 def cpu_copy(share: DTensor, mesh: DeviceMesh) -> DTensor:
@@ -96,7 +96,7 @@ def cpu_copy(share: DTensor, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(local, mesh, share.placements, **form)
 
 
-def together(group, action: Callable | None) -> list:
+def run_on_all_ranks(group, action: Callable | None) -> list:
     """What the action of each process gives, in all of them; or, raised in all, what one of them raised."""
     own = error = None
     try:
@@ -111,8 +111,8 @@ def together(group, action: Callable | None) -> list:
     return [result for result, _ in everyone]
 
 
-def write_shares(shares: dict[str, DTensor], rest: dict, folder: str, mesh: DeviceMesh, put_in_place: Callable):
-    """Write a checkpoint, all processes together. The main one calls put_in_place with the finished folder,
+def save_sharded(shares: dict[str, DTensor], rest: dict, folder: str, mesh: DeviceMesh, commit: Callable):
+    """Write a checkpoint, all processes together. The main one calls commit with the finished folder,
     which is beside its final place until then. Raises in all processes what goes wrong in one: ValueError
     for weights that are no numbers, OSError where something cannot be written."""
     partial, group = f"{folder}.{rest['iter_num']}.partial", mesh.get_group()
@@ -121,7 +121,7 @@ def write_shares(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
     def begin():
         for name, share in shares.items():
             local = share.to_local()
-            if name.startswith("model/") and local.numel() and not math.isfinite(largest(local)):
+            if name.startswith("model/") and local.numel() and not math.isfinite(max_abs(local)):
                 raise ValueError(f"{folder} not written: the weights have values that are no numbers (first in {name})")
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,30 +133,30 @@ def write_shares(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
                 f"{missing[0]}, which another process wrote, is not in {partial}: --out_dir must be one folder that "
                 "all machines see"
             )
-        write_whole_file(os.path.join(partial, REST), rest | {"files": files})
+        write_hashed(os.path.join(partial, STATE_FILE), rest | {"files": files})
         sync_folder(partial)
-        put_in_place(partial)
+        commit(partial)
 
     try:
-        together(group, begin)
-        save_parts(shares, partial, group)
+        run_on_all_ranks(group, begin)
+        dcp_save(shares, partial, group)
         mine = glob.glob(os.path.join(glob.escape(partial), f"__{rank}_*"))
-        mine += [os.path.join(partial, TABLE)] if rank == 0 else []
-        digests = together(group, lambda: {os.path.basename(path): digest_of(path) for path in mine})
+        mine += [os.path.join(partial, METADATA_FILE)] if rank == 0 else []
+        digests = run_on_all_ranks(group, lambda: {os.path.basename(path): file_sha256(path) for path in mine})
         files = {name: digest for own in digests for name, digest in own.items()}
-        together(group, finish if rank == 0 else None)
+        run_on_all_ranks(group, finish if rank == 0 else None)
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_parts(shares: dict[str, DTensor], folder: str, group):
+def dcp_save(shares: dict[str, DTensor], folder: str, group):
     try:
-        return dcp.save(shares, storage_writer=Writer(folder, per_thread_copy_ahead=0), process_group=group)
+        return dcp.save(shares, storage_writer=DCPWriter(folder, per_thread_copy_ahead=0), process_group=group)
     except CheckpointException as error:  # which is no Exception, and would keep the shares in memory
         cause = first_cause(error)
     if isinstance(cause, RuntimeError):
-        cause = short_write(folder, cause)
+        cause = write_error(folder, cause)
     if isinstance(cause, OSError) and not cause.filename and cause.errno:
         cause = OSError(cause.errno, cause.strerror, folder)
     raise cause
@@ -166,26 +166,26 @@ def first_cause(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0].with_traceback(None)
 
 
-def digest_of(path: str) -> str:
+def file_sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Writer(dcp.FileSystemWriter):
+class DCPWriter(dcp.FileSystemWriter):
     def storage_meta(self) -> None:
         """Nothing of where the folder was when it was written."""
 
 
-class TableUnpickler(pickle.Unpickler):
+class SafeMetadataUnpickler(pickle.Unpickler):
     """Reads DCP's table, which is a pickle, and calls nothing that a table does not need."""
 
     def find_class(self, module, name):
-        if (module, name) not in TABLE_IS_MADE_OF:
+        if (module, name) not in ALLOWED_METADATA_CLASSES:
             raise ValueError(f"{module}.{name} is no part of a table of tensors")
         return super().find_class(module, name)
 
 
-class Reader(dcp.FileSystemReader):
+class DCPReader(dcp.FileSystemReader):
     """DCP's reader, with a table that was read and checked before."""
 
     def __init__(self, folder: str, table: Metadata):
@@ -196,10 +196,10 @@ class Reader(dcp.FileSystemReader):
         return self.table
 
 
-def read_table(folder: str, files: dict) -> Metadata:
+def read_metadata_file(folder: str, files: dict) -> Metadata:
     """DCP's table, with nothing but tensors in it that lie, all of each, in these files of the folder."""
-    with open(os.path.join(folder, TABLE), "rb") as file:
-        table = TableUnpickler(file).load()
+    with open(os.path.join(folder, METADATA_FILE), "rb") as file:
+        table = SafeMetadataUnpickler(file).load()
     if not isinstance(table, Metadata):
         raise ValueError("its table is none of tensors")
     for name, entry in table.state_dict_metadata.items():
@@ -221,19 +221,19 @@ def read_table(folder: str, files: dict) -> Metadata:
     return table
 
 
-class Shares:
+class ShardedTensors:
     """The tensors of a checkpoint in shares, still on the disk."""
 
     def __init__(self, folder: str, files: dict):
         self.folder = folder
         self.stamps = {name: self.stamp_now(name) for name in files}
         for name, digest in files.items():
-            if os.path.basename(name) != name or digest_of(os.path.join(folder, name)) != digest:
+            if os.path.basename(name) != name or file_sha256(os.path.join(folder, name)) != digest:
                 raise ValueError(f"the sha256 of {name} is another")
-        self.table = read_table(folder, files)
+        self.table = read_metadata_file(folder, files)
 
     def stamp_now(self, name: str) -> tuple:
-        return Source.stamp_of(os.stat(os.path.join(self.folder, name)))
+        return FileSource.stamp_of(os.stat(os.path.join(self.folder, name)))
 
     def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Tensors of their shapes, by their places."""
@@ -246,8 +246,8 @@ class Shares:
         cause = None
         try:
             with warnings.catch_warnings(action="ignore"):  # that one process reads alone, which is meant
-                alone = not any(map(is_share, into.values()))
-                dcp.load(into, storage_reader=Reader(self.folder, self.table), no_dist=alone)
+                alone = not any(map(is_dtensor, into.values()))
+                dcp.load(into, storage_reader=DCPReader(self.folder, self.table), no_dist=alone)
             is_changed = any(self.stamp_now(name) != stamp for name, stamp in self.stamps.items())
         except FileNotFoundError:
             is_changed = True
@@ -257,53 +257,53 @@ class Shares:
         if is_changed:
             raise ValueError(f"{self.folder}: it was changed while it was read; run again") from None
         if cause:
-            raise ValueError(f"{self.folder}: {reason_of(cause)}") from None
+            raise ValueError(f"{self.folder}: {describe_load_error(cause)}") from None
         return into
 
 
-def read_outline(folder: str) -> dict:
+def open_sharded(folder: str) -> dict:
     """What ckpt.pt would hold, in which the shares are tensors without memory (PyTorch's meta device), and
     the Shares. Every file was compared with its hash. Raises ValueError where the checkpoint is damaged."""
     try:
-        rest = read_whole_file(os.path.join(folder, REST))
-        shares = Shares(folder, rest.pop("files"))
-        put_back(rest, shares.empty("meta"))
+        rest = read_hashed(os.path.join(folder, STATE_FILE))
+        shares = ShardedTensors(folder, rest.pop("files"))
+        merge(rest, shares.empty("meta"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: damaged, {os.path.basename(error.filename)} is not there") from error
     except UNREADABLE as error:
-        raise damage(folder, error) from error
+        raise as_value_error(folder, error) from error
     check_checkpoint(rest, folder)
     return rest | {"shares": shares}
 
 
-def with_whole_tensors(outline: dict) -> dict:
+def gather_full_state(outline: dict) -> dict:
     """The content of a checkpoint with all its tensors, on the CPU: what load_checkpoint gives of ckpt.pt."""
     whole = {key: value for key, value in outline.items() if key != "shares"}
-    put_back(whole, outline["shares"].read(outline["shares"].empty()))
+    merge(whole, outline["shares"].read(outline["shares"].empty()))
     if whole["model_args"].tie_embeddings:
         whole["model"]["output.weight"] = whole["model"]["tok_embeddings.weight"]
     return whole
 
 
-def as_shares(value, mesh: DeviceMesh):
+def to_dtensors(value, mesh: DeviceMesh):
     """Nested dictionaries with each tensor that has a shape as a share, which is all of it: mesh is of one process."""
     if isinstance(value, dict):
-        return {key: as_shares(item, mesh) for key, item in value.items()}
+        return {key: to_dtensors(item, mesh) for key, item in value.items()}
     is_one = isinstance(value, torch.Tensor) and value.dim() > 0
     return DTensor.from_local(value, mesh, [Shard(0)], run_check=False) if is_one else value
 
 
-def write_whole(checkpoint: dict, folder: str):
+def write_single_rank(checkpoint: dict, folder: str):
     """Write in shares, of which there is one, what load_checkpoint gave."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
         state = {key: value for key, value in checkpoint.items() if key != "sha256"}
         state["model_args"] = write_model_args(checkpoint["model_args"])
-        state |= {key: as_shares(state[key], mesh) for key in ("model", "optimizer") if key in state}
-        shares, rest = split(state)
-        shares = without_classifier(shares, checkpoint["model_args"])
-        write_shares(shares, rest, folder, mesh, lambda partial: os.rename(partial, folder))
+        state |= {key: to_dtensors(state[key], mesh) for key in ("model", "optimizer") if key in state}
+        shares, rest = split_sharded(state)
+        shares = without_tied_head(shares, checkpoint["model_args"])
+        save_sharded(shares, rest, folder, mesh, lambda partial: os.rename(partial, folder))
         sync_folder(os.path.dirname(folder) or ".")
     finally:
         dist.destroy_process_group()
@@ -314,11 +314,11 @@ def convert_checkpoint(source: str, target: str) -> int:
     .pt or .dcp and does not exist. Returns the step of the checkpoint. Raises ValueError where the source
     is damaged, OSError where the target cannot be written."""
     source = source.rstrip(os.sep)
-    checkpoint = with_whole_tensors(read_outline(source)) if is_in_shares(source) else load_checkpoint(source)
+    checkpoint = gather_full_state(open_sharded(source)) if is_sharded_checkpoint(source) else load_checkpoint(source)
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     step = checkpoint["iter_num"]
     if target.endswith(".dcp"):
-        write_whole(checkpoint, target)
+        write_single_rank(checkpoint, target)
     else:
         checkpoint["model_args"] = write_model_args(checkpoint["model_args"])
         save_checkpoint(target, checkpoint)

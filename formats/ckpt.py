@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from checkpoints.file import NOT_TIED, check_checkpoint, is_in_shares, write_model_args
-from formats.lazy_model import TORCH_DTYPES, StoredModel, StoredTensor, same_values, to_write, tokenizer_in
+from checkpoints.file import TIED_WEIGHTS_MISMATCH, check_checkpoint, is_sharded_checkpoint, write_model_args
+from formats.lazy_model import TORCH_DTYPES, LazyModel, LazyTensor, cast_lazily, find_tokenizer, same_values
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
@@ -19,48 +19,48 @@ from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
-def recognises(path: str) -> bool:
-    return is_in_shares(path) or (os.path.isfile(path) and is_zip(path))
+def matches(path: str) -> bool:
+    return is_sharded_checkpoint(path) or (os.path.isfile(path) and is_zip(path))
 
 
-def read(path: str) -> StoredModel:
-    if is_in_shares(path):
+def read(path: str) -> LazyModel:
+    if is_sharded_checkpoint(path):
         return read_in_shares(path)
     checkpoint = read_torch_file(path)
     check_checkpoint(checkpoint, path)
     args, tensors = checkpoint["model_args"], checkpoint["model"]
     classifier = tensors.pop("output.weight", None) if args.tie_embeddings else None
     if classifier and not same_values(classifier, tensors["tok_embeddings.weight"]):
-        raise ValueError(f"{path}: {NOT_TIED}")
+        raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     tokenizer_hash = checkpoint.get("tokenizer_hash")
-    return StoredModel(path, args, tensors, lambda: tokenizer_in(os.path.dirname(path)), tokenizer_hash)
+    return LazyModel(path, args, tensors, lambda: find_tokenizer(os.path.dirname(path)), tokenizer_hash)
 
 
-def read_in_shares(path: str) -> StoredModel:
-    from checkpoints.sharded import read_outline
+def read_in_shares(path: str) -> LazyModel:
+    from checkpoints.sharded import open_sharded
 
-    outline = read_outline(path)
+    outline = open_sharded(path)
 
     def read_one(name: str, outlined: torch.Tensor) -> torch.Tensor:
         place = f"model/{name}"
         return outline["shares"].read({place: torch.empty(outlined.shape, dtype=outlined.dtype)})[place]
 
     tensors = {
-        name: StoredTensor(tuple(outlined.shape), outlined.dtype, partial(read_one, name, outlined))
+        name: LazyTensor(tuple(outlined.shape), outlined.dtype, partial(read_one, name, outlined))
         for name, outlined in outline["model"].items()
     }
-    own_tokenizer = partial(tokenizer_in, os.path.dirname(path.rstrip(os.sep)))
-    return StoredModel(path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash"))
+    own_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
+    return LazyModel(path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash"))
 
 
-def refusal(args) -> None:
+def unsupported_reason(args) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, target: str, dtype: str):
+def write(stored: LazyModel, path: str, target: str, dtype: str):
     """A checkpoint without training state, from which train.py goes on with fresh moments."""
     tokenizer = stored.own_tokenizer()
-    if reason := ranks_refusal(tokenizer):
+    if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
     checkpoint = {
         "model": weights(stored, TORCH_DTYPES[dtype]),
@@ -75,20 +75,20 @@ def write(stored: StoredModel, path: str, target: str, dtype: str):
         write_torch_file(file, checkpoint)
 
 
-def weights(stored: StoredModel, dtype: torch.dtype) -> dict[str, StoredTensor]:
+def weights(stored: LazyModel, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """The model's state dict, a tied classifier in it a second time, to write in dtype."""
 
-    state = {name: to_write(stored, name, dtype) for name in stored.names()}
+    state = {name: cast_lazily(stored, name, dtype) for name in stored.names()}
     return state | {"output.weight": state.get("output.weight", state["tok_embeddings.weight"])}
 
 
-def ranks_refusal(tokenizer: Tokenizer | None) -> str | None:
+def special_tokens_problem(tokenizer: Tokenizer | None) -> str | None:
     """Why a tokenizer.model cannot say this vocabulary, or None if it can."""
-    if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.is_renamed:
+    if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
         return "tokenizer.model has no place for special tokens other than Llama 3's own; use --format=hf or gguf"
     return None
 
 
-def stored_scalar(value: float) -> StoredTensor:
+def stored_scalar(value: float) -> LazyTensor:
     tensor = torch.tensor(value, dtype=torch.float64)
-    return StoredTensor((), tensor.dtype, lambda: tensor)
+    return LazyTensor((), tensor.dtype, lambda: tensor)

@@ -25,7 +25,7 @@ from formats.gguf_file import (
     read_container,
     write_tensor,
 )
-from formats.lazy_model import StoredModel, StoredTensor, expanded, one_line
+from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
@@ -36,7 +36,7 @@ from textdata.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
-    with_ends,
+    require_bos_eos,
 )
 
 DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
@@ -65,30 +65,30 @@ KNOWN_SCALINGS = tuple(RopeScaling("llama3", factor) for factor in (8.0, 32.0)) 
 # Reading
 
 
-def recognises(path: str) -> bool:
+def matches(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return file.read(4) == MAGIC
 
 
-def read(path: str) -> StoredModel:
+def read(path: str) -> LazyModel:
     pairs, theirs = read_container(path)
     if pairs.get("general.architecture") != "llama":
         raise ValueError(f"{path}: a model of architecture {pairs.get('general.architecture')!r}, not llama")
     factors = theirs.pop(ROPE_FACTORS, None)
     args = args_of(pairs, theirs, factors, path)
     tensors = {}
-    for ours, name in expanded(TABLE, args):
+    for ours, name in expand_layers(TABLE, args):
         if name not in theirs:
             raise ValueError(f"{path}: it has no {name}, which its header speaks of")
         tensors[ours] = theirs.pop(name)
     if theirs:
         raise ValueError(f"{path}: {min(theirs)[:100]} is no part of a Llama of ours")
-    return StoredModel(path, args, tensors, lambda: tokenizer_of(pairs, path))
+    return LazyModel(path, args, tensors, lambda: tokenizer_of(pairs, path))
 
 
-def args_of(pairs: dict, tensors: dict, factors: StoredTensor | None, path: str) -> ModelArgs:
+def args_of(pairs: dict, tensors: dict, factors: LazyTensor | None, path: str) -> ModelArgs:
     """The architecture that the pairs describe. Raises ValueError for another than Llama's."""
 
     def number(key, default=None):
@@ -131,7 +131,7 @@ def shortest_float(value: float) -> float:
     return float(np.format_float_scientific(np.float32(value), unique=True))
 
 
-def scaling_of(pairs: dict, factors: StoredTensor | None, args: ModelArgs) -> RopeScaling | None:
+def scaling_of(pairs: dict, factors: LazyTensor | None, args: ModelArgs) -> RopeScaling | None:
     """The rotary scaling, of which the file has the type, or only the factors."""
     kind = pairs.get("llama.rope.scaling.type", "none")
     if older := pairs.get("llama.rope.scale_linear"):
@@ -171,7 +171,7 @@ def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
             ends = [names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)] for end, i in (("bos", 1), ("eos", 2))]
             pieces = [(piece, score, CONTROL if piece in ends else kind) for piece, score, kind in pieces]
             has_prefix = bool(pairs.get("tokenizer.ggml.add_space_prefix", True))
-            return with_ends(SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix)))
+            return require_bos_eos(SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix)))
         if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"):
             count = next((i for i, kind in enumerate(kinds) if kind == CONTROL), len(names))
             return Llama3Tokenizer([tokenizer_json.from_letters(name) for name in names[:count]], names[count:])
@@ -183,16 +183,16 @@ def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
 # Writing
 
 
-def refusal(args: ModelArgs) -> None:
+def unsupported_reason(args: ModelArgs) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, target: str, dtype: str):
+def write(stored: LazyModel, path: str, target: str, dtype: str):
     """Write the file. In q8_0, a matrix whose rows are no multiple of 32 stays float16."""
     tokenizer = stored.own_tokenizer()
     if tokenizer is None:
         raise ValueError(f"{path}: llama.cpp reads no GGUF file without a vocabulary; name it with --tokenizer=PATH")
-    if reason := tokenizer_json.refusal(tokenizer):
+    if reason := tokenizer_json.unsupported_reason(tokenizer):
         raise ValueError(f"{path}: {reason}")
     tensors = list(tensors_of(stored, dtype))
     with AtomicFile(path) as file:
@@ -203,13 +203,13 @@ def write(stored: StoredModel, path: str, target: str, dtype: str):
             pad(file)
 
 
-def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInfo, Callable]]:
+def tensors_of(stored: LazyModel, dtype: str) -> Iterator[tuple[str, TensorInfo, Callable]]:
     """Name, description and reader of every tensor to write, in order."""
     args, offset = stored.args, 0
     kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
-    names = expanded(TABLE, args)
+    names = expand_layers(TABLE, args)
     entries = [(theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in names]
-    if args.rope_scaling and args.rope_scaling.kind == "llama3":
+    if args.rope_scaling and args.rope_scaling.type == "llama3":
         factors = scaling_factors(args, args.rope_scaling)
         entries.append((ROPE_FACTORS, tuple(factors.shape), lambda: factors))
     for name, shape, read in entries:
@@ -219,7 +219,7 @@ def tensors_of(stored: StoredModel, dtype: str) -> Iterator[tuple[str, TensorInf
         offset += info.size + -info.size % ALIGNMENT
 
 
-def pairs_of(stored: StoredModel, tokenizer: Tokenizer, dtype: str) -> dict:
+def pairs_of(stored: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict:
     """The key-value pairs, as (type, value)."""
     args, scaling = stored.args, stored.args.rope_scaling
     name = os.path.basename(os.path.splitext(os.path.abspath(stored.path))[0])
@@ -240,7 +240,7 @@ def pairs_of(stored: StoredModel, tokenizer: Tokenizer, dtype: str) -> dict:
         "llama.attention.head_count_kv": (4, args.kv_heads),
         "llama.attention.layer_norm_rms_epsilon": (6, args.norm_eps),
     }
-    if scaling and scaling.kind == "linear":
+    if scaling and scaling.type == "linear":
         pairs |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": (6, scaling.factor)}
     elif scaling:
         numbers = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from formats.lazy_model import BLOCK, StoredTensor, check_range, read_into, stored_in_file, write_values
-from runtime.atomic_files import Source
+from formats.lazy_model import BLOCK, LazyTensor, check_range, read_into, stored_in_file, write_values
+from runtime.atomic_files import FileSource
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 GROUP = 32  # values in a block of Q8_0
@@ -81,9 +81,9 @@ class TensorInfo:
         return count // GROUP * BLOCK_SIZE if self.kind == Q8_0 else count * TORCH_TYPES[self.kind].itemsize
 
 
-def read_container(path: str) -> tuple[dict, dict[str, StoredTensor]]:
+def read_container(path: str) -> tuple[dict, dict[str, LazyTensor]]:
     """The key-value pairs and the tensors of a file. Raises ValueError where it is damaged."""
-    source = Source(path)
+    source = FileSource(path)
     with source.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             cursor = Cursor(content)
@@ -130,13 +130,13 @@ def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
     return pairs, infos
 
 
-def stored_tensor(source: Source, start: int, info: TensorInfo) -> StoredTensor:
+def stored_tensor(source: FileSource, start: int, info: TensorInfo) -> LazyTensor:
     if info.kind != Q8_0:
         return stored_in_file(source, start + info.offset, TORCH_TYPES[info.kind], info.shape)
-    return StoredTensor(info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape))
+    return LazyTensor(info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape))
 
 
-def read_quantized(source: Source, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+def read_quantized(source: FileSource, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     values = torch.empty(math.prod(shape) // GROUP, GROUP)
     with source.open(offset) as file:
         for part in values.split(BLOCK // GROUP):

@@ -18,19 +18,19 @@ import torch
 from formats import tokenizer_json
 from formats.lazy_model import (
     TORCH_DTYPES,
-    StoredModel,
-    StoredTensor,
-    expanded,
+    LazyModel,
+    LazyTensor,
+    cast_lazily,
+    expand_layers,
+    find_tokenizer,
     one_line,
     read_json,
-    to_write,
-    tokenizer_in,
 )
 from formats.safetensors_file import read_safetensors, size_of, write_safetensors
 from formats.torch_file import read_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
-from runtime.atomic_files import AtomicFolder, Source
+from runtime.atomic_files import AtomicFolder, FileSource
 from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
@@ -76,31 +76,31 @@ def to_neighbours(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
 # Reading
 
 
-def recognises(path: str) -> bool:
+def matches(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
-def read(path: str) -> StoredModel:
-    source = Source(os.path.join(path, "config.json"))
+def read(path: str) -> LazyModel:
+    source = FileSource(os.path.join(path, "config.json"))
     config = read_json(source.path)
     args = args_of(config, source.path)
     theirs = read_tensors(path)
     source.open().close()  # the folder may have been replaced meanwhile
     tensors = {}
-    for ours, name in expanded(TABLE, args):
+    for ours, name in expand_layers(TABLE, args):
         if name not in theirs:
             raise ValueError(f"{path}: it has no {name}, which its config.json speaks of")
         tensors[ours] = reordered(theirs.pop(name), heads_in(args, ours))
     for name in theirs:  # the classifier again although tied, and the angles that older files kept
         if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and args.tie_embeddings)):
             raise ValueError(f"{path}: {name} is no part of a Llama as its config.json describes it")
-    return StoredModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
+    return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
 
 
-def reordered(tensor: StoredTensor, n_heads: int | None) -> StoredTensor:
+def reordered(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
     if n_heads is None or len(tensor.shape) != 2 or tensor.shape[0] % (2 * n_heads):
-        return tensor  # of a wrong shape: StoredModel tells
-    return StoredTensor(tensor.shape, tensor.dtype, lambda: to_neighbours(tensor.read(), n_heads))
+        return tensor  # of a wrong shape: LazyModel tells
+    return LazyTensor(tensor.shape, tensor.dtype, lambda: to_neighbours(tensor.read(), n_heads))
 
 
 def args_of(config: dict, path: str) -> ModelArgs:
@@ -154,7 +154,7 @@ def rope_of(config: dict) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling("llama3", *numbers, int(rope["original_max_position_embeddings"]))
 
 
-def read_tensors(path: str) -> dict[str, StoredTensor]:
+def read_tensors(path: str) -> dict[str, LazyTensor]:
     """All tensors of the folder by their names there."""
     for single, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_state_dict)):
         whole, index = os.path.join(path, single), os.path.join(path, f"{single}.index.json")
@@ -165,14 +165,14 @@ def read_tensors(path: str) -> dict[str, StoredTensor]:
     raise ValueError(f"{path}: it has neither model.safetensors nor pytorch_model.bin")
 
 
-def read_state_dict(path: str) -> dict[str, StoredTensor]:
+def read_state_dict(path: str) -> dict[str, LazyTensor]:
     content = read_torch_file(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(tensor, LazyTensor) for tensor in content.values()):
         raise ValueError(f"{path}: not a table of tensors")
     return content
 
 
-def read_shards(path: str, index: str, reader) -> dict[str, StoredTensor]:
+def read_shards(path: str, index: str, reader) -> dict[str, LazyTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: it has no weight_map from names to files")
@@ -189,7 +189,7 @@ def read_shards(path: str, index: str, reader) -> dict[str, StoredTensor]:
 def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
     """SentencePiece's tokenizer.model, which has the scores; but tokenizer.json where tokens were
     added to those, and for Llama 3's ranks, which have no names for the special tokens."""
-    file, tokenizer = os.path.join(path, "tokenizer.json"), tokenizer_in(path)
+    file, tokenizer = os.path.join(path, "tokenizer.json"), find_tokenizer(path)
     is_whole = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (None, tokenizer.vocab_size)
     if is_whole or not os.path.isfile(file):
         return tokenizer
@@ -203,14 +203,14 @@ def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None
 # Writing
 
 
-def refusal(args: ModelArgs) -> None:
+def unsupported_reason(args: ModelArgs) -> None:
     """It says every model."""
 
 
-def write(stored: StoredModel, path: str, target: str, dtype: str):
+def write(stored: LazyModel, path: str, target: str, dtype: str):
     """Write the folder that from_pretrained loads, in transformers 4 and 5 alike."""
     args, tokenizer = stored.args, stored.own_tokenizer()
-    if tokenizer and (reason := tokenizer_json.refusal(tokenizer)):
+    if tokenizer and (reason := tokenizer_json.unsupported_reason(tokenizer)):
         raise ValueError(f"{path}: {reason}")
     with AtomicFolder(path, is_ours) as folder:
         write_json(folder, "config.json", config_of(args, dtype, tokenizer))
@@ -218,7 +218,7 @@ def write(stored: StoredModel, path: str, target: str, dtype: str):
         if tokenizer:
             write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
             write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, args.max_seq_len))
-            if not (isinstance(tokenizer, Llama3Tokenizer) and tokenizer.is_renamed):
+            if not (isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens):
                 with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
                     file.write(tokenizer.content)
         write_shards(folder, tensors_of(stored, TORCH_DTYPES[dtype]))
@@ -239,8 +239,8 @@ def write_json(folder: str, name: str, content: dict):
 def config_of(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict:
     rope = {"rope_theta": args.rope_theta, "rope_type": "default"}
     if scaling := args.rope_scaling:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
+        rope |= {"rope_type": scaling.type, "factor": scaling.factor}
+        if scaling.type == "llama3":
             rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
             rope |= {"original_max_position_embeddings": scaling.original_max_seq_len}
     return {
@@ -273,18 +273,18 @@ def generation_config(tokenizer: Tokenizer | None) -> dict:
     return {"_from_model_config": False, **ends}
 
 
-def tensors_of(stored: StoredModel, dtype: torch.dtype) -> list[tuple[str, StoredTensor]]:
+def tensors_of(stored: LazyModel, dtype: torch.dtype) -> list[tuple[str, LazyTensor]]:
     """The folder's tensors under their names there, to write in dtype."""
 
     tensors = []
-    for ours, theirs in expanded(TABLE, stored.args):
+    for ours, theirs in expand_layers(TABLE, stored.args):
         n_heads = heads_in(stored.args, ours)
         change = partial(to_halves, n_heads=n_heads) if n_heads else None
-        tensors.append((theirs, to_write(stored, ours, dtype, change)))
+        tensors.append((theirs, cast_lazily(stored, ours, dtype, change)))
     return tensors
 
 
-def write_shards(folder: str, tensors: list[tuple[str, StoredTensor]]):
+def write_shards(folder: str, tensors: list[tuple[str, LazyTensor]]):
     """One file, or several of at most SHARD_SIZE and their index."""
     ends = list(itertools.accumulate(size_of(tensor) for _, tensor in tensors))
     shards, start = [[]], 0

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from checkpoints.file import check_weights, largest
+from checkpoints.file import check_weights, max_abs
 from model import ModelArgs, Transformer, parameter_shapes
-from runtime.atomic_files import Source
+from runtime.atomic_files import FileSource
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -22,7 +22,7 @@ BLOCK = 1 << 20  # values that are converted at a time, so that a conversion tak
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class LazyTensor:
     """A tensor in a file, or one to write: read() brings it to the CPU, dtype is that in the file."""
 
     shape: tuple[int, ...]
@@ -33,13 +33,13 @@ class StoredTensor:
 
 
 @dataclass
-class StoredModel:
+class LazyModel:
     """A model in a file. tensors has our names, without a classifier that is the embedding. Raises
     ValueError where they are not those of args."""
 
     path: str
     args: ModelArgs
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, LazyTensor]
     own_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None)
     tokenizer_hash: str | None = None  # of the vocabulary it was trained with, where the file tells
 
@@ -62,35 +62,35 @@ class StoredModel:
         if name == "output.weight" and self.args.tie_embeddings:
             name = "tok_embeddings.weight"
         tensor = self.tensors[name].read()
-        if not math.isfinite(largest(tensor)):
+        if not math.isfinite(max_abs(tensor)):
             raise ValueError(f"{self.path}: {name} has values that are no numbers")
         return tensor
 
     @torch.no_grad()
     def model(self) -> Transformer:
         """The model, in float32, ready to evaluate."""
-        model = Transformer.empty(self.args)
+        model = Transformer.uninitialized(self.args)
         for name in self.names():
             model.get_parameter(name).copy_(self.read(name))
         return model.eval()
 
 
-def stored(model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None) -> StoredModel:
+def from_model(model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None) -> LazyModel:
     """A model in memory, seen as one in a file."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return stored_weights(model.args, weights, path, tokenizer)
+    return from_state_dict(model.args, weights, path, tokenizer)
 
 
-def stored_weights(args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None):
+def from_state_dict(args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None):
     """The same of a state dict."""
     tensors = {
-        name: StoredTensor(tuple(weight.shape), weight.dtype, lambda weight=weight: weight.cpu())
+        name: LazyTensor(tuple(weight.shape), weight.dtype, lambda weight=weight: weight.cpu())
         for name, weight in weights.items()
     }
-    return StoredModel(path, args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
+    return LazyModel(path, args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
 
 
-def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+def same_values(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors are equal, bit for bit. One at a time is in memory."""
     if a.place is not None and a.place == b.place:
         return True
@@ -100,7 +100,7 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     return digests[0] == digests[1]
 
 
-def stored_in_file(source: Source, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> StoredTensor:
+def stored_in_file(source: FileSource, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> LazyTensor:
     """A tensor whose little-endian values lie in a file from offset on."""
 
     def read():
@@ -109,18 +109,18 @@ def stored_in_file(source: Source, offset: int, dtype: torch.dtype, shape: tuple
             read_into(file, tensor, source.path)
         return tensor
 
-    return StoredTensor(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)
 
 
-def to_write(stored: StoredModel, name: str, dtype: torch.dtype, change: Callable | None = None) -> StoredTensor:
+def cast_lazily(lazy_model: LazyModel, name: str, dtype: torch.dtype, change: Callable | None = None) -> LazyTensor:
     """A tensor of a model, to be written in dtype, with its rows in another order if change says so."""
 
     def read():
-        tensor = stored.read(name)
+        tensor = lazy_model.read(name)
         check_range(tensor, dtype, name)
         return change(tensor) if change else tensor
 
-    return StoredTensor(stored.tensors[name].shape, dtype, read)
+    return LazyTensor(lazy_model.tensors[name].shape, dtype, read)
 
 
 def read_json(path: str) -> dict:
@@ -161,12 +161,12 @@ def write_values(file, tensor: torch.Tensor, dtype: torch.dtype):
 
 def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str):
     """Raise ValueError where a value of the tensor is too large for dtype."""
-    if largest(tensor) > torch.finfo(dtype).max:
+    if max_abs(tensor) > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(f"{name} has values too large for {kind}; use --dtype=float32 or bfloat16")
 
 
-def expanded(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
+def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
     """Our name and theirs of every tensor of a model, in order, from a table in which {} stands for
     the number of a layer. Without a classifier that is the embedding."""
     for ours, theirs in table:
@@ -182,7 +182,7 @@ def one_line(text: str, longest: int = 400) -> str:
     return printable if len(printable) <= longest else printable[:longest] + "…"
 
 
-def tokenizer_in(*folders: str) -> Tokenizer | None:
+def find_tokenizer(*folders: str) -> Tokenizer | None:
     """The tokenizer.model or tokenizer.bin in the first of the folders that has one."""
     paths = (os.path.join(folder, name) for folder in folders for name in ("tokenizer.model", "tokenizer.bin"))
     path = next(filter(os.path.isfile, paths), None)

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from formats.lazy_model import BLOCK, StoredModel, StoredTensor, read_into, stored_in_file, tokenizer_in, write_values
+from formats.lazy_model import BLOCK, LazyModel, LazyTensor, find_tokenizer, read_into, stored_in_file, write_values
 from model import ModelArgs, parameter_shapes
-from ops.rope import rope_tables
-from runtime.atomic_files import AtomicFile, Source
+from ops.rope import precompute_rope_cache
+from runtime.atomic_files import AtomicFile, FileSource
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
 SHAPE = struct.Struct("<7i")
@@ -59,13 +59,13 @@ def size_of(shape: tuple[int, ...], group_size: int | None) -> int:
     return 4 * values if group_size is None or len(shape) == 1 else values + 4 * (values // group_size)
 
 
-def refusal(args: ModelArgs) -> str | None:
+def unsupported_reason(args: ModelArgs) -> str | None:
     if args.rope_theta != ROPE_THETA:
         return f"model.bin has no place for rope_theta={args.rope_theta:g}, its readers take {ROPE_THETA:g}; {OTHERS}"
     if args.norm_eps != NORM_EPS:
         return f"model.bin has no place for norm_eps={args.norm_eps:g}, its readers take {NORM_EPS:g}; {OTHERS}"
     if args.rope_scaling:
-        return f"model.bin has no place for {args.rope_scaling.kind} rope scaling; {OTHERS}"
+        return f"model.bin has no place for {args.rope_scaling.type} rope scaling; {OTHERS}"
     return None
 
 
@@ -75,7 +75,7 @@ OTHERS = "use --format=hf, gguf or ckpt"
 # Reading
 
 
-def recognises(path: str) -> bool:
+def matches(path: str) -> bool:
     if not os.path.isfile(path) or os.path.getsize(path) < SHAPE.size:
         return False
     with open(path, "rb") as file:
@@ -89,9 +89,9 @@ def looks_like_v0(header: bytes) -> bool:
     return 0 < dim < 1 << 20 and 0 < hidden_dim < 1 << 22 and 0 < n_layers < 1 << 16
 
 
-def read(path: str) -> StoredModel:
+def read(path: str) -> LazyModel:
     """Raises ValueError where the header or the size is wrong."""
-    source = Source(path)
+    source = FileSource(path)
     version, args, group_size, offset = read_header(path)
     check_size(path, args, version, group_size, offset)
     tensors = {}
@@ -103,7 +103,7 @@ def read(path: str) -> StoredModel:
         offset += size_of(shape, group_size)
     if version == 0:
         check_rope_tables(path, args, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
-    return StoredModel(path, args, tensors, lambda: tokenizer_in(os.path.dirname(path)))
+    return LazyModel(path, args, tensors, lambda: find_tokenizer(os.path.dirname(path)))
 
 
 def read_header(path: str) -> tuple[int, ModelArgs, int | None, int]:
@@ -147,13 +147,13 @@ def check_size(path: str, args: ModelArgs, version: int, group_size: int | None,
         raise ValueError(f"{path}: {os.path.getsize(path)} bytes, but its header says {expected}; it is damaged")
 
 
-def check_rope_tables(path: str, args: ModelArgs, cos: StoredTensor, sin: StoredTensor):
-    for written, expected in zip((cos, sin), rope_tables(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True):
+def check_rope_tables(path: str, args: ModelArgs, cos: LazyTensor, sin: LazyTensor):
+    for written, expected in zip((cos, sin), precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True):
         if not torch.allclose(written.read(), expected, atol=1e-3):
             raise ValueError(f"{path}: its rotary tables are not those of rope_theta={ROPE_THETA:g}; it is damaged")
 
 
-def stored_quantized(source: Source, offset: int, shape: tuple[int, ...], group_size: int) -> StoredTensor:
+def stored_quantized(source: FileSource, offset: int, shape: tuple[int, ...], group_size: int) -> LazyTensor:
     count = math.prod(shape)
 
     def read():
@@ -168,22 +168,22 @@ def stored_quantized(source: Source, offset: int, shape: tuple[int, ...], group_
             torch.mul(integers, steps, out=out)
         return values.view(shape)
 
-    return StoredTensor(shape, torch.float32, read)
+    return LazyTensor(shape, torch.float32, read)
 
 
 # Writing
 
 
-def write(stored: StoredModel, path: str, target: str = "v0", dtype: str = "float32"):
+def write(stored: LazyModel, path: str, target: str = "v0", dtype: str = "float32"):
     """Write the model. Raises ValueError for one that the format cannot say or whose weights are not
     finite."""
     args, version = stored.args, int(target.removeprefix("v"))
-    if reason := refusal(args):
+    if reason := unsupported_reason(args):
         raise ValueError(f"{path}: {reason}")
     group_size = largest_group(args) if version == 2 else None
     tables = {}
     if version == 0:
-        tables["rope_cos"], tables["rope_sin"] = rope_tables(args.head_dim, args.max_seq_len, ROPE_THETA)
+        tables["rope_cos"], tables["rope_sin"] = precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA)
     with AtomicFile(path) as file:
         file.write(header_of(args, version, group_size))
         for name, _ in table(args, version):

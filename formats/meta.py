@@ -12,8 +12,8 @@ import re
 
 import torch
 
-from formats.ckpt import ranks_refusal, weights
-from formats.lazy_model import TORCH_DTYPES, StoredModel, StoredTensor, read_json, same_values, tokenizer_in
+from formats.ckpt import special_tokens_problem, weights
+from formats.lazy_model import TORCH_DTYPES, LazyModel, LazyTensor, find_tokenizer, read_json, same_values
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
@@ -37,11 +37,11 @@ OTHER_KEYS = ("use_scaled_rope", "max_seq_len", "max_batch_size", "rope_scaling_
 # Reading
 
 
-def recognises(path: str) -> bool:
+def matches(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "params.json"))
 
 
-def read(path: str) -> StoredModel:
+def read(path: str) -> LazyModel:
     file = os.path.join(path, "params.json")
     params = read_json(file)
     shards = read_shards(path)
@@ -63,10 +63,10 @@ def read(path: str) -> StoredModel:
     args = args_of(params, file, tied)
     # Meta puts Llama 2's vocabulary beside the folders of its sizes.
     folders = path, os.path.dirname(os.path.abspath(path))
-    return StoredModel(path, args, tensors, lambda: tokenizer_in(*folders))
+    return LazyModel(path, args, tensors, lambda: find_tokenizer(*folders))
 
 
-def read_shards(path: str) -> list[dict[str, StoredTensor]]:
+def read_shards(path: str) -> list[dict[str, LazyTensor]]:
     names = sorted(name for name in os.listdir(path) if re.fullmatch(r"consolidated\.\d\d\.pth", name))
     names = [name for name in names if os.path.isfile(os.path.join(path, name))]
     expected = [f"consolidated.{number:02d}.pth" for number in range(max(1, len(names)))]
@@ -74,7 +74,7 @@ def read_shards(path: str) -> list[dict[str, StoredTensor]]:
         raise ValueError(f"{path}: {min(set(expected) - set(names))} is missing")
     shards = [read_torch_file(os.path.join(path, name)) for name in names]
     for name, shard in zip(names, shards, strict=True):
-        if not isinstance(shard, dict) or not all(isinstance(tensor, StoredTensor) for tensor in shard.values()):
+        if not isinstance(shard, dict) or not all(isinstance(tensor, LazyTensor) for tensor in shard.values()):
             raise ValueError(f"{path}: {name} is no table of tensors")
         if shard.keys() != shards[0].keys():
             raise ValueError(f"{path}: {name} and {names[0]} have not the same tensors; they do not belong together")
@@ -89,7 +89,7 @@ def check_number_of_shards(path: str, params: dict, shards: list):
         raise ValueError(f"{path}: it has {len(shards)} of the {dim // rows} files consolidated.NN.pth")
 
 
-def joined(parts: list[StoredTensor], axis: int, path: str) -> StoredTensor:
+def joined(parts: list[LazyTensor], axis: int, path: str) -> LazyTensor:
     """The whole of a tensor's slices; read one slice at a time."""
     first = parts[0]
     if len(parts) == 1 or len(first.shape) < 2:
@@ -105,7 +105,7 @@ def joined(parts: list[StoredTensor], axis: int, path: str) -> StoredTensor:
             whole.narrow(axis, number * length, length).copy_(part.read())
         return whole
 
-    return StoredTensor(shape, first.dtype, read, *zip(*((part.place, part.checksum) for part in parts), strict=True))
+    return LazyTensor(shape, first.dtype, read, *zip(*((part.place, part.checksum) for part in parts), strict=True))
 
 
 def args_of(params: dict, path: str, tied: bool) -> ModelArgs:
@@ -145,18 +145,18 @@ def args_of(params: dict, path: str, tied: bool) -> ModelArgs:
 # Writing
 
 
-def refusal(args: ModelArgs) -> str | None:
+def unsupported_reason(args: ModelArgs) -> str | None:
     if args.rope_scaling not in (None, SCALED_ROPE):
         return f"params.json has no place for {args.rope_scaling}, only for Llama 3.1's; use --format=hf or gguf"
     return None
 
 
-def write(stored: StoredModel, path: str, target: str, dtype: str):
+def write(stored: LazyModel, path: str, target: str, dtype: str):
     """Write the folder, in one shard, to be read by Meta's code of the tokenizer's generation."""
-    if reason := refusal(stored.args):
+    if reason := unsupported_reason(stored.args):
         raise ValueError(f"{path}: {reason}")
     tokenizer = stored.own_tokenizer()
-    if reason := ranks_refusal(tokenizer):
+    if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
     with AtomicFolder(path, is_ours) as folder:
         with open(os.path.join(folder, "params.json"), "w", encoding="utf-8") as file:

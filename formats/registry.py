@@ -7,32 +7,32 @@ import os
 from types import ModuleType
 
 from formats import ckpt, gguf, hugging_face, llama2c, meta
-from formats.lazy_model import StoredModel, one_line
+from formats.lazy_model import LazyModel, one_line
 from model import Transformer
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 FORMATS = (ckpt, gguf, hugging_face, meta, llama2c)  # as they are tried; model.bin has no sign of its own
 
 
-def format_of(path: str) -> ModuleType:
+def detect_format(path: str) -> ModuleType:
     """The format of what is at path. Raises ValueError, naming it, if it is none of those known."""
     if not os.path.exists(path):
         advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
         raise ValueError(f"{path}: there is no such file or folder{advice}")
     for module in FORMATS:
-        if module.recognises(path):
+        if module.matches(path):
             return module
-    if os.path.isfile(path) and any(module.recognises(os.path.dirname(path) or ".") for module in (hugging_face, meta)):
+    if os.path.isfile(path) and any(module.matches(os.path.dirname(path) or ".") for module in (hugging_face, meta)):
         raise ValueError(f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}")
     if os.path.isdir(path):
         raise ValueError(f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's")
     raise ValueError(f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged")
 
 
-def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> StoredModel:
+def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> LazyModel:
     """The model at path, in whatever format, with its own tokenizer or the one named, and its own
     context or another. Its tensors are still on the disk. Raises ValueError where anything is wrong."""
-    module = format_of(path)
+    module = detect_format(path)
     try:
         stored = module.read(path)
     except ValueError as error:  # it may quote what is in the file
@@ -45,7 +45,7 @@ def read_stored(path: str, tokenizer: str = "", max_seq_len: int | None = None) 
     return stored
 
 
-def checked_tokenizer(stored: StoredModel, named: str = "") -> Tokenizer | None:
+def checked_tokenizer(stored: LazyModel, named: str = "") -> Tokenizer | None:
     """The model's tokenizer, if it has one. Raises ValueError where it is another model's."""
     try:
         tokenizer = stored.own_tokenizer()
@@ -67,9 +67,9 @@ def checked_tokenizer(stored: StoredModel, named: str = "") -> Tokenizer | None:
     return tokenizer
 
 
-def read_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
+def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
     """A model from any format, ready to evaluate, and its tokenizer, which must be there."""
-    stored = read_stored(path, tokenizer)
+    stored = open_model(path, tokenizer)
     found = checked_tokenizer(stored, tokenizer)
     if found is None:
         raise ValueError(f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH")

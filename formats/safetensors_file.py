@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import torch
 
-from formats.lazy_model import StoredTensor, stored_in_file, write_values
-from runtime.atomic_files import Source
+from formats.lazy_model import LazyTensor, stored_in_file, write_values
+from runtime.atomic_files import FileSource
 
 LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -26,10 +26,10 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read_safetensors(path: str) -> dict[str, StoredTensor]:
+def read_safetensors(path: str) -> dict[str, LazyTensor]:
     """The tensors of a file by name. Raises ValueError where the header is damaged or does not fit
     the file."""
-    source, size = Source(path), os.path.getsize(path)
+    source, size = FileSource(path), os.path.getsize(path)
     with source.open() as file:
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else size
@@ -71,7 +71,7 @@ def refuse_constant(name: str):
     raise ValueError(f"{name} is no number")
 
 
-def write_safetensors(file, tensors: Iterable[tuple[str, StoredTensor]]):
+def write_safetensors(file, tensors: Iterable[tuple[str, LazyTensor]]):
     """Write named tensors, one at a time in memory, into an open binary file."""
     tensors, header, position = list(tensors), {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors:
@@ -85,5 +85,5 @@ def write_safetensors(file, tensors: Iterable[tuple[str, StoredTensor]]):
         write_values(file, tensor.read(), tensor.dtype)
 
 
-def size_of(tensor: StoredTensor) -> int:
+def size_of(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize

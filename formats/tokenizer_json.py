@@ -20,7 +20,7 @@ from textdata.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
-    with_ends,
+    require_bos_eos,
 )
 
 
@@ -72,12 +72,12 @@ def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
 # Writing
 
 
-def refusal(tokenizer: Tokenizer) -> str | None:
+def unsupported_reason(tokenizer: Tokenizer) -> str | None:
     """Why other programs would cut a text into other tokens, or None if they would not."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         if not tokenizer.is_bpe:
             return "this vocabulary is no byte-pair encoding, which is all the format can say; use --format=ckpt"
-        if tokenizer.changes_text:
+        if tokenizer.normalizes:
             return (
                 "this vocabulary normalizes a text before it cuts it, which the format cannot say; use one of "
                 "tinystories.py train_vocab, or --format=ckpt"
@@ -243,7 +243,7 @@ def from_merges(names: list[str], added_tokens: list, merges: list, content: dic
         kind = UNKNOWN if name == unknown else added_kinds.get(name, BYTE if is_byte else NORMAL)
         pieces.append((name, -float(rank.get(name, len(rank))) if kind == NORMAL else 0.0, kind))
     proto = proto_from_pieces(pieces, has_dummy_prefix=has_dummy_prefix)
-    return with_ends(SentencePieceTokenizer(proto))
+    return require_bos_eos(SentencePieceTokenizer(proto))
 
 
 def prefixes(normalizer: dict | None, pre_tokenizer: dict) -> bool:

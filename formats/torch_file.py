@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoints.file import reason_of
-from formats.lazy_model import StoredTensor, read_into, write_values
-from runtime.atomic_files import Source
+from checkpoints.file import describe_load_error
+from formats.lazy_model import LazyTensor, read_into, write_values
+from runtime.atomic_files import FileSource
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {
@@ -35,16 +35,16 @@ def is_zip(path: str) -> bool:
 
 
 def read_torch_file(path: str):
-    """What torch.save wrote, with a StoredTensor for each tensor. Raises ValueError where it is
+    """What torch.save wrote, with a LazyTensor for each tensor. Raises ValueError where it is
     damaged or holds more than data."""
     try:
-        source = Source(path)
+        source = FileSource(path)
         records = records_of(path)
         with open(path, "rb") as file:
             content = torch.load(file, map_location="meta", weights_only=True)
         return stored_tensors(content, source, records, {})
     except Exception as error:  # whatever a damaged file may lead the zip and pickle readers to raise
-        raise ValueError(f"{path}: damaged or not a checkpoint ({reason_of(error)})") from error
+        raise ValueError(f"{path}: damaged or not a checkpoint ({describe_load_error(error)})") from error
 
 
 def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
@@ -65,8 +65,8 @@ def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
     return records
 
 
-def stored_tensors(content, source: Source, records: dict[int, zipfile.ZipInfo], seen: dict):
-    """content with a StoredTensor in the place of each tensor on the meta device. What is there
+def stored_tensors(content, source: FileSource, records: dict[int, zipfile.ZipInfo], seen: dict):
+    """content with a LazyTensor in the place of each tensor on the meta device. What is there
     more than once is converted once: a few bytes of pickle can speak of it billions of times."""
     if isinstance(content, torch.Tensor):
         return stored_tensor(content, source, records)
@@ -80,7 +80,7 @@ def stored_tensors(content, source: Source, records: dict[int, zipfile.ZipInfo],
     return seen[id(content)]
 
 
-def stored_tensor(tensor: torch.Tensor, source: Source, records: dict[int, zipfile.ZipInfo]) -> StoredTensor:
+def stored_tensor(tensor: torch.Tensor, source: FileSource, records: dict[int, zipfile.ZipInfo]) -> LazyTensor:
     storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
     offset = getattr(storage, "_checkpoint_offset", None)
     record = records.get(offset)
@@ -98,10 +98,10 @@ def stored_tensor(tensor: torch.Tensor, source: Source, records: dict[int, zipfi
         return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
 
     place, checksum = (source.path, offset, *view), (record.CRC, record.file_size, *view)
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, read, place, checksum)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, read, place, checksum)
 
 
-def read_record(source: Source, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:
+def read_record(source: FileSource, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:
     """The bytes of a record, on the CPU, checked against their sum."""
     values = torch.empty(record.file_size, dtype=torch.uint8)
     with source.open(offset) as file:
@@ -116,7 +116,7 @@ class Storage:
     """What a tensor in the pickle points to."""
 
     key: str
-    tensor: StoredTensor
+    tensor: LazyTensor
 
 
 class Pickler(pickle.Pickler):
@@ -127,7 +127,7 @@ class Pickler(pickle.Pickler):
         self.storages: dict[int, Storage] = {}  # by id, so that a tied tensor is written once
 
     def reducer_override(self, value):
-        if not isinstance(value, StoredTensor):
+        if not isinstance(value, LazyTensor):
             return NotImplemented
         storage = self.storages.setdefault(id(value), Storage(str(len(self.storages)), value))
         strides = [math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape))]

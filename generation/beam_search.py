@@ -38,7 +38,7 @@ def next_logprobs(model: Transformer, cache: KVCache, beams: list[list[int]], re
     start = window_start(length, longest)
     first = read if window_start(read, longest) == start else start  # a cache of another window is of no use
     inputs = torch.tensor([tokens[first:] for tokens in beams], device=model.tok_embeddings.weight.device)  # (beams, T)
-    last = model.hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
+    last = model.forward_hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
     logprobs = model.output(last).float().log_softmax(-1)
     check_numbers(logprobs)
     return logprobs
@@ -98,7 +98,7 @@ def beam_search(
         likeliest, parents, chosen = zip(*live, strict=True)
         beams = [[*beams[parent], token] for parent, token in zip(parents, chosen, strict=True)]
         logprobs = torch.tensor(likeliest, device=device)
-        cache.take(torch.tensor(parents, device=device))
+        cache.select_rows(torch.tensor(parents, device=device))
     if not finished:
         raise ValueError("no token is left to go on with: each is forbidden, or would end the text too soon")
     return finished[:num_best]

@@ -38,7 +38,7 @@ def for_inference(model: Transformer, kind: str, rows: int = 1) -> Transformer:
         weights = [layer.weight for layer in layers]
         return Joined(linear(torch.cat(weights)), [len(weight) for weight in weights])
 
-    packed = Transformer.outline(model.args)
+    packed = Transformer.on_meta(model.args)
     with torch.no_grad():
         packed.tok_embeddings, packed.norm = model.tok_embeddings, model.norm
         packed.rope_cos, packed.rope_sin = model.rope_cos, model.rope_sin

@@ -89,7 +89,7 @@ def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys,
     """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
     holds, from the positions starts (B,) on and before end; and what first_choice says of them. exact:
     whether the longest row reaches to the end."""
-    logits = model.output(model.hidden(tokens, cache, starts, end, exact=exact)).flatten(0, 1)
+    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact=exact)).flatten(0, 1)
     return logits, first_choice(logits, keys.flatten(), **how)
 
 
@@ -185,7 +185,7 @@ class Decoder:
         if not self.cache or self.cache.batch_size != self.batch_size:
             self.cache, self.rows = self.model.new_kv_cache(self.batch_size, length, self.cache_dtype), []
         elif self.cache.length < length:
-            self.cache.lengthen(length)
+            self.cache.grow(length)
 
     def admit(self, waiting: deque[Sequence]):
         """Put the waiting in the place of those that are over; when none waits, close the ranks."""
@@ -197,7 +197,7 @@ class Decoder:
         going_on = self.going_on()
         if going_on and len(going_on) < len(self.rows) and self.tell is None:
             self.rows = [self.rows[row] for row in going_on]
-            self.cache.take(torch.tensor(going_on, device=self.device))
+            self.cache.select_rows(torch.tensor(going_on, device=self.device))
 
     def going_on(self) -> list[int]:
         """The numbers of the rows that are not over."""
@@ -251,7 +251,7 @@ class Decoder:
         for row, sequence in enumerate(sequences):
             tokens[row, : lengths[row]] = torch.tensor(sequence.tokens[-lengths[row] :])
         rows = torch.tensor([self.rows.index(sequence) for sequence in sequences], device=self.device)
-        x = self.model.hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
+        x = self.model.forward_hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
         return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
 
     def tell_on(self) -> list[tuple[Sequence, int]]:

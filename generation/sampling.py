@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
-from runtime.hashing import mix
+from runtime.hashing import splitmix64
 
 SORTED_FIRST = 512  # tokens; a nucleus is rarely larger
 
@@ -54,7 +54,7 @@ def penalize_repeats(logits, seen, penalty: float):
 
 def draw_key(seed: int, sample: int, position: int) -> int:
     """The key of a draw: an int32, hashed of seed, sample and position."""
-    key = mix(mix(mix(seed) + sample) + position) & 0xFFFFFFFF
+    key = splitmix64(splitmix64(splitmix64(seed) + sample) + position) & 0xFFFFFFFF
     return key - (key >> 31 << 32)
 
 

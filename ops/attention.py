@@ -16,7 +16,7 @@ SMALLEST_BLOCK = 128  # rows; smaller ones are slow as products, and many to com
 MOST_BLOCKS = 8
 
 
-def block_ends(length: int) -> list[tuple[int, int]]:
+def row_blocks(length: int) -> list[tuple[int, int]]:
     """Where each block of rows starts and stops."""
     rows = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
     return [(start, min(start + rows, length)) for start in range(0, length, rows)]
@@ -29,7 +29,7 @@ class CausalAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # or every block would be copied
         positions = torch.arange(q.shape[2], device=q.device)
         weights, kept, outputs = [], [], []  # kept: the weights after dropout
-        for start, stop in block_ends(q.shape[2]):
+        for start, stop in row_blocks(q.shape[2]):
             scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)
             is_past = positions[:stop] <= positions[start:stop, None]
             scores = torch.where(is_past, scores, float("-inf"))
@@ -48,7 +48,7 @@ class CausalAttention(torch.autograd.Function):
         # A softmax's backward pass takes each row's sum of its weights times their gradients; output
         # times grad has the same, and is far shorter (FlashAttention, arXiv 2205.14135, appendix B).
         row_sums = (output.to(wide) * grad.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
-        ends = block_ends(q.shape[2])
+        ends = row_blocks(q.shape[2])
         q_grads, k_parts, v_parts = [], [], []
         for (start, stop), weights, kept in zip(ends, saved[: len(ends)], saved[-len(ends) :], strict=True):
             block_grad = grad[:, :, start:stop]
@@ -57,10 +57,10 @@ class CausalAttention(torch.autograd.Function):
             q_grads.append(scores_grad @ k[:, :, :stop])
             k_parts.append(scores_grad.transpose(-2, -1) @ q[:, :, start:stop])  # (B, H, stop, D)
             v_parts.append(kept.transpose(-2, -1) @ block_grad)
-        return torch.cat(q_grads, dim=2), sum_of_prefixes(k_parts, ends), sum_of_prefixes(v_parts, ends), None
+        return torch.cat(q_grads, dim=2), accumulate_prefix_grads(k_parts, ends), accumulate_prefix_grads(v_parts, ends), None
 
 
-def sum_of_prefixes(parts: list, ends: list[tuple[int, int]]):
+def accumulate_prefix_grads(parts: list, ends: list[tuple[int, int]]):
     """The sum (B, H, T, D) of parts (B, H, stop, D), which all begin at 0 and end with their block;
     summed block by block, as nothing is to be added beyond a part's end."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)  # of the sum
@@ -78,7 +78,7 @@ def causal_attention(q, k, v, dropout: float = 0.0):
     return CausalAttention.apply(q, k, v, dropout)
 
 
-def attend_one(q, k, v, mask=None):
+def single_query_attention(q, k, v, mask=None):
     """The same for the queries of one position, which see all keys, or where a mask (B, 1, 1, S) is true:
     q (B, n_kv_heads, G, D), as many as share a key, k and v (B, n_kv_heads, S, D). As sums and products,
     which the compiler makes into loops that read each key and value once; uncompiled they are slow."""

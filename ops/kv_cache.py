@@ -33,19 +33,19 @@ class KVCache:
     def length(self) -> int:
         return self.keys[0].shape[2]
 
-    def lengthen(self, length: int):
+    def grow(self, length: int):
         """Make room for more positions, up to length."""
         added = (0, 0, 0, length - self.length)
         self.keys = [F.pad(keys, added) for keys in self.keys]
         self.values = [F.pad(values, added) for values in self.values]
 
-    def take(self, rows):
+    def select_rows(self, rows):
         """Keep these rows (N,), in this order; one may be there several times."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
 
 
-class Place(NamedTuple):
+class ForwardContext(NamedTuple):
     """Where the tokens (B, T) of a forward pass stand, and what was read before them."""
 
     cos: torch.Tensor  # of their positions, ([B,] T, head_dim/2)
@@ -56,7 +56,7 @@ class Place(NamedTuple):
     rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
     mask: torch.Tensor | None = None  # which positions each token sees (B, 1, T, end); None: it is causal
 
-    def remember(self, layer: int, k, v):
+    def update_kv_cache(self, layer: int, k, v):
         """Store k and v (B, n_kv_heads, T, head_dim) in the cache, in its number format; returns those
         of all positions up to the end."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]

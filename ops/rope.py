@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-LONGEST = 2**31  # a context beyond it is damage
+MAX_CONTEXT = 2**31  # a context beyond it is damage
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class RopeScaling:
     (arXiv 2306.15595). llama3: only those whose wavelength is long beside the original context,
     with a ramp between the two limits (Llama 3.1). Raises ValueError for impossible values."""
 
-    kind: Literal["linear", "llama3"]
+    type: Literal["linear", "llama3"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope scaling of type {self.kind!r}: linear and llama3 are known")
+        if self.type not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling of type {self.type!r}: linear and llama3 are known")
         if not (0 < self.factor < 1e6 and 0 < self.low_freq_factor < self.high_freq_factor < 1e6):
             raise ValueError(f"{self}: factors must be positive, and low_freq_factor below high_freq_factor")
-        if not 1 <= self.original_max_seq_len < LONGEST:
-            raise ValueError(f"{self}: original_max_seq_len must be at least 1 and below {LONGEST}")
+        if not 1 <= self.original_max_seq_len < MAX_CONTEXT:
+            raise ValueError(f"{self}: original_max_seq_len must be at least 1 and below {MAX_CONTEXT}")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None):
@@ -39,14 +39,14 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     if scaling is None:
         return frequencies
     kept = 0.0  # share of the frequency as it was: none of it, or growing with the turns in a context
-    if scaling.kind == "llama3":
+    if scaling.type == "llama3":
         turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
 
-def rope_tables(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None):
+def precompute_rope_cache(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None):
     """Cosine and sine of every position's angles (arXiv 2104.09864), each (length, head_dim/2)."""
     frequencies = rope_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(length).float(), frequencies)

@@ -55,7 +55,7 @@ def write_atomically(path: str, content: bytes):
 
 
 @contextlib.contextmanager
-def only_writer(folder: str):
+def run_lock(folder: str):
     """Make the folder and keep other writers out of it as long as the block runs. Raises
     ValueError where another process has it, OSError where it cannot be written."""
     os.makedirs(folder, exist_ok=True)
@@ -86,11 +86,11 @@ class AtomicFolder:
             raise ValueError(f"{self.path}: is a link; name the folder itself")
         if os.path.isdir(self.path) and os.path.samefile(self.path, os.getcwd()):
             raise ValueError(f"{self.path}: is the folder you are in; name another")
-        self.check_what_gives_way()
+        self.check_replaceable()
         os.makedirs(self.partial)
         return self.partial
 
-    def check_what_gives_way(self):
+    def check_replaceable(self):
         for name in sorted(os.listdir(self.path)) if os.path.isdir(self.path) else ():
             if not (self.may_replace(name) and os.path.isfile(os.path.join(self.path, name))):
                 raise ValueError(f"{self.path}: holds other things ({name}); name a new or an empty folder")
@@ -102,7 +102,7 @@ class AtomicFolder:
                 for name in os.listdir(self.partial):
                     sync_file(os.path.join(self.partial, name))
                 sync_folder(self.partial)
-                self.check_what_gives_way()  # again: writing may have taken long
+                self.check_replaceable()  # again: writing may have taken long
                 if os.path.isdir(self.path):
                     os.rename(self.path, old)
                 os.rename(self.partial, self.path)
@@ -120,7 +120,7 @@ def sync_file(path: str):
         os.fsync(file.fileno())
 
 
-class Source:
+class FileSource:
     """A file whose tensors are read later: it must still be the file that it was, so that no model
     is made of the halves of two."""
 

@@ -63,7 +63,7 @@ def peak_flops(device: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def keep_freed_memory():
+def disable_malloc_trim():
     """Have the C library keep what this process frees. A training step frees and takes the same large
     tensors again; by default glibc hands each back to the kernel, which clears every page anew."""
     if platform.libc_ver()[0] == "glibc":

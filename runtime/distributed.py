@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-SHORTEST_PATIENCE = 60.0  # seconds for which the first process to start waits for the last, at the least
+MIN_RENDEZVOUS_TIMEOUT = 60.0  # seconds for which the first process to start waits for the last, at the least
 
 
-class World(NamedTuple):
+class DistContext(NamedTuple):
     """Which process this is. Processes agree with each other over gloo, on the CPU, so that
     asking costs the accelerator no synchronization."""
 
@@ -31,7 +31,7 @@ class World(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         """The element-wise sums over all processes, known to all."""
         if self.size == 1:
             return values
@@ -39,38 +39,38 @@ class World(NamedTuple):
         dist.all_reduce(total)
         return total.tolist()
 
-    def wait(self):
+    def barrier(self):
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, number: int) -> bool:
+    def all_equal(self, number: int) -> bool:
         """Whether it is the same in all processes, which all learn alike."""
-        return not self.any(self.sum([float(number)])[0] != float(number) * self.size)
+        return not self.any_rank(self.all_reduce_sum([float(number)])[0] != float(number) * self.size)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether it is true in any process."""
-        return self.sum([float(flag)])[0] > 0
+        return self.all_reduce_sum([float(flag)])[0] > 0
 
-    def mesh_of_its_own(self, timeout: float):
+    def new_cpu_mesh(self, timeout: float):
         """All processes, on the CPU, in a group for a thread of its own: what they say to each other there
-        is not mixed up with what is said here. timeout: as of join_world."""
+        is not mixed up with what is said here. timeout: as of init_distributed."""
         from torch.distributed.device_mesh import DeviceMesh
 
         return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)), "cpu")
 
 
-def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
+def init_distributed(device: str, timeout: float = 600.0) -> tuple[DistContext, str]:
     """Meet the other processes of torchrun; returns our place among them and our own device. timeout:
     seconds for which a process waits for the others before it ends (at the start, a minute or more)."""
     if "RANK" not in os.environ:
-        return World(), device
+        return DistContext(), device
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if name not in os.environ]:
         raise ValueError(
             f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, or unset it"
         )
-    world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    world = DistContext(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
     if device.startswith("cuda"):
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -79,18 +79,18 @@ def join_world(device: str, timeout: float = 600.0) -> tuple[World, str]:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    to_meet = datetime.timedelta(seconds=max(timeout, SHORTEST_PATIENCE))
-    atexit.register(end_at_once)  # unless we part in order
-    with lost_processes_in_words("in time to begin"):
+    to_meet = datetime.timedelta(seconds=max(timeout, MIN_RENDEZVOUS_TIMEOUT))
+    atexit.register(hard_exit)  # unless we part in order
+    with translate_dist_errors("in time to begin"):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
-        store = dist.PrefixStore(agree_on_name(store, world, to_meet.total_seconds()), store)
+        store = dist.PrefixStore(negotiate_store_prefix(store, world, to_meet.total_seconds()), store)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=to_meet)
         dist.barrier()
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
     return world, device
 
 
-def agree_on_name(store, world: World, patience: float) -> str:
+def negotiate_store_prefix(store, world: DistContext, patience: float) -> str:
     """A name for this start of the processes, which no earlier one had. torchrun's store outlives its
     restarts, and processes that read there the addresses of dead ones would wait for them forever.
 
@@ -116,7 +116,7 @@ def agree_on_name(store, world: World, patience: float) -> str:
 
 
 @contextlib.contextmanager
-def lost_processes_in_words(in_time: str):
+def translate_dist_errors(in_time: str):
     """Raise ValueError in place of what PyTorch says when another process ends, or does not answer in_time."""
     try:
         yield
@@ -129,7 +129,7 @@ def lost_processes_in_words(in_time: str):
         raise ValueError(f"this process ends because {reason}; its own lines may say why") from error
 
 
-def end_at_once():
+def hard_exit():
     """With status 1, also after Ctrl-C. A process group whose members are gone, or about to go, is not taken
     down in order: that would sometimes abort."""
     try:
@@ -140,30 +140,30 @@ def end_at_once():
         os._exit(1)
 
 
-def leave_world():
+def shutdown_distributed():
     """Part in order: a process that leaves while others still talk to it makes them abort, and so
     does a model in DDP that lives on, in a cycle of references, after its process group."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
-    atexit.unregister(end_at_once)
+    atexit.unregister(hard_exit)
 
 
-def is_share(value) -> bool:
+def is_dtensor(value) -> bool:
     """Whether a tensor is one process's share of a whole (a DTensor)."""
     return hasattr(value, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all processes' shares, which all must ask for; any other as it is."""
-    return tensor.full_tensor() if is_share(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def share_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """This process's share of a whole tensor that each process has, cut as own is; all of it where
     own is whole. Zeros for a tensor whose values come later."""
-    if not is_share(own):
+    if not is_dtensor(own):
         return tensor
     if tensor.is_meta:
         return torch.zeros_like(own)

@@ -19,15 +19,15 @@ import pytest
 import torch
 
 import configurator
-from checkpoints.file import is_in_shares, load_checkpoint
-from checkpoints.manager import newest_checkpoint
+from checkpoints.file import is_sharded_checkpoint, load_checkpoint
+from checkpoints.manager import load_latest
 from model import Transformer, parameter_shapes
 from runtime.atomic_files import write_atomically
 from tests.nursery import CAN_FORK, ROOT, Command, prepare_to_fork
 from textdata.synthetic import story
 from textdata.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tinystories import Pretokenize, run_pretokenize
-from training.parallel import fill
+from training.parallel import load_weights
 
 VOCAB_SIZE = 512
 
@@ -137,24 +137,24 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 
 def weights_in(path: str) -> dict:
     """A checkpoint's, in one file or in shares."""
-    from checkpoints.sharded import read_outline, with_whole_tensors
+    from checkpoints.sharded import gather_full_state, open_sharded
 
-    if is_in_shares(path):
-        return with_whole_tensors(read_outline(path))["model"]
+    if is_sharded_checkpoint(path):
+        return gather_full_state(open_sharded(path))["model"]
     return load_checkpoint(path)["model"]
 
 
 def largest_difference(a: Path, b: Path) -> float:
     """Between the weights of two runs' newest checkpoints."""
-    a, b = (weights_in(newest_checkpoint(str(out_dir), lambda text: None)[0]) for out_dir in (a, b))
+    a, b = (weights_in(load_latest(str(out_dir), lambda text: None)[0]) for out_dir in (a, b))
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def load_model(path: str) -> tuple[Transformer, dict]:
     """The model of a checkpoint, as a run goes on with it, and the checkpoint."""
     checkpoint = load_checkpoint(path)
-    model = Transformer.empty(checkpoint["model_args"])
-    fill(model, ((name, checkpoint["model"][name]) for name, _ in parameter_shapes(model.args)))
+    model = Transformer.uninitialized(checkpoint["model_args"])
+    load_weights(model, ((name, checkpoint["model"][name]) for name, _ in parameter_shapes(model.args)))
     return model.eval(), checkpoint
 
 

@@ -234,8 +234,8 @@ def test_a_checkpoint_survives_a_disk_that_fills_up(run_script, place, small_dis
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(run_script, place):
-    from runtime.atomic_files import only_writer
+    from runtime.atomic_files import run_lock
 
-    with only_writer(str(place / "shared")):
+    with run_lock(str(place / "shared")):
         result = run_script(*TRAIN, "--out_dir=shared", cwd=place)
     assert result.returncode == 1 and "another process is writing here" in result.stderr

@@ -31,7 +31,7 @@ def random_tokens(*shape) -> torch.Tensor:
 @pytest.fixture(params=[512, 0], ids=["plain", "fused"])
 def attention(request, monkeypatch):
     """Both ways to compute attention on a CPU."""
-    monkeypatch.setattr(model_module, "PLAIN_ATTENTION_MAX_LEN", request.param)
+    monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", request.param)
 
 
 def halves_layout(weight, heads: int):
@@ -130,7 +130,7 @@ def test_a_cache_that_was_used_reads_like_a_new_one():
 def test_both_ways_of_attention_have_the_same_gradients(monkeypatch):
     tokens, gradients = random_tokens(2, 41), []
     for longest in (512, 0):
-        monkeypatch.setattr(model_module, "PLAIN_ATTENTION_MAX_LEN", longest)
+        monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", longest)
         model = random_model(n_kv_heads=2)
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -328,12 +328,12 @@ def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
     whole, _ = model(tokens)
     cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
-        model.hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
-    cache.take(torch.tensor([4, 3, 2]))
+        model.forward_hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
+    cache.select_rows(torch.tensor([4, 3, 2]))
     starts = torch.tensor(lengths)
     for step in (1, 3, 1):
         places = starts[:, None] + torch.arange(step)
-        x = model.hidden(tokens.gather(1, places), cache, starts, int(starts.max()) + step)
+        x = model.forward_hidden(tokens.gather(1, places), cache, starts, int(starts.max()) + step)
         expected = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
         torch.testing.assert_close(model.output(x), expected, atol=1e-5, rtol=1e-5)
         starts = starts + step

@@ -11,7 +11,7 @@ import torch
 import sample
 from checkpoints.file import save_checkpoint, write_model_args
 from formats import llama2c
-from formats.lazy_model import stored
+from formats.lazy_model import from_model
 from generation.beam_search import beam_search
 from generation.engine import continuation
 from generation.streaming import Story, generate
@@ -36,7 +36,7 @@ def out_dir(model, tokenizer, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("out")
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(folder / "ckpt.pt"), checkpoint | dict(tokenizer_hash=tokenizer.hash))
-    llama2c.write(stored(model), str(folder / "model.bin"))
+    llama2c.write(from_model(model), str(folder / "model.bin"))
     write_atomically(str(folder / "tokenizer.model"), tokenizer.content)
     return str(folder)
 
@@ -211,7 +211,7 @@ def test_a_model_that_has_come_to_nothing_is_said_to(model, tokenizer, tokenizer
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.norm.weight.fill_(3e38)  # its products overflow
-    llama2c.write(stored(broken), str(tmp_path / "model.bin"))
+    llama2c.write(from_model(broken), str(tmp_path / "model.bin"))
     (tmp_path / "a.txt").write_text("Once upon a time")
     for more in (["--start=Once"], ["--num_beams=2"], [f"--score={tmp_path}/a.txt"]):
         arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--format=jsonl")
@@ -310,7 +310,7 @@ def test_a_story_ends_where_the_model_says_so(name, run_sample, tokenizer, token
         model.tok_embeddings.weight.fill_(1)
         model.norm.weight.fill_(1)
         model.output.weight[getattr(tokenizer, name)] = 1
-    llama2c.write(stored(model), str(tmp_path / "model.bin"))
+    llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--temperature=0")
     status, output, error = run_sample(*arguments, "--start=The end")
     assert status == 0 and text_of(output) == "The end\n"
@@ -407,7 +407,7 @@ def test_a_mistake_is_refused_in_one_sentence(arguments, status, said, run_sampl
 
 
 def test_without_a_tokenizer_beside_the_model_one_must_be_named(run_sample, model, tmp_path):
-    llama2c.write(stored(model), str(tmp_path / "model.bin"))
+    llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     status, _, error = run_sample(f"--init_from={tmp_path}/model.bin")
     assert status == 1 and len(error.splitlines()) == 1
     assert f"no tokenizer.model beside {tmp_path}/model.bin" in error and "--tokenizer=PATH" in error

@@ -15,9 +15,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 import tinystories
-from runtime.atomic_files import only_writer
+from runtime.atomic_files import run_lock
 from tests.conftest import ROOT, VOCAB_SIZE, write_stories
 from textdata import corpus, download
+from textdata import pretokenize as pretokenize_module
 from textdata.token_shards import read_meta
 from textdata.tokenizer import load_tokenizer
 from tinystories import ARCHIVE, STORIES, main
@@ -265,7 +266,7 @@ def test_how_much_is_tokenized_at_a_time_makes_no_difference(stage, own, tmp_pat
     stage("pretokenize", *own)
     expected = [tokens.tolist() for tokens in tokens_of("out/tok512")]
     shutil.rmtree("out")
-    monkeypatch.setattr(tinystories, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(pretokenize_module, "BATCH_CHARACTERS", characters)
     stage("pretokenize", *own)
     assert [tokens.tolist() for tokens in tokens_of("out/tok512")] == expected
 
@@ -534,16 +535,16 @@ def test_an_interrupted_run_keeps_the_files_it_has_done(stage, own, monkeypatch)
             raise KeyboardInterrupt
         return tokenize_file(job, *args)
 
-    tokenize_file = tinystories.tokenize_file
-    monkeypatch.setattr(tinystories, "tokenize_file", interrupted)
+    tokenize_file = pretokenize_module.tokenize_file
+    monkeypatch.setattr(pretokenize_module, "tokenize_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage("pretokenize", *own)
-    monkeypatch.setattr(tinystories, "tokenize_file", tokenize_file)
+    monkeypatch.setattr(pretokenize_module, "tokenize_file", tokenize_file)
     assert "2 of 3 file(s) unchanged" in stage("pretokenize", *own)
 
 
 def test_while_one_run_writes_another_is_refused(stage, own):
-    with only_writer("out"), pytest.raises(ValueError, match="out: another process is writing here"):
+    with run_lock("out"), pytest.raises(ValueError, match="out: another process is writing here"):
         stage("pretokenize", *own)
     stage("pretokenize", *own)
 

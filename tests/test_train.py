@@ -23,7 +23,7 @@ from formats import llama2c
 from model import ModelArgs, Transformer
 from tests.conftest import load_model
 from tests.nursery import run_together
-from textdata.token_shards import TokenWindows
+from textdata.token_shards import TokenDataset
 from train import check_against_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,6 +282,6 @@ def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, 
             return self
 
     model = Model(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=512, max_seq_len=16))
-    run = SimpleNamespace(model=model, device="cpu", val_windows=TokenWindows(token_folder, "val", 16, tails=True))
+    run = SimpleNamespace(model=model, device="cpu", val_windows=TokenDataset(token_folder, "val", 16, include_partial=True))
     with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="where the CPU computes"):
         check_against_cpu(run)

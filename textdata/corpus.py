@@ -18,7 +18,7 @@ LONGEST_PIECE = 2**22  # characters; a longer document is cut at a space, to bou
 LONGEST_RECORD = 2**26  # characters; a longer JSON record is taken for damage
 
 
-class Piece(NamedTuple):
+class DocumentChunk(NamedTuple):
     """A document, or one part of a very long one."""
 
     text: str
@@ -40,7 +40,7 @@ def find_files(path: str) -> list[str]:
     return files
 
 
-def read_pieces(path: str, separator: str = "", progress=lambda position: None) -> Iterator[Piece]:
+def read_documents(path: str, separator: str = "", progress=lambda position: None) -> Iterator[DocumentChunk]:
     """Yield the file's documents, stripped of space around them, the empty ones left out.
 
     progress is called with the bytes read so far. Raises ValueError, naming the file, for what
@@ -56,32 +56,32 @@ def read_pieces(path: str, separator: str = "", progress=lambda position: None) 
 
             for piece in reader(read_block, separator):
                 if text := piece.text.strip():
-                    yield Piece(text, piece.starts_document)
+                    yield DocumentChunk(text, piece.starts_document)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it, with iconv say") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_text(read_block, separator: str) -> Iterator[Piece]:
+def read_text(read_block, separator: str) -> Iterator[DocumentChunk]:
     boundary = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n\s*")
     rest, starts_document = "", True
     while block := read_block():
         # The last document may go on in the next block, and a separator may be cut by its end.
         *documents, rest = boundary.split(rest + block)
         for text in documents:
-            yield Piece(text, starts_document)
+            yield DocumentChunk(text, starts_document)
             starts_document = True
         while len(rest) > LONGEST_PIECE:
             # SentencePiece puts a space before each text: it stands for the one we cut at.
             cut = rest.rfind(" ", 1, LONGEST_PIECE)
             cut = cut if cut > 0 else LONGEST_PIECE
-            yield Piece(rest[:cut], starts_document)
+            yield DocumentChunk(rest[:cut], starts_document)
             rest, starts_document = rest[cut:], False
-    yield Piece(rest, starts_document)
+    yield DocumentChunk(rest, starts_document)
 
 
-def read_json(read_block, separator: str) -> Iterator[Piece]:
+def read_json(read_block, separator: str) -> Iterator[DocumentChunk]:
     """Objects of an array, or one after the other; each is decoded as soon as it is whole."""
     decode, text, at, number = json.JSONDecoder().raw_decode, "", 0, 0
     between = re.compile(r"\s*,?\s*")
@@ -100,7 +100,7 @@ def read_json(read_block, separator: str) -> Iterator[Piece]:
                 if block and len(text) - at < LONGEST_RECORD:
                     break  # not whole yet
                 raise ValueError(f"record {number + 1} is not whole JSON: {error.msg}") from None
-            yield Piece(story_of(record, number + 1), True)
+            yield DocumentChunk(record_text(record, number + 1), True)
             at, number = end, number + 1
         if not block:
             if is_array:
@@ -108,7 +108,7 @@ def read_json(read_block, separator: str) -> Iterator[Piece]:
             return
 
 
-def story_of(record, number: int) -> str:
+def record_text(record, number: int) -> str:
     text = record.get("story", record.get("text")) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'record {number} has no text under "story" or "text"')

@@ -21,17 +21,17 @@ LONGEST_WORD = 40  # characters of a word worth remembering
 KNOWN = (Piece.NORMAL, Piece.USER_DEFINED)  # kinds of pieces that a text is cut into
 
 
-def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
+def is_word_separable(tokenizer: Tokenizer) -> bool:
     """Whether every word of a text gets the tokens that it would get alone."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return False
-    if not tokenizer.is_bpe or not tokenizer.has_dummy_prefix or tokenizer.changes_text:
+    if not tokenizer.is_bpe or not tokenizer.has_dummy_prefix or tokenizer.normalizes:
         return False
     has_space = any(piece == "▁" and kind in KNOWN for piece, _, kind in tokenizer.pieces)
     return has_space and not any(re.search("[^▁]▁| ", piece) for piece, _, _ in tokenizer.pieces)
 
 
-class Words(dict):
+class WordCache(dict):
     """From a word to the bytes of its ids; one that is missing is encoded, and remembered."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer, dtype: np.dtype):
@@ -49,7 +49,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
         self.tokenizer, self.dtype = tokenizer, dtype
-        self.words = Words(tokenizer, dtype) if cuts_at_spaces(tokenizer) else None
+        self.words = WordCache(tokenizer, dtype) if is_word_separable(tokenizer) else None
 
     def encode(self, texts: list[str], num_threads: int = 1) -> list[bytes]:
         """The bytes of each text's ids, without begin or end of text. The threads are for the texts

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from runtime.hashing import mix
-from textdata.token_shards import TokenWindows
+from runtime.hashing import splitmix64
+from textdata.token_shards import TokenDataset
 
 
-def shuffled(index: int, count: int, key: int) -> int:
+def feistel_permute(index: int, count: int, key: int) -> int:
     """Where index goes in the permutation of range(count) that belongs to key.
 
     A Feistel network permutes the smallest power of four that holds count, and is walked until
@@ -30,17 +30,17 @@ def shuffled(index: int, count: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for round_key in range(4):
-            left, right = right, left ^ (mix(right + mix(key + round_key)) & mask)
+            left, right = right, left ^ (splitmix64(right + splitmix64(key + round_key)) & mask)
         index = left << half | right
         if index < count:
             return index
 
 
-def training_window(position: int, count: int, seed: int) -> int:
+def epoch_index(position: int, count: int, seed: int) -> int:
     """The window that the run reads at this position: all count windows once an epoch, in
     another order each time."""
     epoch, index = divmod(position, count)
-    return shuffled(index, count, mix(seed + mix(epoch + 1)))
+    return feistel_permute(index, count, splitmix64(seed + splitmix64(epoch + 1)))
 
 
 def collate(windows: list[np.ndarray], batch_size: int, seq_len: int):
@@ -54,24 +54,24 @@ def collate(windows: list[np.ndarray], batch_size: int, seq_len: int):
     return inputs, targets
 
 
-def training_indices(windows: TokenWindows, seed: int, batch_size: int, position: int) -> list[int]:
+def training_indices(windows: TokenDataset, seed: int, batch_size: int, position: int) -> list[int]:
     """The windows of the batch whose first sequence stands at this position in the run."""
-    return [training_window(position + i, len(windows), seed) for i in range(batch_size)]
+    return [epoch_index(position + i, len(windows), seed) for i in range(batch_size)]
 
 
 def dropout_seed(seed: int, position: int) -> int:
     """Dropout is a function of the batch's position, like the data: the same on any number of processes."""
-    return mix(mix(seed) + position)
+    return splitmix64(splitmix64(seed) + position)
 
 
-def training_batches(windows: TokenWindows, seed: int, batch_size: int, positions: Iterable[int]) -> Iterator:
+def training_batches(windows: TokenDataset, seed: int, batch_size: int, positions: Iterable[int]) -> Iterator:
     """One (inputs, targets) for every position, which is where its first sequence stands in the run."""
     for position in positions:
         indices = training_indices(windows, seed, batch_size, position)
         yield collate([windows[i] for i in indices], batch_size, windows.seq_len)
 
 
-def evaluation_batches(windows: TokenWindows, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1):
+def evaluation_batches(windows: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1):
     """This rank's share of num_batches batches spread evenly over the split, 0 for all of it: the same
     windows at every evaluation. Every rank gets as many, of which the last may have no targets."""
     wanted = min(num_batches * batch_size or len(windows), len(windows))

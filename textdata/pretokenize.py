@@ -15,25 +15,25 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from runtime.atomic_files import write_atomically
-from runtime.distributed import World
-from textdata.corpus import read_pieces
+from runtime.distributed import DistContext
+from textdata.corpus import read_documents
 from textdata.fast_encoder import Encoder
-from textdata.token_shards import META_FILE, ShardWriter, split_point, write_meta
+from textdata.token_shards import META_FILE, ShardWriter, train_val_cut, write_meta
 from textdata.tokenizer import load_tokenizer
 
 BATCH_CHARACTERS = 2**20  # of text handed to SentencePiece at a time
 
 
-def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, world: World):
+def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, world: DistContext):
     """Run the jobs that are not done yet, each process its share of them, recording each as it ends;
     meta.json is complete only after the last."""
-    done = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
+    done = {json.dumps(shard["job"]): shard for shard in finished_shards(folder)}
     finished = [done[json.dumps(job)] for job in jobs if json.dumps(job) in done]
     waiting = [job for job in jobs if json.dumps(job) not in done]
     others = {shard["job"]["source"] for shard in done.values()} - {job["source"] for job in jobs}
     if others and len(others) == len(done):
         raise ValueError(f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir")
-    world.wait()  # until all know what is done
+    world.barrier()  # until all know what is done
     if world.is_main:
         if finished:
             print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
@@ -49,33 +49,33 @@ def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, wor
             write_atomically(os.path.join(folder, f"part{world.rank}.json"), part.encode())
 
     run_jobs(waiting[world.rank :: world.size], folder, num_workers, record, world.is_main)
-    world.wait()
+    world.barrier()
     if world.is_main:
-        recorded = {json.dumps(shard["job"]): shard for shard in recorded_shards(folder)}
-        complete(folder, meta, [recorded[json.dumps(job)] for job in jobs])
+        recorded = {json.dumps(shard["job"]): shard for shard in finished_shards(folder)}
+        finalize_metadata(folder, meta, [recorded[json.dumps(job)] for job in jobs])
 
 
-def complete(folder: str, meta: dict, shards: list[dict]):
+def finalize_metadata(folder: str, meta: dict, shards: list[dict]):
     """Write the whole meta.json, and remove what is of files that are gone or of an interrupted run."""
     for name in set(os.listdir(folder)) - {shard["file"] for shard in shards}:
         if name.endswith((".bin", ".partial")):
             os.remove(os.path.join(folder, name))
     tokens = {split: sum(s[split][1] - s[split][0] for s in shards) for split in ("train", "val")}
     write_meta(folder, meta | {"shards": shards, "complete": True, "tokens": tokens})
-    for path in part_files(folder):
+    for path in rank_metadata_files(folder):
         os.remove(path)
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(shards)} shard(s)")
 
 
-def part_files(folder: str) -> list[str]:
+def rank_metadata_files(folder: str) -> list[str]:
     """What processes but the first have recorded."""
     return glob.glob(os.path.join(glob.escape(folder), "part*.json"))
 
 
-def recorded_shards(folder: str) -> list[dict]:
+def finished_shards(folder: str) -> list[dict]:
     """The shards of an earlier run, or of this one so far, that are still whole."""
     found = []
-    for record in (os.path.join(folder, META_FILE), *part_files(folder)):
+    for record in (os.path.join(folder, META_FILE), *rank_metadata_files(folder)):
         try:
             with open(record, encoding="utf-8") as file:
                 meta = json.load(file)
@@ -101,10 +101,10 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: boo
         stack.enter_context(bar)
         if workers < 2:
             for job in jobs:
-                count_bytes(bytes_read)
+                init_worker(bytes_read)
                 record(tokenize_file(job, folder, threads, lambda: bar.update(bytes_read.value - bar.n)))
             return
-        pool = ProcessPoolExecutor(workers, context, count_bytes, (bytes_read, True))
+        pool = ProcessPoolExecutor(workers, context, init_worker, (bytes_read, True))
         stack.callback(pool.shutdown, cancel_futures=True)
         earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the workers are ready for it
         try:
@@ -121,7 +121,7 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: boo
                     raise ValueError("a worker was killed (out of memory?); try fewer with --num_workers=1") from None
 
 
-def count_bytes(counter, in_worker: bool = False):
+def init_worker(counter, in_worker: bool = False):
     """Have tokenize_file count what it reads here. A worker ends silently with Ctrl-C, and with
     its parent, however that dies."""
     global bytes_read
@@ -148,14 +148,14 @@ def tokenize_file(job: dict, folder: str, num_threads: int, on_progress=lambda: 
     with ShardWriter(path, tokenizer.vocab_size) as writer:
         encoder = Encoder(tokenizer, writer.dtype)
         batch, characters = [], 0
-        for piece in read_pieces(job["source"], job["separator"], progress):
+        for piece in read_documents(job["source"], job["separator"], progress):
             batch.append(piece)
             characters += len(piece.text)
             if characters > BATCH_CHARACTERS:
                 write_batch(writer, encoder, batch, num_threads)
                 batch, characters = [], 0
         write_batch(writer, encoder, batch, num_threads)
-    cut = split_point(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
+    cut = train_val_cut(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
     return {"file": job["file"], "tokens": writer.tokens, "train": [0, cut], "val": [cut, writer.tokens], "job": job}
 
 

@@ -393,7 +393,7 @@ def mistake(rng):
 
     {parent} gave {hero.him} a [big|long] hug. "I am sad about the {spoiled}," said {parent}, "but I am
     [glad|proud] that you told me the truth. [Everybody makes mistakes.|That was very brave.] We can make it
-    good again." Together, they {repair}.
+    good again." CombinedOptimizer, they {repair}.
 
     {hero} [felt happy again|felt much better]. [{hero.He} learned that it is good to tell the truth.|From
     that day on, {hero} always told the truth.|That night, {hero} slept very well.]""",

@@ -12,7 +12,7 @@ from runtime.atomic_files import AtomicFile, write_atomically
 META_FILE = "meta.json"
 
 
-def tokens_folder(data_dir: str, vocab_source: str, vocab_size: int) -> str:
+def token_dir(data_dir: str, vocab_source: str, vocab_size: int) -> str:
     """Where the tokens of a vocabulary are: DATA_DIR/llama2 or DATA_DIR/tokSIZE."""
     return os.path.join(data_dir, "llama2" if vocab_source == "llama2" else f"tok{vocab_size}")
 
@@ -42,7 +42,7 @@ class ShardWriter(AtomicFile):
         self.tokens += len(ids) // self.dtype.itemsize
 
 
-def split_point(path: str, dtype: np.dtype, bos_id: int, val_fraction: float) -> int:
+def train_val_cut(path: str, dtype: np.dtype, bos_id: int, val_fraction: float) -> int:
     """Where to cut a shard so that its last val_fraction validates: at the first document
     that begins there, or right there if none does."""
     tokens = np.memmap(path, dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype)
@@ -82,15 +82,15 @@ def read_meta(folder: str) -> dict:
     return meta
 
 
-class TokenWindows:
+class TokenDataset:
     """The windows of seq_len + 1 tokens of one split, in which consecutive windows share one
     token, so that every token but a shard's first is predicted once.
 
     Windows are read from the file, not mapped: mapped pages would count as resident memory and
-    grow to the size of the data. tails: whether the shorter window at a shard's end counts
+    grow to the size of the data. include_partial: whether the shorter window at a shard's end counts
     (evaluation) or not (training). Raises ValueError where there is less than one window."""
 
-    def __init__(self, folder: str, split: str, seq_len: int, tails: bool = False):
+    def __init__(self, folder: str, split: str, seq_len: int, include_partial: bool = False):
         meta = read_meta(folder)
         self.seq_len, self.dtype, self.vocab_size = seq_len, np.dtype(meta["dtype"]), meta["vocab_size"]
         self.shards, counts = [], []
@@ -98,15 +98,15 @@ class TokenWindows:
             path, (start, stop) = os.path.join(folder, shard["file"]), shard[split]
             self.check_size(path, shard["tokens"])
             predicted = max(0, stop - start - 1)
-            counts.append(-(-predicted // seq_len) if tails else predicted // seq_len)
+            counts.append(-(-predicted // seq_len) if include_partial else predicted // seq_len)
             self.shards.append((path, start, stop))
         self.ends = np.cumsum(counts, dtype=np.int64)  # windows up to and with each shard
         if not len(self):
             longest = max((stop - start for _, start, stop in self.shards), default=0)
-            need = 2 if tails else seq_len + 1
+            need = 2 if include_partial else seq_len + 1
             raise ValueError(
                 f"{folder}: the longest {split} shard has {longest} tokens, but one window takes {need}; "
-                + ("raise --val_fraction or add text" if tails else "lower --max_seq_len or add text")
+                + ("raise --val_fraction or add text" if include_partial else "lower --max_seq_len or add text")
             )
 
     @property
@@ -124,7 +124,7 @@ class TokenWindows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def place(self, index: int) -> tuple[str, int, int]:
+    def locate(self, index: int) -> tuple[str, int, int]:
         """The file of a window, which of its tokens is the first, and how many there are."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         path, start, stop = self.shards[shard]
@@ -133,7 +133,7 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Window index as int64 ids (seq_len + 1,), or fewer at a tail."""
-        path, first, count = self.place(index)
+        path, first, count = self.locate(index)
         tokens = np.fromfile(path, self.dtype, count, offset=first * self.dtype.itemsize)
         if len(tokens) != count or tokens.max() >= self.vocab_size:
             raise ValueError(f"{path} changed or is damaged; run python tinystories.py pretokenize again")

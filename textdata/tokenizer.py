@@ -101,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [(piece.piece, piece.score, piece.type) for piece in pieces]
 
     @functools.cached_property
-    def changes_text(self) -> bool:
+    def normalizes(self) -> bool:
         """Whether it normalizes a text before it cuts it into tokens: other programs do not."""
         normalizer = sentencepiece_model_pb2.ModelProto.FromString(self.content).normalizer_spec
         return bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
@@ -185,7 +185,7 @@ class Llama3Tokenizer(Tokenizer):
         self.stop_ids = frozenset(by_name[name] for name in stops if name in by_name)
 
     @property
-    def is_renamed(self) -> bool:
+    def has_custom_special_tokens(self) -> bool:
         """Whether it has other special tokens than Llama 3, of which content says nothing."""
         return self.special != llama3_special_tokens()
 
@@ -200,12 +200,12 @@ class Llama3Tokenizer(Tokenizer):
 
     @functools.cached_property
     def hash(self) -> str:
-        return hashlib.sha256(self.content + repr(self.special).encode() * self.is_renamed).hexdigest()
+        return hashlib.sha256(self.content + repr(self.special).encode() * self.has_custom_special_tokens).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of the text. The name of a special token in it is text like any other."""
         ids = [self.bos_id] * bos
-        for part in short_runs(text):
+        for part in split_long_runs(text):
             ids += self.encoding.encode_ordinary(part)
         return ids
 
@@ -237,7 +237,7 @@ class Llama3Tokenizer(Tokenizer):
         raise ValueError("tokenizer.bin has no place for a Llama 3 vocabulary; use --format=hf or gguf")
 
 
-def short_runs(text: str) -> Iterator[str]:
+def split_long_runs(text: str) -> Iterator[str]:
     """The text in parts, so that in none of them more than LLAMA3_LONGEST_RUN characters follow
     each other all blank or all not blank. Meta's code cuts at the same places."""
     start, run = 0, re.compile(r"\s+|\S+")
@@ -263,12 +263,12 @@ def load_tokenizer(path: str) -> Tokenizer:
     except (DecodeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks") from error
     try:
-        return with_ends(tokenizer)
+        return require_bos_eos(tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def with_ends(tokenizer: Tokenizer) -> Tokenizer:
+def require_bos_eos(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer. Raises ValueError where it has no tokens to begin and end a text."""
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
         raise ValueError("this vocabulary has no begin and end of text, so it cannot mark documents")

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 
 from runtime.device import autocast
-from runtime.distributed import World
+from runtime.distributed import DistContext
 from textdata.loader import evaluation_batches
-from textdata.token_shards import TokenWindows
+from textdata.token_shards import TokenDataset
 
-ALONE = World()
+SINGLE_PROCESS = DistContext()
 
 
-class Quality(NamedTuple):
+class EvalResult(NamedTuple):
     loss: float  # nats per token
     bits_per_byte: float  # of text; comparable between vocabularies
 
@@ -25,7 +25,7 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, windows: TokenWindows, byte_counts, batch_size: int, num_batches: int, device, dtype, world=ALONE):
+def evaluate(model, windows: TokenDataset, byte_counts, batch_size: int, num_batches: int, device, dtype, world=SINGLE_PROCESS):
     """The Quality of a model over num_batches batches spread over the split, 0 for all of it,
     shared among the processes. byte_counts (V,): bytes of text behind each token.
 
@@ -43,5 +43,5 @@ def evaluate(model, windows: TokenWindows, byte_counts, batch_size: int, num_bat
         before = inputs[targets != -1].numpy()
         text_bytes += int(byte_counts[predicted.numpy()].clip(min=0).sum() + byte_counts[before].clip(max=0).sum())
     model.train(was_training)
-    nats, tokens, text_bytes = world.sum([nats, tokens, text_bytes])
-    return Quality(nats / tokens, nats / math.log(2) / max(1, text_bytes))
+    nats, tokens, text_bytes = world.all_reduce_sum([nats, tokens, text_bytes])
+    return EvalResult(nats / tokens, nats / math.log(2) / max(1, text_bytes))

@@ -48,7 +48,7 @@ def show_micro_batch(run: Run, position: int) -> float:
     for row, number in enumerate(numbers):
         with torch.no_grad(), autocast(run.device, run.dtype):
             loss = run.model(inputs[row : row + 1], targets[row : row + 1])[1].item()
-        path, start, _ = windows.place(number)
+        path, start, _ = windows.locate(number)
         text = run.tokenizer.decode(inputs[row, :24].tolist())
         print(f"{position + row:>10}  {path}:{start}  loss {loss:.4f}  {text[:60]!r}")
     run.model.train()

@@ -14,7 +14,7 @@ from checkpoints.manager import RETRY_SECONDS
 from runtime.atomic_files import AtomicFile, write_atomically
 
 
-class Metrics:
+class MetricsLogger:
     """OUT_DIR/metrics.jsonl. Records from first_step on, of an earlier try that is being run
     again, are dropped, and so is a last line that was cut off."""
 
@@ -23,42 +23,42 @@ class Metrics:
         self.picture = os.path.join(out_dir, "loss.png")
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
         self.file, self.tried_at = None, 0.0
-        self.is_behind = False  # whether the file lacks records
+        self.needs_rewrite = False  # whether the file lacks records
         self.can_draw = True  # as far as is known
-        self.write_anew()
+        self.rewrite()
 
-    def write_anew(self):
+    def rewrite(self):
         self.tried_at = time.monotonic()
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         if self.file:
             self.file.close()
         self.file = open(self.path, "ab", buffering=0)
-        self.is_behind = False
+        self.needs_rewrite = False
 
     def write(self, **record):
         """Add a line; a figure that is no number is written as null, which every reader knows. Raises
         OSError once where it cannot; later calls then try to write all lines again."""
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(record)
-        if self.is_behind:
+        if self.needs_rewrite:
             if not self.tried_at or time.monotonic() - self.tried_at > RETRY_SECONDS:
                 self.finish()
             return
-        self.is_behind, self.tried_at = True, time.monotonic()
+        self.needs_rewrite, self.tried_at = True, time.monotonic()
         line = (json.dumps(record) + "\n").encode()
         if self.file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.is_behind = False
+        self.needs_rewrite = False
 
-    def forget_file(self):
+    def mark_missing(self):
         """It is gone: the next call writes all lines again."""
-        self.is_behind, self.tried_at = True, 0.0
+        self.needs_rewrite, self.tried_at = True, 0.0
 
     def finish(self):
         """Write what is missing, where that can be done now."""
-        if self.is_behind:
+        if self.needs_rewrite:
             with contextlib.suppress(OSError):
-                self.write_anew()
+                self.rewrite()
 
     def draw(self):
         """Training and validation loss over the steps so far. Where matplotlib cannot be imported, or

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from runtime.distributed import share_like
+from runtime.distributed import shard_like
 
 
 def make_optimizer(model, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float):
@@ -25,10 +25,10 @@ def make_optimizer(model, name: str, learning_rate: float, betas: tuple[float, f
     if not hidden:
         return adamw
     muon = torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, adamw)
+    return CombinedOptimizer(muon, adamw)
 
 
-class Together:
+class CombinedOptimizer:
     """Several optimizers, each with parameters of its own, as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
@@ -49,7 +49,7 @@ class Together:
     def state_dict(self) -> dict:
         """As one optimizer with all the groups would write it: the parameters are numbered through."""
         state, groups = {}, []
-        for part, first in zip(self.parts, self.first_numbers(), strict=True):
+        for part, first in zip(self.parts, self.param_offsets(), strict=True):
             own = part.state_dict()
             state |= {number + first: moments for number, moments in own["state"].items()}
             groups += [group | {"params": [n + first for n in group["params"]]} for group in own["param_groups"]]
@@ -57,14 +57,14 @@ class Together:
 
     def load_state_dict(self, saved: dict):
         groups = iter(saved["param_groups"])
-        for part, first in zip(self.parts, self.first_numbers(), strict=True):
+        for part, first in zip(self.parts, self.param_offsets(), strict=True):
             own = [next(groups) for _ in part.param_groups]
             numbers = [number for group in own for number in group["params"]]
             state = {number - first: saved["state"][number] for number in numbers if number in saved["state"]}
             own = [group | {"params": [number - first for number in group["params"]]} for group in own]
             part.load_state_dict({"state": state, "param_groups": own})
 
-    def first_numbers(self) -> list[int]:
+    def param_offsets(self) -> list[int]:
         """The number of each part's first parameter."""
         counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
         return [sum(counts[:i]) for i in range(len(counts))]
@@ -85,7 +85,7 @@ def load_optimizer(optimizer, state: dict, path: str):
             for parameter, number in zip(mine["params"], saved["params"], strict=True):
                 check_moments(state["state"].get(number), moments, parameter)
                 if number in state["state"]:
-                    shared = {name: share_like(state["state"][number][name], parameter) for name in moments}
+                    shared = {name: shard_like(state["state"][number][name], parameter) for name in moments}
                     own[number] = state["state"][number] | shared
         optimizer.load_state_dict({"state": own, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -100,7 +100,7 @@ def check_moments(saved: dict | None, names: tuple[str, ...], parameter):
             raise ValueError(f"a moment is {found}, not {tuple(parameter.shape)} of floating-point numbers")
 
 
-def learning_rate_at(
+def lr_at_step(
     step: int, peak: float, floor: float, warmup_steps: int, total_steps: int, kind: str = "cosine", cooldown=0.2
 ) -> float:
     """The rate of update number step, counted from 0: rising in a line over warmup_steps, of which

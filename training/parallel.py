@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Transformer
-from runtime.distributed import share_like
+from runtime.distributed import shard_like
 
 
 def shard(model: Transformer, device: str, processes: int, dtype: str):
@@ -33,14 +33,14 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fill(model: Transformer, weights: Iterable[tuple[str, torch.Tensor]]):
+def load_weights(model: Transformer, weights: Iterable[tuple[str, torch.Tensor]]):
     """Set the weights, or this process's share of them, from whole ones."""
     for name, weight in weights:
         parameter = model.get_parameter(name)
-        parameter.copy_(share_like(weight, parameter))
+        parameter.copy_(shard_like(weight, parameter))
 
 
-def gradients_meet(model: torch.nn.Module, now: bool):
+def grad_sync(model: torch.nn.Module, now: bool):
     """The context of a micro-batch, in whose backward pass the processes' gradients are averaged or not."""
     if is_sharded(model):
         model.set_requires_gradient_sync(now)

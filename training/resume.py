@@ -6,10 +6,10 @@ import dataclasses
 import math
 import os
 
-from checkpoints.manager import newest_checkpoint
+from checkpoints.manager import load_latest
 from configurator import parse
-from formats.lazy_model import StoredModel
-from formats.registry import read_stored
+from formats.lazy_model import LazyModel
+from formats.registry import open_model
 from model import ModelArgs
 from training.optim import load_optimizer
 from training.state import Run
@@ -26,7 +26,7 @@ def resume(config, given: dict) -> tuple[object, tuple[str, dict] | None]:
     """The options, and the path and content of the checkpoint to go on from: the newest in OUT_DIR that
     is whole. None if there is none at all, and init_from is auto."""
     is_main = os.environ.get("RANK", "0") == "0"
-    found = newest_checkpoint(config.out_dir, print if is_main else lambda text: None)
+    found = load_latest(config.out_dir, print if is_main else lambda text: None)
     if found is None and config.init_from == "auto":
         return dataclasses.replace(config, init_from="scratch"), None
     if found is None:
@@ -36,13 +36,13 @@ def resume(config, given: dict) -> tuple[object, tuple[str, dict] | None]:
     return resumed_config(dataclasses.replace(config, init_from="resume"), given, checkpoint, path), found
 
 
-def fine_tune(config, given: dict) -> tuple[object, StoredModel]:
+def fine_tune(config, given: dict) -> tuple[object, LazyModel]:
     """The options for a new run with the weights of a model in any format, and that model. Its
     architecture is the file's; only another context may be asked for."""
     if os.path.realpath(config.init_from).startswith(os.path.join(os.path.realpath(config.out_dir), "")):
         raise ValueError(f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}; name another --out_dir")
     max_seq_len = config.max_seq_len if "max_seq_len" in given else None
-    pretrained = read_stored(config.init_from, config.tokenizer, max_seq_len)
+    pretrained = open_model(config.init_from, config.tokenizer, max_seq_len)
     if pretrained.args.max_seq_len > LONGEST_UNASKED and max_seq_len is None:
         raise ValueError(
             f"{config.init_from} has a context of {pretrained.args.max_seq_len} tokens; say how long the sequences "
@@ -108,10 +108,10 @@ def restore(run: Run, checkpoint: dict, path: str):
     else:
         run.say(f"{path} has no optimizer state: its moments begin anew")
     if "shares" in checkpoint:
-        from checkpoints.sharded import split, without_classifier
+        from checkpoints.sharded import split_sharded, without_tied_head
 
         state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-        checkpoint["shares"].read(without_classifier(split(state)[0], run.model.args))
+        checkpoint["shares"].read(without_tied_head(split_sharded(state)[0], run.model.args))
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
             run.scaler.load_state_dict(checkpoint["scaler"])

@@ -27,9 +27,9 @@ from checkpoints.manager import (
     snapshot,
 )
 from formats import llama2c
-from formats.lazy_model import stored_weights
+from formats.lazy_model import from_state_dict
 from runtime.atomic_files import AtomicFolder, sync_folder, write_atomically
-from training.metrics import Metrics
+from training.metrics import MetricsLogger
 from training.parallel import is_sharded
 from training.state import Run
 
@@ -80,12 +80,12 @@ def save_files(run: Run, best: bool):
 
     if not os.path.exists(run.path("tokenizer.model")):  # the folder was deleted
         best = True  # the newest stands in for the best, which is gone
-        run.metrics.forget_file()
+        run.metrics.mark_missing()
         writes |= tokenizer_writes(run)
     if best:  # before the newest, which knows how good the best is
         writes[run.path("best.pt")] = partial(write_best, run, state)
-        if not llama2c.refusal(run.model.args):
-            weights = stored_weights(run.model.args, state["model"])
+        if not llama2c.unsupported_reason(run.model.args):
+            weights = from_state_dict(run.model.args, state["model"])
             writes[run.path("model.bin")] = lambda: llama2c.write(weights, run.path("model.bin"))
     run.keeper.keep(writes | {run.path("ckpt.pt"): write_newest})
 
@@ -97,20 +97,20 @@ def write_best(run: Run, state: dict):
 
 def save_shares(run: Run, best: bool):
     """As the folder ckpt.dcp, and the best as best.dcp, made of the same files; by all processes together."""
-    from checkpoints.sharded import cpu_copy, split, without_classifier, write_shares
+    from checkpoints.sharded import cpu_copy, save_sharded, split_sharded, without_tied_head
 
     run.keeper.wait()
     run.keeper.pending.clear()
-    is_gone = run.world.any(run.world.is_main and not os.path.exists(run.path("tokenizer.model")))
+    is_gone = run.world.any_rank(run.world.is_main and not os.path.exists(run.path("tokenizer.model")))
     if is_gone and run.world.is_main:
-        run.metrics.forget_file()
+        run.metrics.mark_missing()
     run.owes_best |= best or is_gone  # until one is written; a later one then stands in for it
-    shares, rest = split(state_of(run))
-    shares = without_classifier(shares, run.model.args)
+    shares, rest = split_sharded(state_of(run))
+    shares = without_tied_head(shares, run.model.args)
     shares = {place: cpu_copy(share, run.saving_mesh) for place, share in shares.items()}
     rest = snapshot(rest)
 
-    def put_in_place(folder: str, step=run.iter_num):  # by the main process
+    def commit(folder: str, step=run.iter_num):  # by the main process
         problem = None
         for write in tokenizer_writes(run).values() if is_gone else ():
             write()
@@ -130,7 +130,7 @@ def save_shares(run: Run, best: bool):
             raise problem
 
     def write():
-        write_shares(shares, rest, run.path("ckpt.dcp"), run.saving_mesh, put_in_place)
+        save_sharded(shares, rest, run.path("ckpt.dcp"), run.saving_mesh, commit)
 
     run.keeper.keep({run.path("ckpt.dcp"): write})
 
@@ -159,7 +159,7 @@ def finish_saving(run: Run):
             finish()
         except ValueError as error:
             problems.append(str(error))
-    if not run.world.any(bool(problems)):
+    if not run.world.any_rank(bool(problems)):
         return
     if not run.world.is_main:
         raise SystemExit(1)
@@ -214,13 +214,13 @@ def open_out_dir(run: Run, resumed_from: str):
     for path in map(run.path, NEWEST):
         if resumed_from and resumed_from != path and os.path.exists(path):
             take_name_away(path)
-    run.metrics = Metrics(config.out_dir, run.iter_num)
+    run.metrics = MetricsLogger(config.out_dir, run.iter_num)
     for write in tokenizer_writes(run).values():
         write()
     if is_sharded(run.model):
         best = run.path("best.dcp")
         print(f"each process saves its share; join the shares with: python export.py model.bin --from={best}")
-    elif refusal := llama2c.refusal(run.model.args):
+    elif refusal := llama2c.unsupported_reason(run.model.args):
         print(f"no model.bin will be written: {refusal}")
     if config.wandb_log:
         import wandb

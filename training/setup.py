@@ -10,19 +10,19 @@ from collections.abc import Iterable
 import torch
 
 from checkpoints.manager import Keeper
-from formats.lazy_model import StoredModel
-from model import ModelArgs, Transformer, draw_weights, parameter_shapes
+from formats.lazy_model import LazyModel
+from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
-from runtime.distributed import World
-from textdata.token_shards import TokenWindows, read_meta, tokens_folder
+from runtime.distributed import DistContext
+from textdata.token_shards import TokenDataset, read_meta, token_dir
 from textdata.tokenizer import Tokenizer, load_tokenizer
 from training.optim import make_optimizer
-from training.parallel import fill, shard
+from training.parallel import load_weights, shard
 from training.resume import restore
 from training.state import Run
 
 
-def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | None, world: World, device: str) -> Run:
+def set_up(config, found: tuple[str, dict] | None, pretrained: LazyModel | None, world: DistContext, device: str) -> Run:
     """Everything a run needs: new, from the checkpoint found, or with the weights of another model."""
     path, checkpoint = found or ("", None)
     if config.gradient_accumulation_steps % world.size:
@@ -33,9 +33,9 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
     check_agreement(config, checkpoint, world)
     data = open_data(config)
     if checkpoint and "shares" in checkpoint and not in_shares(config, world):
-        from checkpoints.sharded import with_whole_tensors
+        from checkpoints.sharded import gather_full_state
 
-        checkpoint = with_whole_tensors(checkpoint)
+        checkpoint = gather_full_state(checkpoint)
     if checkpoint:
         check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
     elif pretrained:
@@ -46,7 +46,7 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
     torch.manual_seed(config.seed)
     args, weights = first_weights(config, checkpoint, pretrained)
     run = equip(config, world, device, data, args)
-    fill(run.model, weights)
+    load_weights(run.model, weights)
     if run.train_windows.unused > 0.1:
         run.say(
             f"note: {run.train_windows.unused:.0%} of the training tokens are not read, in many short shards; "
@@ -58,46 +58,46 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: StoredModel | Non
     return run
 
 
-def check_agreement(config, checkpoint: dict | None, world: World):
+def check_agreement(config, checkpoint: dict | None, world: DistContext):
     """Raise ValueError, in all processes, unless they begin with the same checkpoint and the same options."""
-    step, is_in_shares = (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
-    if not world.agree(2 * step + is_in_shares):
+    step, is_sharded_checkpoint = (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
+    if not world.all_equal(2 * step + is_sharded_checkpoint):
         raise ValueError(
             f"this process would begin at step {step}, others elsewhere: --out_dir={config.out_dir} must be one folder "
             "that all machines see and can read"
         )
     options = dataclasses.asdict(config) | dict(out_dir="", data_dir="", tokenizer="", device="")
-    if not world.agree(zlib.crc32(repr(options).encode())):
+    if not world.all_equal(zlib.crc32(repr(options).encode())):
         raise ValueError("the processes were given different options: start train.py with the same ones everywhere")
 
 
-def in_shares(config, world: World) -> bool:
+def in_shares(config, world: DistContext) -> bool:
     """Whether each process has a share of the model, and not all of it."""
     return config.parallel == "fsdp" and world.size > 1
 
 
-def equip(config, world: World, device: str, data: tuple, args: ModelArgs) -> Run:
+def equip(config, world: DistContext, device: str, data: tuple, args: ModelArgs) -> Run:
     """A run of a model on the device, its weights still to be set, with what it takes to train it."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
-    dtype, model = pick_dtype(config.dtype, device), Transformer.outline(args)
+    dtype, model = pick_dtype(config.dtype, device), Transformer.on_meta(args)
     model.activation_checkpointing = config.activation_checkpointing
     if shares := in_shares(config, world):
         shard(model, device, world.size, dtype)
-    model.allocate(device)
+    model.materialize(device)
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
     run = Run(config, world, device, dtype, *data, model, optimizer, scaler, keeper=Keeper(alone=not shares))
     run.first_bad = torch.tensor(-1, device=device)
-    run.saving_mesh = world.mesh_of_its_own(config.timeout) if shares else None
+    run.saving_mesh = world.new_cpu_mesh(config.timeout) if shares else None
     return run
 
 
-def first_weights(config, checkpoint: dict | None, pretrained: StoredModel | None) -> tuple[ModelArgs, Iterable]:
+def first_weights(config, checkpoint: dict | None, pretrained: LazyModel | None) -> tuple[ModelArgs, Iterable]:
     """The model to begin with: the checkpoint's, the pretrained one, or a new one; and its weights, one at a
     time. Those of a checkpoint in shares come later: each process reads its own."""
     if not checkpoint and not pretrained:
-        return config.model_args(), draw_weights(config.model_args())
+        return config.model_args(), iter_initial_weights(config.model_args())
     args = checkpoint["model_args"] if checkpoint else pretrained.args
     names = [name for name, _ in parameter_shapes(args)]
     if pretrained:
@@ -107,7 +107,7 @@ def first_weights(config, checkpoint: dict | None, pretrained: StoredModel | Non
     return dataclasses.replace(args, dropout=config.dropout), weights
 
 
-def hash_of_tokenizer(pretrained: StoredModel) -> str | None:
+def hash_of_tokenizer(pretrained: LazyModel) -> str | None:
     """That of the vocabulary a model was trained with, if it tells, or else of one in or beside it."""
     try:
         tokenizer = pretrained.own_tokenizer() if pretrained.tokenizer_hash is None else None
@@ -127,9 +127,9 @@ def check_tokenizer(tokenizer: Tokenizer, expected: str | None, model_path: str,
         )
 
 
-def open_data(config) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
+def open_data(config) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
     """The tokenizer and both splits, checked against each other."""
-    folder = tokens_folder(config.data_dir, config.vocab_source, config.vocab_size)
+    folder = token_dir(config.data_dir, config.vocab_source, config.vocab_size)
     meta = read_meta(folder)
     path = config.tokenizer or os.path.join(folder, "tokenizer.model")
     tokenizer = load_tokenizer(path)
@@ -140,5 +140,5 @@ def open_data(config) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
         )
     if config.vocab_size != meta["vocab_size"]:
         raise ValueError(f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}")
-    train_windows = TokenWindows(folder, "train", config.max_seq_len)
-    return tokenizer, train_windows, TokenWindows(folder, "val", config.max_seq_len, tails=True)
+    train_windows = TokenDataset(folder, "train", config.max_seq_len)
+    return tokenizer, train_windows, TokenDataset(folder, "val", config.max_seq_len, include_partial=True)

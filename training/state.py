@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from checkpoints.manager import Keeper
 from model import Transformer
-from runtime.distributed import World
-from textdata.token_shards import TokenWindows
+from runtime.distributed import DistContext
+from textdata.token_shards import TokenDataset
 from textdata.tokenizer import Tokenizer
-from training.metrics import Metrics
-from training.optim import Together
+from training.metrics import MetricsLogger
+from training.optim import CombinedOptimizer
 
 
 @dataclass
@@ -25,16 +25,16 @@ class Run:
     """The parts of a run, and how far it is."""
 
     config: object  # train.py's TrainConfig
-    world: World
+    world: DistContext
     device: str
     dtype: str
     tokenizer: Tokenizer
-    train_windows: TokenWindows
-    val_windows: TokenWindows
+    train_windows: TokenDataset
+    val_windows: TokenDataset
     model: Transformer
-    optimizer: torch.optim.Optimizer | Together
+    optimizer: torch.optim.Optimizer | CombinedOptimizer
     scaler: torch.amp.GradScaler
-    metrics: Metrics | None = None  # of the main process
+    metrics: MetricsLogger | None = None  # of the main process
     forward: torch.nn.Module | None = None  # the model, compiled where that works
     iter_num: int = 0  # steps done
     position: int = 0  # sequences read

@@ -16,7 +16,7 @@ from benchmarks.baselines import PlainLlama
 from benchmarks.data import TO_LEARN_FROM, DataBench, distinct_stories, take
 from benchmarks.decoding import TOKENS, made_up_tokenizer, random_model, report, seconds_to_first_token, write_files
 from benchmarks.timing import Measured, Variant, measure
-from formats.registry import read_model
+from formats.registry import load_model
 from model import ModelArgs, Transformer
 from textdata.tokenizer import train_sentencepiece
 from training import saving
@@ -214,11 +214,11 @@ def test_llama_cpp_tells_as_many_tokens_as_it_is_asked_for(dtype, tmp_path):
 
 def test_all_tell_with_the_same_random_model(tmp_path):
     write_files(TINY, str(tmp_path))
-    model, tokenizer = read_model(str(tmp_path / "ckpt.pt"))
+    model, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
     torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
     assert tokenizer.vocab_size == TINY.vocab_size
     if (tmp_path / "float32.gguf").exists():  # where llama.cpp is installed
-        torch.testing.assert_close(read_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict())
+        torch.testing.assert_close(load_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict())
 
 
 def test_the_made_up_vocabulary_spells_any_text():

@@ -11,8 +11,8 @@ import torch
 
 from checkpoints import manager as keeper_module
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import Keeper, newest_checkpoint, numbered_copies, put_older_aside, remove_oldest, snapshot
-from runtime.atomic_files import only_writer
+from checkpoints.manager import Keeper, load_latest, numbered_checkpoints, put_older_aside, remove_oldest, snapshot
+from runtime.atomic_files import run_lock
 from tests.checkpoints.test_file import checkpoint_of, random_model
 from tests.conftest import wait_for
 from tests.test_train import ROOT, TINY, records, same_state
@@ -56,8 +56,8 @@ def test_a_snapshot_is_of_its_moment_and_keeps_what_is_tied():
 
 def test_the_last_few_older_checkpoints_stay(tmp_path):
     save_steps(tmp_path, [5, 10, 15, 20, 20, 25], count=2)
-    assert [os.path.basename(path) for path in numbered_copies(str(tmp_path))] == ["ckpt_000020.pt", "ckpt_000015.pt"]
-    assert [load_checkpoint(path)["iter_num"] for path in numbered_copies(str(tmp_path))] == [20, 15]
+    assert [os.path.basename(path) for path in numbered_checkpoints(str(tmp_path))] == ["ckpt_000020.pt", "ckpt_000015.pt"]
+    assert [load_checkpoint(path)["iter_num"] for path in numbered_checkpoints(str(tmp_path))] == [20, 15]
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 25
 
 
@@ -80,18 +80,18 @@ def test_an_older_checkpoint_stays_where_the_file_system_has_no_links(tmp_path, 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, tmp_path):
     damage(save_steps(tmp_path, [5, 10, 15], count=2))
     said = []
-    path, checkpoint = newest_checkpoint(str(tmp_path), said.append)
+    path, checkpoint = load_latest(str(tmp_path), said.append)
     assert checkpoint["iter_num"] == 10 and path == str(tmp_path / "ckpt_000010.pt")
     assert len(said) == 1 and f"going on from {path}, which is of step 10" in said[0] and "ckpt.pt" in said[0]
 
 
 def test_where_all_are_damaged_the_newest_is_named_and_where_none_is_there_none_is_found(tmp_path):
-    assert newest_checkpoint(str(tmp_path)) is None
+    assert load_latest(str(tmp_path)) is None
     save_steps(tmp_path, [5, 10], count=1)
     for path in tmp_path.iterdir():
         cut(path)
     with pytest.raises(ValueError, match=r"/ckpt\.pt: damaged"):
-        newest_checkpoint(str(tmp_path))
+        load_latest(str(tmp_path))
 
 
 def failing(times: list, done: list):
@@ -201,7 +201,7 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
 
 
 def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, data_dir):
-    with only_writer(str(tmp_path)):
+    with run_lock(str(tmp_path)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command += [str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)

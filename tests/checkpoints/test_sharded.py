@@ -16,17 +16,17 @@ import export
 import train
 from checkpoints import sharded
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import newest_checkpoint, open_checkpoint
-from checkpoints.sharded import read_outline, with_whole_tensors, write_whole
-from model import ModelArgs, Transformer, draw_weights
+from checkpoints.manager import load_latest, open_checkpoint
+from checkpoints.sharded import gather_full_state, open_sharded, write_single_rank
+from model import ModelArgs, Transformer, iter_initial_weights
 from runtime.device import autocast
-from runtime.distributed import World, whole
+from runtime.distributed import DistContext, full_tensor
 from tests.checkpoints.test_file import checkpoint_of, random_model
 from tests.test_train import same_state
 from training import saving
 from training import setup as run_module
-from training.metrics import Metrics
-from training.parallel import fill, shard
+from training.metrics import MetricsLogger
+from training.parallel import load_weights, shard
 
 ARGS = dict(dim=32, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=32)
 
@@ -48,7 +48,7 @@ def file(tmp_path) -> str:
 
 @pytest.fixture
 def folder(file, tmp_path) -> str:
-    write_whole(load_checkpoint(file), str(tmp_path / "ckpt.dcp"))
+    write_single_rank(load_checkpoint(file), str(tmp_path / "ckpt.dcp"))
     return str(tmp_path / "ckpt.dcp")
 
 
@@ -56,7 +56,7 @@ def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
     assert run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0] == 0
     assert same_state(file, tmp_path / "again.pt")
     assert run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0] == 0
-    again = with_whole_tensors(read_outline(str(tmp_path / "more.dcp")))
+    again = gather_full_state(open_sharded(str(tmp_path / "more.dcp")))
     assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp
         with open(path, "wb") as part:
             part.write(content[: len(content) * 2 // 3] if damage == "cut" else content)
     with pytest.raises(ValueError, match=rf"{re.escape(folder)}: damaged"):
-        read_outline(folder)
+        open_sharded(folder)
     status, _, errors = run_here(export, str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True")
     assert status == 1 and folder in errors and not os.path.exists(tmp_path / "joined.pt")
 
@@ -101,14 +101,14 @@ def with_table(folder: str, table):
     with open(os.path.join(folder, ".metadata"), "wb") as file:
         pickle.dump(table, file)
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
-    rest["files"][".metadata"] = sharded.digest_of(os.path.join(folder, ".metadata"))
+    rest["files"][".metadata"] = sharded.file_sha256(os.path.join(folder, ".metadata"))
     torch.save({key: value for key, value in rest.items() if key != "sha256"}, os.path.join(folder, "run.pt"))
 
 
 def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
     with_table(folder, Hostile(tmp_path / "harmed"))
     with pytest.raises(ValueError, match="open is no part of a table"):
-        read_outline(folder)
+        open_sharded(folder)
     assert not os.path.exists(tmp_path / "harmed")
 
 
@@ -117,33 +117,33 @@ def test_a_table_that_is_no_pickle_is_refused(folder):
     with open(os.path.join(folder, ".metadata"), "wb") as file:
         file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
-    rest["files"][".metadata"] = sharded.digest_of(os.path.join(folder, ".metadata"))
+    rest["files"][".metadata"] = sharded.file_sha256(os.path.join(folder, ".metadata"))
     torch.save(rest, os.path.join(folder, "run.pt"))
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        read_outline(folder)
+        open_sharded(folder)
 
 
 def test_a_table_that_names_files_elsewhere_is_refused(folder):
-    table = read_outline(folder)["shares"].table
+    table = open_sharded(folder)["shares"].table
     for place in table.storage_data.values():
         place.relative_path = "../file.pt"
     with_table(folder, table)
     with pytest.raises(ValueError, match=r"names another file, \.\./file\.pt"):
-        read_outline(folder)
+        open_sharded(folder)
 
 
 def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
     os.rename(file, tmp_path / "ckpt_000007.pt")
-    assert newest_checkpoint(str(tmp_path))[0] == folder
+    assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
     said = []
-    assert newest_checkpoint(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt") and len(said) == 1
+    assert load_latest(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt") and len(said) == 1
 
 
 def test_weights_drawn_one_at_a_time_are_a_new_model_s():
     for args in (ModelArgs(64, 2, 4, vocab_size=96), ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False)):
         torch.manual_seed(5)
-        weights = dict(draw_weights(args))
+        weights = dict(iter_initial_weights(args))
         torch.manual_seed(5)
         model = Transformer(args)
         assert weights.keys() == dict(model.named_parameters()).keys()
@@ -154,24 +154,24 @@ def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch
     def fails(path):
         raise OSError(errno.EIO, "Input/output error", path)
 
-    monkeypatch.setattr(sharded, "digest_of", fails)
+    monkeypatch.setattr(sharded, "file_sha256", fails)
     with pytest.raises(OSError, match="Input/output error"):
-        read_outline(folder)
+        open_sharded(folder)
 
 
 def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
-    outline = read_outline(folder)
+    outline = open_sharded(folder)
     os.rename(folder, tmp_path / "ckpt_000007.dcp")
     with pytest.raises(ValueError, match="changed while it was read"):
-        with_whole_tensors(outline)
-    write_whole(load_checkpoint(file), folder)  # as training puts a new one in its place
+        gather_full_state(outline)
+    write_single_rank(load_checkpoint(file), folder)  # as training puts a new one in its place
     with pytest.raises(ValueError, match="changed while it was read"):
-        with_whole_tensors(outline)
+        gather_full_state(outline)
 
 
 @pytest.mark.parametrize("lie", ["no parts", "larger than the files", "a part beyond it"])
 def test_a_table_that_promises_what_is_not_there_is_refused(folder, lie):
-    table = read_outline(folder)["shares"].table
+    table = open_sharded(folder)["shares"].table
     entry = table.state_dict_metadata["model/norm.weight"]
     if lie == "no parts":
         entry.chunks.clear()
@@ -185,7 +185,7 @@ def test_a_table_that_promises_what_is_not_there_is_refused(folder, lie):
         "a part beyond it": "is beyond it",
     }
     with pytest.raises(ValueError, match=expected[lie]):
-        read_outline(folder)
+        open_sharded(folder)
 
 
 @pytest.fixture
@@ -203,9 +203,9 @@ def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     config = train.TrainConfig(**ARGS, out_dir=str(out_dir), dtype="float32", keep_checkpoints=1)
-    run = run_module.equip(config, World(), "cpu", (tokenizer, None, None), config.model_args())
-    fill(run.model, draw_weights(config.model_args()))
-    run.metrics = Metrics(str(out_dir), 0)
+    run = run_module.equip(config, DistContext(), "cpu", (tokenizer, None, None), config.model_args())
+    load_weights(run.model, iter_initial_weights(config.model_args()))
+    run.metrics = MetricsLogger(str(out_dir), 0)
     (out_dir / "tokenizer.model").write_bytes(tokenizer.content)
 
     def save(step: int, best: bool = False) -> Path:
@@ -234,11 +234,11 @@ def test_shares_are_kept_as_files_are(sharded_run):
     sharded_run(15)
     sharded_run(15)  # of the same step again, as before an evaluation and after it
     assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 15, "ckpt_000010.dcp": 10}
-    weights = with_whole_tensors(read_outline(str(out_dir / "ckpt.dcp")))["model"]
+    weights = gather_full_state(open_sharded(str(out_dir / "ckpt.dcp")))["model"]
     assert all(torch.equal(weights[name], p.full_tensor()) for name, p in sharded_run.run.model.named_parameters())
     os.truncate(out_dir / "ckpt.dcp" / "__0_0.distcp", 1000)
     said = []
-    assert newest_checkpoint(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp") and len(said) == 1
+    assert load_latest(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp") and len(said) == 1
 
 
 def test_without_older_ones_there_is_the_newest_alone(sharded_run):
@@ -247,7 +247,7 @@ def test_without_older_ones_there_is_the_newest_alone(sharded_run):
     assert steps_in(sharded_run(10)) == {"ckpt.dcp": 10}
 
 
-@pytest.mark.parametrize("where", ["link_or_copy", "write_whole_file"])
+@pytest.mark.parametrize("where", ["link_or_copy", "write_hashed"])
 def test_a_best_that_could_not_be_written_is_owed(sharded_run, monkeypatch, where):
     out_dir = sharded_run(5)
 
@@ -294,7 +294,7 @@ def test_a_best_that_was_to_give_way_to_nothing_comes_back(sharded_run):
 def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
     """Machines without a common disk would each keep a part, and rotate what is whole away."""
     out_dir = sharded_run(5)
-    monkeypatch.setattr(sharded, "digest_of", lambda path: "")
+    monkeypatch.setattr(sharded, "file_sha256", lambda path: "")
     monkeypatch.setattr(sharded.glob, "glob", lambda pattern: ["elsewhere/__1_0.distcp"])
     with pytest.raises(ValueError, match="--out_dir must be one folder that all machines see"):
         sharded_run(10)
@@ -314,7 +314,7 @@ def test_gathering_in_16_bits_changes_nothing_but_the_gains_rounding(alone):
             loss = model(tokens, tokens)[1]
         loss.backward()
         losses.append(loss.item())
-        gradients.append([whole(p.grad) for p in model.parameters()])
+        gradients.append([full_tensor(p.grad) for p in model.parameters()])
         assert all(grad.dtype == torch.float32 for grad in gradients[-1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for plain, shared in zip(*gradients, strict=True):

@@ -17,8 +17,8 @@ import export
 from checkpoints.file import save_checkpoint, write_model_args
 from export import write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
-from formats.lazy_model import StoredModel, StoredTensor, stored
-from formats.registry import FORMATS, format_of, read_stored
+from formats.lazy_model import LazyModel, LazyTensor, from_model
+from formats.registry import FORMATS, detect_format, open_model
 from generation.engine import continuation
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
@@ -39,11 +39,11 @@ def random_model(**overrides) -> Transformer:
     return model.eval()
 
 
-def through(target, folder, model, tokenizer, dtype="auto") -> StoredModel:
+def through(target, folder, model, tokenizer, dtype="auto") -> LazyModel:
     """The model after it was written and read again."""
     path = os.path.join(folder, f"model.{target}")
-    write_model(stored(model, tokenizer=tokenizer), path, target, dtype)
-    return read_stored(path)
+    write_model(from_model(model, tokenizer=tokenizer), path, target, dtype)
+    return open_model(path)
 
 
 def logits_of(model: Transformer) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_a_model_comes_back_bit_for_bit(target, n_kv_heads, tied, hidden_dim, to
     state, state_again = model.state_dict(), again.model().state_dict()
     assert list(state) == list(state_again)
     assert all(torch.equal(state[name], state_again[name]) for name in state)
-    assert torch.equal(logits_of(model), logits_of(read_stored(again.path, max_seq_len=160).model()))
+    assert torch.equal(logits_of(model), logits_of(open_model(again.path, max_seq_len=160).model()))
     expected = model.args if target != "meta" else dataclasses.replace(model.args, max_seq_len=4096)
     assert same_args(again.args, expected)
     assert again.own_tokenizer().hash == tokenizer.hash
@@ -104,7 +104,7 @@ def test_a_llama_3_goes_from_every_format_to_every_other(first, second, tied, to
     model = random_model(n_kv_heads=2, tie_embeddings=tied, **LLAMA3)
     between = through(first, tmp_path, model, tokenizer)
     write_model(between, str(tmp_path / "end"), second)
-    end = read_stored(str(tmp_path / "end"), max_seq_len=160)
+    end = open_model(str(tmp_path / "end"), max_seq_len=160)
     assert same_args(end.args, model.args) and end.own_tokenizer().hash == tokenizer.hash
     assert torch.equal(logits_of(end.model()), logits_of(model))
 
@@ -119,7 +119,7 @@ def test_half_precision_is_kept_and_rounds_once(target, dtype, tokenizer, tmp_pa
         kept = weight if target == "gguf" and weight.dim() == 1 else weight.to(again.dtype).float()
         assert torch.equal(again.model().get_parameter(name), kept)
     write_model(again, str(tmp_path / "second"), target)
-    assert read_stored(str(tmp_path / "second")).dtype == again.dtype
+    assert open_model(str(tmp_path / "second")).dtype == again.dtype
 
 
 @pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0, 1.0, 4.0, 64)])
@@ -182,8 +182,8 @@ def test_writing_twice_gives_the_same_bytes(target, tokenizer, tmp_path):
 def test_a_format_is_known_by_content_and_nothing_else_takes_it_for_its_own(target, tokenizer, tmp_path):
     path = through(target, tmp_path, random_model(), tokenizer).path
     os.rename(path, tmp_path / "anything.xyz")
-    assert target in format_of(str(tmp_path / "anything.xyz")).DTYPES
-    assert sum(module.recognises(str(tmp_path / "anything.xyz")) for module in FORMATS) == 1
+    assert target in detect_format(str(tmp_path / "anything.xyz")).DTYPES
+    assert sum(module.matches(str(tmp_path / "anything.xyz")) for module in FORMATS) == 1
 
 
 def test_shapes_by_arithmetic_are_those_of_the_model():
@@ -211,9 +211,9 @@ def test_tensors_are_read_and_written_one_at_a_time(target, tokenizer, tmp_path)
             most = max(most, len(alive))
             return copy
 
-        return StoredTensor(tensor.shape, tensor.dtype, read)
+        return LazyTensor(tensor.shape, tensor.dtype, read)
 
-    source = stored(model, tokenizer=tokenizer)
+    source = from_model(model, tokenizer=tokenizer)
     source.tensors = {name: counting(tensor) for name, tensor in source.tensors.items()}
     write_model(source, str(tmp_path / "model"), target)
     assert most == 1
@@ -256,8 +256,8 @@ def run_export(run_here):
 def test_the_command_writes_what_the_name_or_the_option_says(arguments, module, place, run_export):
     status, output, error = run_export(*arguments)
     assert status == 0, error
-    assert format_of(arguments[0]) is module and f"wrote {arguments[0]}" in output
-    assert same_args(read_stored(arguments[0], max_seq_len=160).args, random_model().args)
+    assert detect_format(arguments[0]) is module and f"wrote {arguments[0]}" in output
+    assert same_args(open_model(arguments[0], max_seq_len=160).args, random_model().args)
 
 
 def test_llama2cs_own_options_read_what_they_read_there(place, run_export):
@@ -275,7 +275,7 @@ def test_the_tokenizer_comes_along(place, run_export, tokenizer):
     assert run_export("h", "--from=c/x.bin")[0] == 0
     assert (place / "h" / "tokenizer.json").exists()
     assert run_export("d/x.pt", "--from=h")[0] == 0
-    assert read_stored("d/x.pt").own_tokenizer().hash == read_stored("d/x.pt").tokenizer_hash == tokenizer.hash
+    assert open_model("d/x.pt").own_tokenizer().hash == open_model("d/x.pt").tokenizer_hash == tokenizer.hash
 
 
 def test_another_models_tokenizer_is_neither_taken_nor_overwritten(place, run_export, shared):
@@ -331,7 +331,7 @@ def test_a_folder_that_was_exported_is_replaced_whole(target, place, run_export)
     assert run_export("folder", f"--format={target}")[0] == 0
     before = sorted(os.listdir("folder"))
     assert run_export("folder", f"--format={target}", "--dtype=float16")[0] == 0
-    assert sorted(os.listdir("folder")) == before and read_stored("folder").dtype == torch.float16
+    assert sorted(os.listdir("folder")) == before and open_model("folder").dtype == torch.float16
     assert sorted(os.listdir()) == ["folder", "out"]
 
 
@@ -340,7 +340,7 @@ def test_a_file_that_was_exported_is_replaced(target, place, run_export):
     (place / "x").mkdir()
     assert run_export("x/model", f"--format={target}")[0] == 0
     assert run_export("x/model", f"--format={target}", "--max_seq_len=32")[0] == 0
-    assert read_stored("x/model").args.max_seq_len == 32
+    assert open_model("x/model").args.max_seq_len == 32
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -363,7 +363,7 @@ def test_training_goes_on_from_the_weights_of_every_format(target, run_script, d
     options += ["--weight_decay=0", "--max_seq_len=32"]
     result = run_script("train.py", f"--init_from={path}", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    trained, origin = read_stored(str(tmp_path / "run" / "ckpt.pt")), read_stored(path)
+    trained, origin = open_model(str(tmp_path / "run" / "ckpt.pt")), open_model(path)
     assert trained.args.max_seq_len == 32 and trained.args.kv_heads == 2
     assert all(torch.equal(trained.read(name), origin.read(name)) for name in origin.names())
     refused = run_script("train.py", f"--init_from={path}", "--dim=64", *options, cwd=tmp_path)
@@ -405,7 +405,7 @@ def test_a_model_replaced_while_it_is_read_is_refused_not_mixed(target, tokenize
 
 def test_files_that_came_meanwhile_are_not_lost(place):
     """The check is made again when the folder is whole."""
-    source = read_stored("out/ckpt.pt")
+    source = open_model("out/ckpt.pt")
     write_model(source, "folder", "hf")
     first = next(iter(source.tensors))
     tensor = source.tensors[first]
@@ -414,7 +414,7 @@ def test_files_that_came_meanwhile_are_not_lost(place):
         (place / "folder" / "thesis.tex").write_text("42")
         return tensor.read()
 
-    source.tensors[first] = StoredTensor(tensor.shape, tensor.dtype, read)
+    source.tensors[first] = LazyTensor(tensor.shape, tensor.dtype, read)
     with pytest.raises(ValueError, match=r"holds other things \(thesis\.tex\)"):
         write_model(source, "folder", "hf")
     assert (place / "folder" / "thesis.tex").read_text() == "42" and sorted(os.listdir()) == ["folder", "out"]

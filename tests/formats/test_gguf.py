@@ -12,8 +12,8 @@ import torch
 
 from export import write_model
 from formats import gguf, gguf_file
-from formats.lazy_model import expanded, stored
-from formats.registry import read_stored
+from formats.lazy_model import expand_layers, from_model
+from formats.registry import open_model
 from generation.engine import continuation
 from tests.formats.test_formats import LLAMA3, random_model
 from tests.formats.test_hugging_face import slices_of, small_llama3
@@ -48,7 +48,7 @@ def llama_cpp():
 
 
 def published(shared):
-    return read_stored(shared("models/stories260K.bin"), shared("models/tok512.bin"))
+    return open_model(shared("models/stories260K.bin"), shared("models/tok512.bin"))
 
 
 def exported(tmp_path, source, dtype) -> str:
@@ -67,7 +67,7 @@ def test_llama_cpp_tells_the_same_story(dtype, shared, llama_cpp, tmp_path):
     path = exported(tmp_path, source, dtype)
     ask = llama_cpp(path)
     told = ask("completion", prompt=[1], n_predict=200, temperature=0, ignore_eos=True, return_tokens=True)
-    ours = greedy(read_stored(path).model(), source.own_tokenizer(), 200)
+    ours = greedy(open_model(path).model(), source.own_tokenizer(), 200)
     assert told["tokens"] == ours == greedy(source.model(), source.own_tokenizer(), 200)
 
 
@@ -88,7 +88,7 @@ def test_llama_cpp_computes_our_probabilities(dtype, tolerance, shared, llama_cp
     path = exported(tmp_path, source, dtype)
     tokens = [1, *greedy(source.model(), source.own_tokenizer(), 20)]
     with torch.no_grad():
-        ours = read_stored(path).model()(torch.tensor([tokens]))[0][0].log_softmax(-1)
+        ours = open_model(path).model()(torch.tensor([tokens]))[0][0].log_softmax(-1)
     worst = 0.0
     for position, table in enumerate(log_probabilities(llama_cpp(path), tokens)):
         assert len(table) > 400
@@ -110,7 +110,7 @@ def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tm
 
 
 def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(tokenizer, stories, llama_cpp, tmp_path):
-    ask = llama_cpp(exported(tmp_path, stored(random_model(dim=64), tokenizer=tokenizer), "float16"))
+    ask = llama_cpp(exported(tmp_path, from_model(random_model(dim=64), tokenizer=tokenizer), "float16"))
     for piece in slices_of("\n\n".join(stories), 300):
         assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
     assert ask("tokenize", content="Once", add_special=True)["tokens"] == tokenizer.encode("Once", bos=True)
@@ -124,7 +124,7 @@ def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path
     tokenizer = small_llama3()
     args = dict(dim=64, hidden_dim=100, vocab_size=tokenizer.vocab_size, n_kv_heads=n_kv_heads, tie_embeddings=tied)
     model = random_model(**args, **extra)
-    ask = llama_cpp(exported(tmp_path, stored(model, tokenizer=tokenizer), "float32"))
+    ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
     tokens = [(7 * i) % 250 for i in range(150)]
     # It tells no probabilities where the token that it draws ends the text.
     request = dict(prompt=tokens, n_predict=1, temperature=1, n_probs=200, samplers=[])
@@ -140,7 +140,7 @@ def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path
 def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, tmp_path):
     tokenizer = small_llama3()
     model = random_model(dim=32, vocab_size=tokenizer.vocab_size)
-    ask = llama_cpp(exported(tmp_path, stored(model, tokenizer=tokenizer), "float32"))
+    ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
     for piece in [*slices_of("\n\n".join(stories), 300), "naïve 🦙", "1234567", " \n\n \t x"]:
         assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
     chat = "<|start_header_id|>user<|end_header_id|>\n\nthe<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -151,10 +151,10 @@ def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, t
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
 def test_the_gguf_package_reads_the_same_tensors(dtype, tokenizer, tmp_path):
     model = random_model(dim=64, hidden_dim=100, n_kv_heads=2, tie_embeddings=False)
-    path = exported(tmp_path, stored(model, tokenizer=tokenizer), dtype)
+    path = exported(tmp_path, from_model(model, tokenizer=tokenizer), dtype)
     tensors = {tensor.name: tensor for tensor in reference.GGUFReader(path).tensors}
-    again = read_stored(path)
-    for ours, theirs in expanded(gguf.TABLE, model.args):
+    again = open_model(path)
+    for ours, theirs in expand_layers(gguf.TABLE, model.args):
         tensor = tensors.pop(theirs)
         values = reference.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(values, again.read(ours).float().numpy())
@@ -176,7 +176,7 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
     writer.add_token_list([piece for piece, _, _ in tokenizer.pieces])
     writer.add_token_scores([score for _, score, _ in tokenizer.pieces])
     writer.add_token_types([kind for _, _, kind in tokenizer.pieces])
-    for ours, theirs in expanded(gguf.TABLE, model.args):
+    for ours, theirs in expand_layers(gguf.TABLE, model.args):
         weight = model.get_parameter(ours).detach().numpy()
         if weight.ndim == 2:
             quantized = reference.quants.quantize(weight, reference.GGMLQuantizationType.Q8_0)
@@ -187,7 +187,7 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    again = read_stored(path)
+    again = open_model(path)
     assert again.own_tokenizer().hash == tokenizer.hash and again.args.norm_eps == 1e-5
     for name, weight in model.named_parameters():
         assert (again.read(name) - weight).abs().max() <= weight.abs().max() / 127
@@ -196,7 +196,7 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
 def test_q8_0_blocks_are_those_of_the_definition(tokenizer, tmp_path):
     """Scale in float16, then 32 int8; computed here in float64."""
     model = random_model(dim=32, hidden_dim=64)
-    path = exported(tmp_path, stored(model, tokenizer=tokenizer), "q8_0")
+    path = exported(tmp_path, from_model(model, tokenizer=tokenizer), "q8_0")
     tensor = next(t for t in reference.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
     expected = b""
     for block in model.layers[0].feed_forward.w3.weight.detach().double().reshape(-1, 32).tolist():
@@ -210,7 +210,7 @@ def test_weights_too_large_for_a_scale_in_float16_are_refused(tokenizer, tmp_pat
     with torch.no_grad():
         model.layers[0].feed_forward.w1.weight[0, 0] = 1e8
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_gate\.weight has values too large for q8_0"):
-        exported(tmp_path, stored(model, tokenizer=tokenizer), "q8_0")
+        exported(tmp_path, from_model(model, tokenizer=tokenizer), "q8_0")
 
 
 def header_changed(path, **changes):
@@ -246,16 +246,16 @@ def header_changed(path, **changes):
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_a_header_of_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_path):
-    path = exported(tmp_path, stored(random_model(), tokenizer=tokenizer), "float32")
+    path = exported(tmp_path, from_model(random_model(), tokenizer=tokenizer), "float32")
     header_changed(path, **changes)
     with pytest.raises(ValueError, match=rf"float32\.gguf: .*({said})"):
-        read_stored(path)
+        open_model(path)
 
 
 def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokenizer, tmp_path):
-    path = exported(tmp_path, stored(random_model(), tokenizer=tokenizer), "float32")
+    path = exported(tmp_path, from_model(random_model(), tokenizer=tokenizer), "float32")
     header_changed(path, tokenizer__ggml__model="bert!")
-    again = read_stored(path)
+    again = open_model(path)
     with pytest.raises(ValueError, match="a vocabulary of type 'bert!'"):
         again.own_tokenizer()
     assert torch.equal(again.read("norm.weight"), random_model().norm.weight)
@@ -264,17 +264,17 @@ def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokeni
 def test_a_llama_3_vocabulary_comes_back(tmp_path):
     tokenizer = small_llama3()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
-    again = read_stored(exported(tmp_path, stored(model, tokenizer=tokenizer), "float16")).own_tokenizer()
+    again = open_model(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float16")).own_tokenizer()
     assert again.hash == tokenizer.hash and again.special == tokenizer.special
 
 
 def test_a_model_without_a_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="reads no GGUF file without a vocabulary"):
-        exported(tmp_path, stored(random_model()), "float32")
+        exported(tmp_path, from_model(random_model()), "float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_published_tokenizer_keeps_its_identity(shared, tmp_path):
     source = published(shared)
-    again = read_stored(exported(tmp_path, source, "q8_0"))
+    again = open_model(exported(tmp_path, source, "q8_0"))
     assert again.own_tokenizer().hash == load_tokenizer(shared("models/tok512.bin")).hash

@@ -13,8 +13,8 @@ import transformers
 
 from export import write_model
 from formats import hugging_face
-from formats.lazy_model import stored
-from formats.registry import read_stored
+from formats.lazy_model import from_model
+from formats.registry import open_model
 from ops.rope import RopeScaling
 from tests.formats.test_formats import LLAMA3, logits_of, random_model
 from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
@@ -24,7 +24,7 @@ LINEAR = dict(rope_scaling=RopeScaling("linear", 4.0))
 
 def exported(tmp_path, model, tokenizer=None, dtype="auto") -> str:
     path = str(tmp_path / "exported")
-    write_model(stored(model, tokenizer=tokenizer), path, "hf", dtype)
+    write_model(from_model(model, tokenizer=tokenizer), path, "hf", dtype)
     return path
 
 
@@ -48,7 +48,7 @@ def test_transformers_computes_our_logits(n_kv_heads, tied, extra, tokenizer, tm
 
 
 def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
-    source = read_stored(shared("models/stories260K.bin"), shared("models/tok512.bin"))
+    source = open_model(shared("models/stories260K.bin"), shared("models/tok512.bin"))
     path, model = str(tmp_path / "exported"), source.model()
     write_model(source, path, "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -67,7 +67,7 @@ def test_a_model_that_transformers_saved_computes_its_logits_here(shards, tied, 
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager")).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards > 1 else "1GB")
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shards == 1 else (tmp_path / INDEX).exists()
-    ours = read_stored(str(tmp_path)).model()
+    ours = open_model(str(tmp_path)).model()
     tokens = torch.randint(512, (2, 160))
     with torch.no_grad():
         assert (theirs(tokens).logits - ours(tokens)[0]).abs().max() < 2e-5
@@ -97,7 +97,7 @@ def test_an_older_folder_of_pickles_is_read(tied, tokenizer, tmp_path):
     model = random_model(tie_embeddings=tied, rope_theta=500000.0)
     path = exported(tmp_path, model, tokenizer)
     as_version_4_wrote_it(tmp_path / "exported")
-    again = read_stored(path)
+    again = open_model(path)
     assert again.dtype == torch.float16 and again.args.rope_theta == 500000.0
     assert (logits_of(again.model()) - logits_of(model)).abs().max() < 1e-2
 
@@ -114,10 +114,10 @@ def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path
     tokens = torch.arange(100)[None]
     with torch.no_grad():
         assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
-    assert torch.equal(logits_of(read_stored(path).model()), logits_of(model))
+    assert torch.equal(logits_of(open_model(path).model()), logits_of(model))
     (tmp_path / "exported" / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"the shard {files[1]} is missing"):
-        read_stored(path)
+        open_model(path)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_p
     file = tmp_path / "exported" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=rf"exported.*{said}"):
-        read_stored(path)
+        open_model(path)
 
 
 @pytest.mark.parametrize("rope", [dict(rope_parameters=None), dict(rope_theta=None, rope_scaling=None)])
@@ -230,7 +230,7 @@ def test_the_rotary_settings_of_either_version_are_enough(rope, tokenizer, tmp_p
     path = exported(tmp_path, random_model(**LLAMA3), tokenizer)
     file = tmp_path / "exported" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | rope))
-    args = read_stored(path).args
+    args = open_model(path).args
     assert (args.rope_theta, args.rope_scaling) == (LLAMA3["rope_theta"], LLAMA3["rope_scaling"])
 
 
@@ -250,7 +250,7 @@ def test_a_pickle_runs_no_code(tokenizer, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Hostile(tmp_path / "touched")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: damaged or not a checkpoint"):
-        read_stored(path)
+        open_model(path)
     assert not (tmp_path / "touched").exists()
 
 
@@ -261,7 +261,7 @@ def test_a_shard_outside_the_folder_is_refused(tokenizer, tmp_path):
     weight_map = {"model.norm.weight": "../elsewhere.safetensors"}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"elsewhere\.safetensors is missing"):
-        read_stored(path)
+        open_model(path)
 
 
 def small_llama3() -> Llama3Tokenizer:
@@ -326,10 +326,10 @@ def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
     tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
-    assert tokenizer.hash != base.hash and read_stored(path).own_tokenizer().special == tokenizer.special
+    assert tokenizer.hash != base.hash and open_model(path).own_tokenizer().special == tokenizer.special
     for target in ("ckpt", "meta"):
         with pytest.raises(ValueError, match="no place for special tokens other than"):
-            write_model(stored(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
+            write_model(from_model(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
 
 
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])

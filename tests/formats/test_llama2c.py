@@ -7,11 +7,11 @@ import torch
 
 from checkpoints.file import save_checkpoint, write_model_args
 from formats import lazy_model, llama2c
-from formats.lazy_model import StoredModel
-from formats.registry import read_stored
+from formats.lazy_model import LazyModel
+from formats.registry import open_model
 from generation.engine import continuation
 from model import ModelArgs, Transformer
-from ops.rope import rope_tables
+from ops.rope import precompute_rope_cache
 from textdata.tokenizer import load_tokenizer
 
 TINY = dict(dim=16, n_layers=2, n_heads=4, vocab_size=19, hidden_dim=24, max_seq_len=6)
@@ -19,7 +19,7 @@ FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"
 
 
 def write_v0(model: Transformer, path):
-    llama2c.write(lazy_model.stored(model), str(path))
+    llama2c.write(lazy_model.from_model(model), str(path))
 
 
 def read_v0(path) -> Transformer:
@@ -120,7 +120,7 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
     (tmp_path / "weights.pt").write_bytes(content_of(model_bin))
-    from_checkpoint, from_weights = (read_stored(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt"))
+    from_checkpoint, from_weights = (open_model(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt"))
     assert from_checkpoint.tokenizer_hash == "abc" and from_weights.tokenizer_hash is None
     from_checkpoint, from_weights = from_checkpoint.model(), from_weights.model()
     with torch.no_grad():
@@ -156,7 +156,7 @@ def builds_nothing(monkeypatch):
     def forbidden(self, name):
         raise AssertionError(f"read {name}")
 
-    monkeypatch.setattr(StoredModel, "read", forbidden)
+    monkeypatch.setattr(LazyModel, "read", forbidden)
 
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
@@ -205,7 +205,7 @@ def test_a_file_of_another_length_is_refused_before_anything_is_built(damage, mo
 
 def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
     """The format says nothing of rope_theta, but the tables in the file do."""
-    tables = b"".join(table.numpy().tobytes() for table in rope_tables(4, 6, 500000.0))
+    tables = b"".join(table.numpy().tobytes() for table in precompute_rope_cache(4, 6, 500000.0))
     with open(model_bin, "r+b") as file:
         file.seek(-len(tables), 2)
         file.write(tables)
@@ -238,7 +238,7 @@ def header_of(model: Transformer, version: int, rest: bytes = b"") -> bytes:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_version_1_has_the_bytes_of_its_definition(tied, tmp_path):
     model, path = random_model(n_kv_heads=2, tie_embeddings=tied), str(tmp_path / "model.bin")
-    llama2c.write(lazy_model.stored(model), path, "v1")
+    llama2c.write(lazy_model.from_model(model), path, "v1")
     names = parts_in_order() + ["output.weight"] * (not tied)
     state = model.state_dict()
     values = [value for name in names for value in state[name].flatten().tolist()]
@@ -266,7 +266,7 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     with torch.no_grad():
         model.layers[0].attention.wo.weight[:2] = 0.0  # groups without a scale
     path = str(tmp_path / "model.bin")
-    llama2c.write(lazy_model.stored(model), path, "v2")
+    llama2c.write(lazy_model.from_model(model), path, "v2")
     expected = header_of(model, 2, struct.pack("<i", group_size))
     for name in parts_in_order() + ["output.weight"] * (not tied):
         values = model.state_dict()[name].flatten().tolist()
@@ -293,7 +293,7 @@ def test_groups_of_extreme_values_stay_in_range(value):
 @pytest.mark.parametrize("value", [0, -1, 2**31 - 1])
 def test_a_later_header_that_lies_is_refused(version, position, value, tmp_path):
     path = str(tmp_path / "model.bin")
-    llama2c.write(lazy_model.stored(random_model(n_kv_heads=2)), path, version)
+    llama2c.write(lazy_model.from_model(random_model(n_kv_heads=2)), path, version)
     content = bytearray(content_of(path))
     struct.pack_into("<i", content, position, value)
     with open(path, "wb") as file:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from export import write_model
-from formats.lazy_model import StoredModel, StoredTensor
-from formats.registry import read_stored
+from formats.lazy_model import LazyModel, LazyTensor
+from formats.registry import open_model
 from model import ModelArgs, parameter_shapes
 from tests.conftest import ROOT
 
@@ -43,11 +43,11 @@ def random_folder(tokenizer, tmp_path_factory):
     args = ModelArgs(**{**vars(args), "n_layers": max(1, round(GIGABYTES / per_layer))})
 
     def random(shape):
-        return StoredTensor(shape, torch.bfloat16, lambda: torch.randn(shape, dtype=torch.bfloat16).mul_(0.02))
+        return LazyTensor(shape, torch.bfloat16, lambda: torch.randn(shape, dtype=torch.bfloat16).mul_(0.02))
 
     tensors = {name: random(shape) for name, shape in parameter_shapes(args)}
     path = str(tmp_path_factory.mktemp("random") / "hf")
-    write_model(StoredModel("random", args, tensors, lambda: tokenizer), path, "hf")
+    write_model(LazyModel("random", args, tensors, lambda: tokenizer), path, "hf")
     return path, max(2 * torch.Size(shape).numel() for _, shape in parameter_shapes(args)) / 1e6
 
 
@@ -68,4 +68,4 @@ def test_a_conversion_needs_no_more_than_the_largest_tensor_and_a_constant(targe
     back = peak_of(run, ROOT / "export.py", tmp_path / "back", f"--from={tmp_path / 'first'}", "--format=hf")
     print(f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; bare {bare:.0f} MB, largest tensor {largest:.0f} MB")
     assert max(peak, back) < bare + 2 * largest + CONSTANT  # float32 of v0 and v2 is twice bfloat16
-    assert read_stored(str(tmp_path / "back")).args.n_layers == read_stored(path).args.n_layers
+    assert open_model(str(tmp_path / "back")).args.n_layers == open_model(path).args.n_layers

@@ -15,8 +15,8 @@ import transformers
 
 from export import write_model
 from formats import meta
-from formats.lazy_model import stored
-from formats.registry import read_stored
+from formats.lazy_model import from_model
+from formats.registry import open_model
 from generation.engine import continuation
 from ops.rope import RopeScaling
 from tests.formats.test_formats import LLAMA3, logits_of, random_model
@@ -32,7 +32,7 @@ SCALED_DOWN = LLAMA3_8B | {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads":
 
 
 def exported(tmp_path, model, tokenizer=None) -> Path:
-    write_model(stored(model, tokenizer=tokenizer), str(tmp_path / "exported"), "meta")
+    write_model(from_model(model, tokenizer=tokenizer), str(tmp_path / "exported"), "meta")
     return tmp_path / "exported"
 
 
@@ -55,7 +55,7 @@ def test_shards_are_put_together(number, axis, tied, tokenizer, tmp_path):
     model = random_model(n_kv_heads=4, tie_embeddings=tied)
     folder = exported(tmp_path, model, tokenizer)
     cut_in_shards(folder, number, axis)
-    again = read_stored(str(folder), max_seq_len=160)
+    again = open_model(str(folder), max_seq_len=160)
     # A classifier cut in rows cannot be known to be an embedding cut in columns; its values are the same.
     assert again.args.tie_embeddings == (tied and (axis == 0 or number == 1))
     assert torch.equal(logits_of(again.model()), logits_of(model))
@@ -76,7 +76,7 @@ def test_the_file_is_one_for_torch_load(tmp_path):
 def test_the_feed_forward_width_comes_back_whatever_it_is(hidden_dim, multiple_of, multiplier, tmp_path):
     """params.json has no hidden_dim, only a rule."""
     model = random_model(hidden_dim=hidden_dim, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-    assert read_stored(str(exported(tmp_path, model))).args.ffn_dim == model.args.ffn_dim
+    assert open_model(str(exported(tmp_path, model))).args.ffn_dim == model.args.ffn_dim
 
 
 def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokenizer, tmp_path):
@@ -90,7 +90,7 @@ def test_llama_3s_code_is_told_the_base_of_its_positions(tmp_path):
     tokenizer = small_llama3()
     folder = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     assert json.loads((folder / "params.json").read_text())["rope_theta"] == 10000.0
-    assert read_stored(str(folder)).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(folder)).own_tokenizer().hash == tokenizer.hash
 
 
 def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_next_door(tokenizer, tmp_path):
@@ -98,7 +98,7 @@ def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_ne
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
-    again = read_stored(str(folder))
+    again = open_model(str(folder))
     assert again.args.vocab_size == 512 and again.own_tokenizer().hash == tokenizer.hash
     assert again.args.max_seq_len == 4096
 
@@ -108,9 +108,9 @@ def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
     folder = exported(tmp_path, random_model(**LLAMA3))
     params = json.loads((folder / "params.json").read_text())
     assert params["use_scaled_rope"] is True
-    assert read_stored(str(folder)).args.rope_scaling == meta.SCALED_ROPE
+    assert open_model(str(folder)).args.rope_scaling == meta.SCALED_ROPE
     (folder / "params.json").write_text(json.dumps(params | {"rope_scaling_factor": 32.0}))
-    assert read_stored(str(folder)).args.rope_scaling == RopeScaling("llama3", 32.0)
+    assert open_model(str(folder)).args.rope_scaling == RopeScaling("llama3", 32.0)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(changes, said, tmp_path):
     params = json.loads((folder / "params.json").read_text()) | changes
     (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
     with pytest.raises(ValueError, match=rf"exported.*{said}"):
-        read_stored(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("missing, said", [(0, "00.pth is missing"), (1, "01.pth is missing"), (3, "has 3 of the 4")])
@@ -147,7 +147,7 @@ def test_a_missing_shard_is_named(missing, said, tmp_path):
     cut_in_shards(folder, 4, 0)
     (folder / f"consolidated.{missing:02d}.pth").unlink()
     with pytest.raises(ValueError, match=said):
-        read_stored(str(folder))
+        open_model(str(folder))
 
 
 def test_shards_of_different_models_are_refused(tmp_path):
@@ -155,7 +155,7 @@ def test_shards_of_different_models_are_refused(tmp_path):
     cut_in_shards(folder, 2, 0)
     torch.save({"norm.weight": torch.ones(48)}, folder / "consolidated.01.pth")
     with pytest.raises(ValueError, match="do not belong together"):
-        read_stored(str(folder))
+        open_model(str(folder))
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
@@ -163,7 +163,7 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
     content = bytearray((folder / "consolidated.00.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "consolidated.00.pth").write_bytes(content)
-    again = read_stored(str(folder))
+    again = open_model(str(folder))
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth: its record .* it is damaged"):
         again.model()
 
@@ -197,7 +197,7 @@ def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
 
 
 def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path):
-    source = read_stored(str(llama3_folder), max_seq_len=256)
+    source = open_model(str(llama3_folder), max_seq_len=256)
     model, tokenizer = source.model(), source.own_tokenizer()
     assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (224, 128256, 500000.0)
     prompt = tokenizer.encode("Once upon a time", bos=True)
@@ -206,9 +206,9 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
     assert len(told) == 20 and tokenizer.decode(told)
     place = str(llama3_folder)
     for step in ("hf", "gguf", "ckpt", "meta"):
-        write_model(read_stored(place, max_seq_len=256), str(tmp_path / step), step)
+        write_model(open_model(place, max_seq_len=256), str(tmp_path / step), step)
         place = str(tmp_path / step)
-    end = read_stored(place, max_seq_len=256)
+    end = open_model(place, max_seq_len=256)
     assert end.dtype == torch.bfloat16 and torch.equal(logits_of(end.model()), logits_of(model))
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (llama3_folder / "tokenizer.model").read_bytes()
 
@@ -217,7 +217,7 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, lla
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
     import requests
 
-    source, tokenizer = read_stored(str(llama3_folder)), load_tokenizer(llama3_tokenizer)
+    source, tokenizer = open_model(str(llama3_folder)), load_tokenizer(llama3_tokenizer)
     for target in ("hf", "gguf"):
         write_model(source, str(tmp_path / target), target)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -234,7 +234,7 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, lla
         answer = requests.post(f"{server.listening_address}/tokenize", json={"content": text, "add_special": False})
         assert answer.json()["tokens"] == ids
     (tmp_path / "hf" / "tokenizer.model").unlink()
-    assert read_stored(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
 
 
 def test_llama_3_2_is_not_taken_for_3_1(tmp_path):

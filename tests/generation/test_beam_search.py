@@ -147,13 +147,13 @@ def test_past_max_seq_len_the_texts_are_those_of_a_search_without_a_cache(max_se
 
 def test_the_prompt_is_read_once_and_then_one_token_of_every_beam(model, monkeypatch):
     """And the classifier, whose product is the largest, sees the last position alone."""
-    read, classified, hidden, prompt = [], [], model.hidden, list(PROMPT)
+    read, classified, hidden, prompt = [], [], model.forward_hidden, list(PROMPT)
 
     def noted(tokens, cache, start_pos):
         read.append((*tokens.shape, start_pos))
         return hidden(tokens, cache, start_pos)
 
-    monkeypatch.setattr(model, "hidden", noted)
+    monkeypatch.setattr(model, "forward_hidden", noted)
     hook = model.output.register_forward_hook(lambda layer, inputs, output: classified.append(inputs[0].shape))
     beam_search(model, prompt, 4, 6)
     hook.remove()

@@ -147,8 +147,8 @@ def test_a_text_that_goes_on_is_not_read_again():
     model, lengths = random_model(max_seq_len=64), []
     decoder, text = Decoder(model, Decoding(10)), Sequence([1, 2, 3])
     list(decoder.run([text]))
-    hidden = model.hidden
-    model.hidden = lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **more)
+    hidden = model.forward_hidden
+    model.forward_hidden = lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **more)
     text.tokens += [4, 5]
     list(decoder.run([text]))
     assert lengths == [3, *[1] * 9]  # what was said last, and what was added

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ops.attention import MOST_BLOCKS, SMALLEST_BLOCK, attend_one, block_ends, causal_attention
+from ops.attention import MOST_BLOCKS, SMALLEST_BLOCK, causal_attention, row_blocks, single_query_attention
 
 
 def reference(q, k, v):
@@ -47,7 +47,7 @@ def test_in_bfloat16_it_is_about_as_exact_as_the_definition_in_bfloat16():
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 512, 513, 2048])
 def test_the_blocks_cover_every_row_once_and_are_few(length):
-    ends = block_ends(length)
+    ends = row_blocks(length)
     rows = [row for start, stop in ends for row in range(start, stop)]
     assert rows == list(range(length))
     assert len(ends) <= MOST_BLOCKS
@@ -114,4 +114,4 @@ def test_queries_of_one_position_see_what_the_mask_lets_them(lengths):
     mask = None if lengths is None else torch.arange(12) < torch.tensor(lengths)[:, None, None, None]
     scores = q @ k.transpose(-2, -1)
     expected = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
-    torch.testing.assert_close(attend_one(q, k, v, mask), expected)
+    torch.testing.assert_close(single_query_attention(q, k, v, mask), expected)

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from runtime import atomic_files as atomic
-from runtime.atomic_files import AtomicFile, only_writer, write_atomically
+from runtime.atomic_files import AtomicFile, run_lock, write_atomically
+from tests.conftest import ROOT
 
 
 def test_a_file_is_written_and_nothing_else_is_left(tmp_path):
@@ -70,8 +71,9 @@ def test_a_file_in_the_current_folder_needs_no_folder_in_its_path(tmp_path, monk
 
 HOLD = """
 import sys
-from runtime.atomic_files import only_writer
-with only_writer(sys.argv[1]):
+from runtime.atomic_files import run_lock
+from tests.conftest import ROOT
+with run_lock(sys.argv[1]):
     print("holding", flush=True)
     input()
 """
@@ -81,7 +83,7 @@ def hold(folder) -> subprocess.Popen:
     """Another process that is the folder's writer until it gets a line or is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)],
-        **dict(cwd=os.path.dirname(atomic.__file__), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
+        **dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
     )
     assert process.stdout.readline() == "holding\n"
     return process
@@ -92,7 +94,7 @@ def hold(folder) -> subprocess.Popen:
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, end):
     folder = tmp_path / "deep" / "out"
     with hold(folder) as process:
-        with pytest.raises(ValueError, match="out: another process is writing here"), only_writer(str(folder)):
+        with pytest.raises(ValueError, match="out: another process is writing here"), run_lock(str(folder)):
             pass
         if end == "killed":
             process.send_signal(signal.SIGKILL)
@@ -100,13 +102,13 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, end):
             process.stdin.write("\n")
             process.stdin.close()
         process.wait(20)
-    with only_writer(str(folder)):
+    with run_lock(str(folder)):
         pass
 
 
 @pytest.mark.skipif(atomic.fcntl is None, reason="this system has no flock")
 def test_a_writer_that_fails_frees_the_folder(tmp_path):
-    with pytest.raises(KeyError), only_writer(str(tmp_path)):
+    with pytest.raises(KeyError), run_lock(str(tmp_path)):
         raise KeyError("a bug")
     with hold(tmp_path) as process:
         process.communicate("\n", timeout=20)
@@ -114,11 +116,11 @@ def test_a_writer_that_fails_frees_the_folder(tmp_path):
 
 
 def test_the_folder_is_made_and_folders_do_not_exclude_each_other(tmp_path):
-    with only_writer(str(tmp_path / "a")), only_writer(str(tmp_path / "a" / "b")), only_writer(str(tmp_path / "c")):
+    with run_lock(str(tmp_path / "a")), run_lock(str(tmp_path / "a" / "b")), run_lock(str(tmp_path / "c")):
         assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "c").is_dir()
 
 
 def test_what_cannot_be_a_folder_is_an_error_of_the_system(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError), only_writer(str(tmp_path / "file")):
+    with pytest.raises(OSError), run_lock(str(tmp_path / "file")):
         pass

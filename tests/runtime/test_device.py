@@ -131,9 +131,9 @@ def test_memory_that_is_freed_is_kept_and_not_cleared_again(keep):
     """Each page that the kernel hands out anew is a page fault."""
     code = f"""
 import resource, torch
-from runtime.device import keep_freed_memory
+from runtime.device import disable_malloc_trim
 if {keep}:
-    keep_freed_memory()
+    disable_malloc_trim()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24).add_(1)  # 64 MB, 16,384 pages

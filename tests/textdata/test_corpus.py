@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from textdata import corpus
-from textdata.corpus import Piece, find_files, read_pieces
+from textdata.corpus import DocumentChunk, find_files, read_documents
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def texts_of(tmp_path):
     def write_and_read(name: str, content: str | bytes, **options) -> list[str]:
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return [piece.text for piece in read_pieces(str(path), **options)]
+        return [piece.text for piece in read_documents(str(path), **options)]
 
     return write_and_read
 
@@ -155,8 +155,8 @@ def test_a_long_document_is_cut_at_spaces_into_one_document(tmp_path, monkeypatc
     long = " ".join(f"word{i}" for i in range(500))
     path = tmp_path / "a.txt"
     path.write_text(f"first\n\n{long}\n\nlast")
-    first, *pieces, last = read_pieces(str(path))
-    assert first == Piece("first", True) and last == Piece("last", True)
+    first, *pieces, last = read_documents(str(path))
+    assert first == DocumentChunk("first", True) and last == DocumentChunk("last", True)
     assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert " ".join(piece.text for piece in pieces) == long
     assert len(pieces) > 10 and max(len(piece.text) for piece in pieces) <= 200 + 64
@@ -168,7 +168,7 @@ def test_a_long_document_without_spaces_is_cut_anywhere_and_loses_nothing(tmp_pa
     long = "日本" * 1000
     path = tmp_path / "a.txt"
     path.write_text(long, encoding="utf-8")
-    assert "".join(piece.text for piece in read_pieces(str(path))) == long
+    assert "".join(piece.text for piece in read_documents(str(path))) == long
 
 
 @pytest.mark.parametrize("name", ["lines.txt", "one.txt", "a.json"])
@@ -189,7 +189,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         file.write(end.replace("{}", '{"story": "last"}'))
     tracemalloc.start()
     try:
-        characters = sum(len(piece.text) for piece in read_pieces(str(path)))
+        characters = sum(len(piece.text) for piece in read_documents(str(path)))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -7,7 +7,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from textdata import fast_encoder as words
-from textdata.fast_encoder import Encoder, cuts_at_spaces
+from textdata.fast_encoder import Encoder, is_word_separable
 from textdata.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 # Spaces side by side and at the ends, other white space, digits, the space's own sign, what looks
@@ -30,7 +30,7 @@ def encoded(tokenizer, texts: list[str], dtype="<u2") -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_ids_are_sentencepieces_own(tokenizer, stories, dtype):
-    assert cuts_at_spaces(tokenizer)
+    assert is_word_separable(tokenizer)
     texts = stories + odd_texts(3000)
     assert encoded(tokenizer, texts, dtype) == tokenizer.processor.encode(texts)
 
@@ -38,7 +38,7 @@ def test_ids_are_sentencepieces_own(tokenizer, stories, dtype):
 @pytest.mark.parametrize("name", ["tok512.bin", "llama2_tokenizer.model"])
 def test_with_real_vocabularies_too(shared, stories, name):
     tokenizer = load_tokenizer(shared(f"models/{name}"))
-    assert cuts_at_spaces(tokenizer)
+    assert is_word_separable(tokenizer)
     with open(shared("data/tinyshakespeare.txt"), encoding="utf-8") as file:
         play = file.read()
     texts = [play[start : start + 500] for start in range(0, len(play), 500)] + stories + odd_texts(1000)
@@ -68,7 +68,7 @@ def learned(texts, **options) -> SentencePieceTokenizer:
 )
 def test_a_vocabulary_whose_tokens_may_depend_on_more_than_a_word_is_left_to_sentencepiece(stories, options):
     tokenizer = learned(stories, **options)
-    assert not cuts_at_spaces(tokenizer)
+    assert not is_word_separable(tokenizer)
     texts = stories[:50] + odd_texts(300)
     assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
 
@@ -83,7 +83,7 @@ def test_a_vocabulary_whose_space_is_no_token_is_left_to_sentencepiece(stories, 
         model.pieces[0].type = 1  # there may be one unknown token only
     tokenizer = SentencePieceTokenizer(model.SerializeToString())
     texts = ["é 中", "a é 中 b", *odd_texts(300)]
-    assert not cuts_at_spaces(tokenizer)
+    assert not is_word_separable(tokenizer)
     assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 

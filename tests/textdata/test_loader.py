@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from textdata.loader import evaluation_batches, prefetch, shuffled, training_batches, training_window
+from textdata.loader import epoch_index, evaluation_batches, feistel_permute, prefetch, training_batches
 from textdata.token_shards import (
     ShardWriter,
-    TokenWindows,
+    TokenDataset,
     read_meta,
-    split_point,
+    token_dir,
     token_dtype,
-    tokens_folder,
+    train_val_cut,
     write_meta,
 )
 
@@ -43,8 +43,8 @@ def folder(tmp_path) -> str:
 
 
 def test_a_vocabulary_has_a_folder_of_its_own():
-    assert tokens_folder("data", "custom", 4096) == os.path.join("data", "tok4096")
-    assert tokens_folder("data", "llama2", 32000) == os.path.join("data", "llama2")
+    assert token_dir("data", "custom", 4096) == os.path.join("data", "tok4096")
+    assert token_dir("data", "llama2", 32000) == os.path.join("data", "llama2")
 
 
 @pytest.mark.parametrize("vocab_size, name", [(512, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")])
@@ -55,7 +55,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, name):
 
 def test_id_70000_survives_the_disk(tmp_path):
     tokens = [1, 70_000, 65_535, 65_536, 0, 99_999] * 3
-    windows = TokenWindows(write_folder(tmp_path / "wide", [tokens], vocab_size=100_000), "train", 17)
+    windows = TokenDataset(write_folder(tmp_path / "wide", [tokens], vocab_size=100_000), "train", 17)
     assert os.path.getsize(tmp_path / "wide" / "00000.bin") == 4 * len(tokens)
     assert windows[0].tolist() == tokens
 
@@ -90,7 +90,7 @@ def test_a_shard_counts_what_was_written(tmp_path):
 def test_a_shard_is_split_where_a_document_begins(tmp_path, tokens, val_fraction, cut):
     path = tmp_path / "a.bin"
     path.write_bytes(np.array(tokens, "<u2").tobytes())
-    assert split_point(str(path), np.dtype("<u2"), 1, val_fraction) == cut
+    assert train_val_cut(str(path), np.dtype("<u2"), 1, val_fraction) == cut
 
 
 def test_a_document_that_begins_far_away_is_found_too(tmp_path):
@@ -98,11 +98,11 @@ def test_a_document_that_begins_far_away_is_found_too(tmp_path):
     tokens[[0, -10]] = 1
     path = tmp_path / "a.bin"
     path.write_bytes(tokens.tobytes())
-    assert split_point(str(path), tokens.dtype, 1, 0.9) == len(tokens) - 10
+    assert train_val_cut(str(path), tokens.dtype, 1, 0.9) == len(tokens) - 10
 
 
 def test_consecutive_windows_share_one_token(folder):
-    windows = TokenWindows(folder, "train", SEQ_LEN)
+    windows = TokenDataset(folder, "train", SEQ_LEN)
     assert len(windows) == 99 // SEQ_LEN + 63 // SEQ_LEN
     assert windows[0].tolist() == list(range(100, 109))
     assert windows[1].tolist() == list(range(108, 117))
@@ -114,7 +114,7 @@ def test_consecutive_windows_share_one_token(folder):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 99, 100, 1000])
 def test_with_tails_every_token_but_a_shard_s_first_is_predicted_once(folder, seq_len):
-    windows = TokenWindows(folder, "train", seq_len, tails=True)
+    windows = TokenDataset(folder, "train", seq_len, include_partial=True)
     predicted = [int(token) for window in windows for token in window[1:]]
     assert predicted == [*range(101, 200), *range(201, 205), *range(301, 364)]
     assert all(2 <= len(window) <= seq_len + 1 for window in windows)
@@ -122,7 +122,7 @@ def test_with_tails_every_token_but_a_shard_s_first_is_predicted_once(folder, se
 
 def test_train_and_val_windows_keep_to_their_side_of_the_cut(tmp_path):
     folder = write_folder(tmp_path / "tok", [range(100, 200), range(300, 364)], cuts=[90, 40])
-    sides = {split: TokenWindows(folder, split, SEQ_LEN, tails=True) for split in ("train", "val")}
+    sides = {split: TokenDataset(folder, split, SEQ_LEN, include_partial=True) for split in ("train", "val")}
     tokens = {split: {int(token) for window in windows for token in window} for split, windows in sides.items()}
     assert tokens["train"] == {*range(100, 190), *range(300, 340)}
     assert tokens["val"] == {*range(190, 200), *range(340, 364)}
@@ -130,13 +130,13 @@ def test_train_and_val_windows_keep_to_their_side_of_the_cut(tmp_path):
 
 def test_less_than_one_window_is_an_error_with_both_numbers_and_the_flag(folder):
     with pytest.raises(ValueError, match=r"longest train shard has 100 tokens, but one window takes 101; lower --max"):
-        TokenWindows(folder, "train", 100)
-    assert len(TokenWindows(folder, "train", 99)) == 1
+        TokenDataset(folder, "train", 100)
+    assert len(TokenDataset(folder, "train", 99)) == 1
 
 
 def test_no_validation_tokens_are_an_error_with_both_numbers_and_the_flag(folder):
     with pytest.raises(ValueError, match=r"longest val shard has 0 tokens, but one window takes 2; raise --val_frac"):
-        TokenWindows(folder, "val", SEQ_LEN, tails=True)
+        TokenDataset(folder, "val", SEQ_LEN, include_partial=True)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,11 @@ def test_a_shard_of_another_length_is_refused(folder, change, told):
     else:
         os.truncate(path, os.path.getsize(path) + change)
     with pytest.raises(ValueError, match=rf"00000\.bin {told}; run python tinystories.py pretokenize again"):
-        TokenWindows(folder, "train", SEQ_LEN)
+        TokenDataset(folder, "train", SEQ_LEN)
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(folder):
-    windows = TokenWindows(folder, "train", SEQ_LEN)
+    windows = TokenDataset(folder, "train", SEQ_LEN)
     path = os.path.join(folder, "00000.bin")
     os.truncate(path, 100)
     assert windows[0][0] == 100
@@ -173,7 +173,7 @@ def test_a_missing_folder_is_an_error_that_names_the_command(tmp_path):
 def test_an_unfinished_folder_is_refused(folder):
     write_meta(folder, read_meta(folder) | {"complete": False})
     with pytest.raises(ValueError, match=r"has not finished; run python tinystories\.py pretokenize again"):
-        TokenWindows(folder, "train", SEQ_LEN)
+        TokenDataset(folder, "train", SEQ_LEN)
 
 
 DAMAGES = {
@@ -200,7 +200,7 @@ def test_a_damaged_meta_is_refused_with_its_path(folder, damage):
     DAMAGES[damage](meta)
     write_meta(folder, meta)
     with pytest.raises(ValueError, match=r"meta\.json is damaged; delete it and run python tinystories\.py pretok"):
-        TokenWindows(folder, "train", SEQ_LEN)
+        TokenDataset(folder, "train", SEQ_LEN)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"complete"'])
@@ -214,32 +214,32 @@ def test_a_meta_that_is_no_json_object_is_refused_with_its_path(folder, content)
 @pytest.mark.parametrize("count", [*range(1, 34), 63, 64, 65, 1000, 1023, 1024, 1025, 4097])
 def test_shuffling_is_a_permutation(count):
     for key in (0, 1, 2**64 - 1):
-        assert sorted(shuffled(index, count, key) for index in range(count)) == list(range(count))
+        assert sorted(feistel_permute(index, count, key) for index in range(count)) == list(range(count))
 
 
 def test_shuffling_reaches_every_place_about_equally_often():
     """Where index 0 goes, over 6400 keys: each of 16 places 400 times, give or take 5 deviations."""
     for index in (0, 7, 15):
-        places = np.bincount([shuffled(index, 16, key) for key in range(6400)], minlength=16)
+        places = np.bincount([feistel_permute(index, 16, key) for key in range(6400)], minlength=16)
         assert abs(places - 400).max() < 5 * 400**0.5
 
 
 def test_shuffling_a_huge_number_takes_no_memory_and_no_time():
     count = 10**15
-    assert len({shuffled(index, count, 1) for index in range(1000)}) == 1000
-    assert all(0 <= shuffled(index, count, 1) < count for index in range(count - 1000, count))
+    assert len({feistel_permute(index, count, 1) for index in range(1000)}) == 1000
+    assert all(0 <= feistel_permute(index, count, 1) < count for index in range(count - 1000, count))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 37, 256])
 def test_each_epoch_reads_every_window_once(count):
     for epoch in range(3):
-        read = [training_window(position, count, 1337) for position in range(epoch * count, (epoch + 1) * count)]
+        read = [epoch_index(position, count, 1337) for position in range(epoch * count, (epoch + 1) * count)]
         assert sorted(read) == list(range(count))
 
 
 def test_each_epoch_and_each_seed_has_an_order_of_its_own():
     orders = [
-        tuple(training_window(epoch * 50 + i, 50, seed) for i in range(50)) for epoch in range(20) for seed in range(20)
+        tuple(epoch_index(epoch * 50 + i, 50, seed) for i in range(50)) for epoch in range(20) for seed in range(20)
     ]
     assert len(set(orders)) == len(orders)
     assert tuple(range(50)) not in orders
@@ -251,7 +251,7 @@ def sequences(windows, seed: int, batch_size: int, positions) -> list[list[int]]
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 4), (1, 24), (2, 3), (3, 4), (4, 6)])
 def test_the_order_depends_on_neither_processes_nor_micro_batches(folder, world_size, batch_size):
-    windows, total = TokenWindows(folder, "train", SEQ_LEN), 72  # several epochs
+    windows, total = TokenDataset(folder, "train", SEQ_LEN), 72  # several epochs
     expected = sequences(windows, 1337, 1, range(total))
     read = [None] * total
     for rank in range(world_size):
@@ -265,13 +265,13 @@ def test_the_order_depends_on_neither_processes_nor_micro_batches(folder, world_
 
 @pytest.mark.parametrize("stopped_after", [1, 7, 19, 20, 40])
 def test_a_restart_goes_on_where_the_run_stopped(folder, stopped_after):
-    whole = sequences(TokenWindows(folder, "train", SEQ_LEN), 1337, 1, range(60))
-    restarted = sequences(TokenWindows(folder, "train", SEQ_LEN), 1337, 1, range(stopped_after, 60))
+    whole = sequences(TokenDataset(folder, "train", SEQ_LEN), 1337, 1, range(60))
+    restarted = sequences(TokenDataset(folder, "train", SEQ_LEN), 1337, 1, range(stopped_after, 60))
     assert whole[stopped_after:] == restarted
 
 
 def test_targets_are_the_inputs_one_token_later(folder):
-    (batch,) = training_batches(TokenWindows(folder, "train", SEQ_LEN), 1, 4, [0])
+    (batch,) = training_batches(TokenDataset(folder, "train", SEQ_LEN), 1, 4, [0])
     inputs, targets = batch
     assert inputs.shape == targets.shape == (4, SEQ_LEN)
     assert inputs.dtype == targets.dtype == torch.int64
@@ -285,13 +285,13 @@ def predicted_by(batches) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_share_an_evaluation_without_overlap_and_leave_nothing_out(folder, batch_size, world_size):
-    windows = TokenWindows(folder, "train", SEQ_LEN, tails=True)
+    windows = TokenDataset(folder, "train", SEQ_LEN, include_partial=True)
     shares = [predicted_by(evaluation_batches(windows, batch_size, 0, rank, world_size)) for rank in range(world_size)]
     assert sorted(itertools.chain(*shares)) == [*range(101, 200), *range(201, 205), *range(301, 364)]
 
 
 def test_an_evaluation_of_some_batches_is_always_the_same_and_spread_over_the_split(folder):
-    windows = TokenWindows(folder, "train", SEQ_LEN, tails=True)
+    windows = TokenDataset(folder, "train", SEQ_LEN, include_partial=True)
     alone = predicted_by(evaluation_batches(windows, 2, 3))
     assert alone == predicted_by(evaluation_batches(windows, 2, 3))
     assert len(set(alone)) == len(alone) == 6 * SEQ_LEN
@@ -301,12 +301,12 @@ def test_an_evaluation_of_some_batches_is_always_the_same_and_spread_over_the_sp
 
 
 def test_more_evaluation_batches_than_there_are_evaluate_everything_once(folder):
-    windows = TokenWindows(folder, "train", SEQ_LEN, tails=True)
+    windows = TokenDataset(folder, "train", SEQ_LEN, include_partial=True)
     assert predicted_by(evaluation_batches(windows, 4, 1000)) == predicted_by(evaluation_batches(windows, 4, 0))
 
 
 def test_what_a_tail_does_not_fill_is_left_out_of_the_loss(folder):
-    *_, (inputs, targets) = evaluation_batches(TokenWindows(folder, "train", SEQ_LEN, tails=True), 4, 0)
+    *_, (inputs, targets) = evaluation_batches(TokenDataset(folder, "train", SEQ_LEN, include_partial=True), 4, 0)
     assert inputs.shape == targets.shape == (4, SEQ_LEN)
     unfilled = targets == -1
     assert unfilled.any() and (inputs[unfilled] == 0).all() and (inputs[~unfilled] + 1 == targets[~unfilled]).all()
@@ -325,7 +325,7 @@ def test_resident_memory_stays_flat_over_a_large_file(tmp_path):
     meta = read_meta(folder)
     meta["shards"][0] |= {"tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}
     write_meta(folder, meta)
-    windows = TokenWindows(folder, "train", 2**16)
+    windows = TokenDataset(folder, "train", 2**16)
     windows[0]
     before = resident_bytes()
     assert sum(len(window) - 1 for window in windows) > 0.99 * tokens

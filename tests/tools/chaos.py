@@ -24,7 +24,7 @@ import time
 import uuid
 from pathlib import Path
 
-from checkpoints.manager import newest_checkpoint, newest_path, remove
+from checkpoints.manager import latest_path, load_latest, remove
 from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
 from textdata.synthetic import story
 from textdata.tokenizer import train_sentencepiece
@@ -129,7 +129,7 @@ def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tup
                 os.kill(pid, signal.SIGKILL)
         process.kill()
     status = end(process)
-    newest = Path(newest_path(str(out_dir)))
+    newest = Path(latest_path(str(out_dir)))
     if newest.exists() and fault == "cut checkpoint":
         part = random.Random(moment).choice(sorted(newest.iterdir())) if newest.is_dir() else newest
         copy = part.read_bytes()  # the file may have another name, by which it is an older checkpoint's
@@ -142,7 +142,7 @@ def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tup
 
 def newest_step(out_dir: Path) -> int:
     try:
-        found = newest_checkpoint(str(out_dir), lambda text: None)
+        found = load_latest(str(out_dir), lambda text: None)
     except ValueError:
         return -1
     return found[1]["iter_num"] if found else -1

@@ -37,8 +37,8 @@ import torch
 
 from export import write_model
 from formats import hugging_face
-from formats.lazy_model import stored
-from formats.registry import read_stored
+from formats.lazy_model import from_model
+from formats.registry import open_model
 from formats.safetensors_file import read_safetensors
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
@@ -98,7 +98,7 @@ def random_model(tokenizer: Tokenizer, **overrides) -> Transformer:
 
 def write_seed(folder: str, name: str, kind: str, vocabulary=sentencepiece, dtype: str = "auto", **overrides):
     tokenizer = vocabulary()
-    model = stored(random_model(tokenizer, **overrides), tokenizer=tokenizer)
+    model = from_model(random_model(tokenizer, **overrides), tokenizer=tokenizer)
     write_model(model, os.path.join(folder, name), kind, dtype)
 
 
@@ -160,7 +160,7 @@ def used(tokenizer: Tokenizer | None) -> str | None:
 
 
 def read_whole_model(path: str) -> Reading:
-    model = read_stored(path)
+    model = open_model(path)
     tensors = {name: model.read(name) for name in model.names()}
     return Reading(model.args, tensors, used(model.own_tokenizer()), model.model)
 

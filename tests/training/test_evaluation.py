@@ -8,12 +8,12 @@ import torch
 
 from checkpoints.file import save_checkpoint, write_model_args
 from formats import llama2c
-from formats.lazy_model import stored
-from formats.registry import read_stored
+from formats.lazy_model import from_model
+from formats.registry import open_model
 from model import ModelArgs, Transformer
-from runtime.distributed import World
-from textdata.token_shards import TokenWindows
-from training.evaluation import Quality, evaluate
+from runtime.distributed import DistContext
+from textdata.token_shards import TokenDataset
+from training.evaluation import EvalResult, evaluate
 
 SEQ_LEN = 32
 
@@ -34,7 +34,7 @@ def quality_of(token_folder, tokenizer):
     """quality_of(model) on the whole validation split, or as the options say."""
 
     def measure(model, batch_size=8, num_batches=0, dtype="float32", world=None, split="val"):
-        windows = TokenWindows(token_folder, split, SEQ_LEN, tails=True)
+        windows = TokenDataset(token_folder, split, SEQ_LEN, include_partial=True)
         more = () if world is None else (world,)
         return evaluate(model, windows, tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype, *more)
 
@@ -102,17 +102,17 @@ def test_no_random_state_and_no_mode_is_touched_and_dropout_is_off(training, mod
 def test_a_checkpoint_and_the_exported_file_have_the_same_figures(model, quality_of, tmp_path):
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "ckpt.pt"), checkpoint)
-    llama2c.write(stored(model), str(tmp_path / "model.bin"))
+    llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     for name in ("ckpt.pt", "model.bin"):
-        assert quality_of(read_stored(str(tmp_path / name)).model()) == quality_of(model)
+        assert quality_of(open_model(str(tmp_path / name)).model()) == quality_of(model)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_shares_of_several_processes_add_up_to_the_whole(size, model, quality_of, token_folder):
     shares = []
 
-    class Recorded(World):
-        def sum(self, values):
+    class Recorded(DistContext):
+        def all_reduce_sum(self, values):
             shares.append(values)
             return values
 
@@ -131,4 +131,4 @@ def test_bfloat16_is_close_to_float32(model, quality_of):
 
 
 def test_perplexity_has_an_end():
-    assert math.isfinite(Quality(loss=1e6, bits_per_byte=1.0).perplexity)
+    assert math.isfinite(EvalResult(loss=1e6, bits_per_byte=1.0).perplexity)

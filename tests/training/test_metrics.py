@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-DRAW = "from metrics import Metrics; m = Metrics({!r}, 0); m.write(iter=0, loss=2.0); m.draw(); m.draw(); print('on')"
+DRAW = "from training.metrics import MetricsLogger; m = MetricsLogger({!r}, 0); m.write(iter=0, loss=2.0); m.draw(); m.draw(); print('on')"
 
 
 def test_settings_that_matplotlib_does_not_take_cost_the_picture_and_not_the_run(tmp_path):

@@ -8,8 +8,8 @@ import torch
 
 from checkpoints.file import load_checkpoint
 from tests.test_train import TINY, same_state
-from textdata.loader import training_window
-from textdata.token_shards import TokenWindows
+from textdata.loader import epoch_index
+from textdata.token_shards import TokenDataset
 from training import monitor as health
 
 SPIKED = "--skip_spikes=1.05"  # so low that it is met
@@ -81,10 +81,10 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
     record = next(r for r in map(json.loads, lines) if r["iter"] == 20 and "loss" in r)
     loss, norm = map(float, re.search(r"^loss (\S+), norm of the gradient (\S+);", result.stdout, re.M).groups())
     assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(record["grad_norm"], rel=1e-4)
-    windows = TokenWindows(token_folder, "train", 32)
+    windows = TokenDataset(token_folder, "train", 32)
     config = load_checkpoint(str(tmp_path / "ckpt.pt"))["config"]
     for position in range(20 * 8, 21 * 8):
-        path, start, _ = windows.place(training_window(position, len(windows), config["seed"]))
+        path, start, _ = windows.locate(epoch_index(position, len(windows), config["seed"]))
         assert re.search(rf"^ *{position}  {re.escape(path)}:{start}  loss", result.stdout, re.M)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import ModelArgs, Transformer
-from training.optim import learning_rate_at, load_optimizer, make_optimizer
+from training.optim import load_optimizer, lr_at_step, make_optimizer
 
 TINY = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6)
 SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
@@ -25,12 +25,12 @@ SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
     ],
 )
 def test_the_learning_rate_at_key_points(step, expected):
-    assert learning_rate_at(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+    assert lr_at_step(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("floor", [0.0, 5e-5, 5e-4])
 def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
-    rates = [learning_rate_at(step, 5e-4, floor, 10, 100) for step in range(101)]
+    rates = [lr_at_step(step, 5e-4, floor, 10, 100) for step in range(101)]
     assert rates[:10] == sorted(set(rates[:10]))
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[9] == 5e-4 and rates[100] == floor
@@ -38,33 +38,33 @@ def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
 
 
 def test_the_learning_rate_without_decay_stays_at_its_peak():
-    rates = [learning_rate_at(step, **SCHEDULE, kind="constant") for step in (999, 1000, 50_000, 100_000, 10**9)]
+    rates = [lr_at_step(step, **SCHEDULE, kind="constant") for step in (999, 1000, 50_000, 100_000, 10**9)]
     assert rates == [5e-4] * 5
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 100])
 def test_the_learning_rate_without_warm_up_begins_at_its_peak(total_steps):
-    assert learning_rate_at(0, 5e-4, 0.0, 0, total_steps) == 5e-4
-    assert learning_rate_at(total_steps, 5e-4, 0.0, 0, total_steps) == 0
+    assert lr_at_step(0, 5e-4, 0.0, 0, total_steps) == 5e-4
+    assert lr_at_step(total_steps, 5e-4, 0.0, 0, total_steps) == 0
 
 
 def test_a_warm_up_longer_than_the_run_only_rises():
-    rates = [learning_rate_at(step, 1.0, 0.0, 1000, 10) for step in range(10)]
+    rates = [lr_at_step(step, 1.0, 0.0, 1000, 10) for step in range(10)]
     assert rates == pytest.approx([(step + 1) / 1000 for step in range(10)])
 
 
 @pytest.mark.parametrize("floor", [0.0, 5e-5])
 def test_wsd_stays_at_its_peak_and_comes_down_in_the_last_fifth(floor):
-    rates = [learning_rate_at(step, 5e-4, floor, 10, 100, "wsd") for step in range(101)]
+    rates = [lr_at_step(step, 5e-4, floor, 10, 100, "wsd") for step in range(101)]
     assert rates[9:81] == [5e-4] * 72
     assert rates[80:] == sorted(set(rates[80:]), reverse=True)
     assert rates[85] == pytest.approx(floor + (5e-4 - floor) * (1 - math.sqrt(5 / 20)))
     assert rates[100] == floor
-    assert learning_rate_at(150, 5e-4, floor, 10, 100, "wsd") == floor
+    assert lr_at_step(150, 5e-4, floor, 10, 100, "wsd") == floor
 
 
 def test_a_warm_up_that_reaches_into_the_cooldown_of_wsd_shortens_it():
-    rates = [learning_rate_at(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
+    rates = [lr_at_step(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
     assert rates[89] == rates[90] == 1.0 and rates[100] == 0.0
     assert rates[95] == pytest.approx(1 - math.sqrt(0.5))
 

@@ -69,8 +69,8 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
             assert process.communicate(timeout=180) and process.returncode == 0
         else:
             train_on(processes, *options, f"--out_dir={tmp_path}", *shape)
-        is_in_shares = parallel == "fsdp" and processes > 1
-        newest, older = ("ckpt.dcp", "ckpt.pt") if is_in_shares else ("ckpt.pt", "ckpt.dcp")
+        is_sharded_checkpoint = parallel == "fsdp" and processes > 1
+        newest, older = ("ckpt.dcp", "ckpt.pt") if is_sharded_checkpoint else ("ckpt.pt", "ckpt.dcp")
         assert (tmp_path / newest).exists() and not (tmp_path / older).exists()
         assert not list(tmp_path.glob("*.partial*")) and len(list(tmp_path.glob("ckpt_*"))) == 1
     assert largest_difference(undisturbed, tmp_path) < 1e-5
