@@ -34,7 +34,7 @@ from benchmarks import data as bench_data
 from benchmarks import decoding as bench_sample
 from benchmarks.data import path_problems
 from benchmarks.timing import WARM_UP, Measured, Variant, measure, synchronize, timing_problems
-from configurator import configure, refuse, run_script
+from configurator import configure, exit_with_errors, run_main
 from model import Transformer, flops_per_token, iter_initial_weights
 from runtime.atomic_files import write_atomically
 from runtime.device import disable_malloc_trim, peak_flops, pick_device, pick_dtype
@@ -58,14 +58,18 @@ TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # in a micro-batch, by the k
 class TrainBench:
     """Tokens per second and peak memory of a training step, beside the same model as others train it."""
 
-    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = "all"  # the size of the model
-    batch_size: int = 0  # sequences in a micro-batch; 0: 2048 tokens' worth on a CPU, 32768 on a GPU
+    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = (
+        "all"  # the size of the model
+    )
+    batch_size: int = (
+        0  # sequences in a micro-batch; 0: 2048 tokens' worth on a CPU, 32768 on a GPU
+    )
     rounds: int = 5  # how often each variant has its turn
     seconds: float = 4.0  # how long a turn lasts, at least one step
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
-    def problems(self):
+    def validate(self):
         if self.batch_size < 0:
             yield f"--batch_size={self.batch_size}: must be 0 or more"
         yield from timing_problems(self)
@@ -78,12 +82,14 @@ class CostBench:
 
     rounds: int = 3  # how often each setting has its turn
     seconds: float = 4.0  # how long a turn lasts, at least one step
-    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = "all"  # the size of the model
+    preset: Literal["all", "260K", "15M", "15M-32000", "42M", "110M"] = (
+        "all"  # the size of the model
+    )
     compile: bool = True  # compile the model, which takes minutes where several processes do
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
-    def problems(self):
+    def validate(self):
         yield from timing_problems(self)
         yield from path_problems(self.json)
 
@@ -98,7 +104,7 @@ class SaveBench:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: str = ""  # also write the records here
 
-    def problems(self):
+    def validate(self):
         for name in ("checkpoint_interval", "rounds"):
             if getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name)}: must be 1 or more"
@@ -112,13 +118,13 @@ def ours(options: list[str], device: str):
 
 def our_run(options: list[str], device: str):
     config, _ = configure(train.TrainConfig, options)
-    world, device = init_distributed(device)
+    dist_ctx, device = init_distributed(device)
     disable_malloc_trim()
     torch.manual_seed(0)
-    run = equip(config, world, device, (None, None, None), config.model_args())
+    run = equip(config, dist_ctx, device, (None, None, None), config.model_args())
     load_weights(run.model, iter_initial_weights(config.model_args()))
     forward = train.compiled(run)
-    if world.size > 1 and not is_sharded(run.model):
+    if dist_ctx.size > 1 and not is_sharded(run.model):
         forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     return run, forward
 
@@ -134,12 +140,19 @@ def our_step(run, forward):
     return step
 
 
-def saving(options: list[str], device: str, folder: str, interval: int, rounds: int) -> dict[bool, list[float]]:
+def saving(
+    options: list[str], device: str, folder: str, interval: int, rounds: int
+) -> dict[bool, list[float]]:
     """Tokens per second of so many of our steps, without and with a checkpoint. Both in one process, in turn:
     two processes of the same code are further apart than this."""
     run, forward = our_run(options, device)
-    run.config, run.tokenizer = dataclasses.replace(run.config, out_dir=folder), types.SimpleNamespace(hash="")
-    write_atomically(run.path("tokenizer.model"), b"")  # without it the folder would count as deleted
+    run.config, run.tokenizer = (
+        dataclasses.replace(run.config, out_dir=folder),
+        types.SimpleNamespace(hash=""),
+    )
+    write_atomically(
+        run.path("tokenizer.model"), b""
+    )  # without it the folder would count as deleted
     step, rates = our_step(run, forward), {False: [], True: []}
     for number in range(-1, rounds):
         for saves in (False, True) if number % 2 else (True, False):
@@ -158,7 +171,10 @@ def plain(options: list[str], device: str, compile: bool, dtype: str, of="plain"
     """The loop of peers.py, or transformers' model in it."""
     config, _ = configure(train.TrainConfig, options)
     build = {"plain": peers.plain_step, "transformers": peers.transformers_step}[of]
-    train_on, batches = build(config.model_args(), device, compile, dtype), random_batches(config, device)
+    train_on, batches = (
+        build(config.model_args(), device, compile, dtype),
+        random_batches(config, device),
+    )
 
     def step() -> int:
         train_on(*next(batches))
@@ -189,12 +205,17 @@ def random_batches(config, device: str):
         yield from (batch.unbind() for batch in batches)
 
 
-def options_of(preset: str, device: str, batch_size: int, max_seq_len: int | None = None) -> list[str]:
+def options_of(
+    preset: str, device: str, batch_size: int, max_seq_len: int | None = None
+) -> list[str]:
     """The preset's options for a step of one micro-batch, without dropout, which peers do not have."""
     options = [*PRESETS[preset], "--dropout=0", "--gradient_accumulation_steps=1"]
     options += [f"--max_seq_len={max_seq_len}"] if max_seq_len else []
     length = configure(train.TrainConfig, options)[0].max_seq_len
-    return [*options, f"--batch_size={batch_size or max(1, TOKENS[device.partition(':')[0]] // length)}"]
+    return [
+        *options,
+        f"--batch_size={batch_size or max(1, TOKENS[device.partition(':')[0]] // length)}",
+    ]
 
 
 def ceilings(device: str) -> list[Variant]:
@@ -202,18 +223,29 @@ def ceilings(device: str) -> list[Variant]:
     kinds = dict.fromkeys(["float32", pick_dtype("auto", device)])
     names = {"float32": "TF32"} if device.startswith("cuda") else {}
     arguments = dict(device=device, size=size)
-    return [Variant(f"ceiling {names.get(dtype, dtype)}", ceiling, arguments | dict(dtype=dtype)) for dtype in kinds]
+    return [
+        Variant(f"ceiling {names.get(dtype, dtype)}", ceiling, arguments | dict(dtype=dtype))
+        for dtype in kinds
+    ]
 
 
 def train_variants(options: list[str], device: str) -> list[Variant]:
     """Plain is float32 as it is on a CPU, and bfloat16 and compiled on a GPU."""
-    on_gpu, both, best = device.startswith("cuda"), dict(options=options, device=device), pick_dtype("auto", device)
+    on_gpu, both, best = (
+        device.startswith("cuda"),
+        dict(options=options, device=device),
+        pick_dtype("auto", device),
+    )
     textbook = both | dict(compile=on_gpu, dtype=best if on_gpu else "float32")
     variants = [Variant("plain", plain, textbook)]
     if not on_gpu:
         variants.append(Variant("plain, compiled", plain, textbook | dict(compile=True)))
         if best != "float32":
-            variants.append(Variant(f"plain, compiled, {best}", plain, textbook | dict(compile=True, dtype=best)))
+            variants.append(
+                Variant(
+                    f"plain, compiled, {best}", plain, textbook | dict(compile=True, dtype=best)
+                )
+            )
     if find_spec("transformers"):
         variants.append(Variant("transformers", plain, textbook | dict(of="transformers")))
     return [*variants, Variant("ours", ours, both)]
@@ -225,31 +257,46 @@ def run_train(config: TrainBench):
     print(machine(device))
     for preset in PRESETS if config.preset == "all" else [config.preset]:
         options = options_of(preset, device, config.batch_size)
-        measured = measure(train_variants(options, device) + ceilings(device), config.rounds, config.seconds)
+        measured = measure(
+            train_variants(options, device) + ceilings(device), config.rounds, config.seconds
+        )
         records += report(preset, options, device, measured)
         write_records(config.json, records)
 
 
-def report(preset: str, options: list[str], device: str, measured: dict[str, Measured]) -> list[dict]:
+def report(
+    preset: str, options: list[str], device: str, measured: dict[str, Measured]
+) -> list[dict]:
     """Print a preset's table; returns its records."""
     settings, _ = configure(train.TrainConfig, options)
     args, length = settings.model_args(), settings.max_seq_len
-    most = {name.removeprefix("ceiling "): figures.rate for name, figures in measured.items() if "ceiling" in name}
+    most = {
+        name.removeprefix("ceiling "): figures.rate
+        for name, figures in measured.items()
+        if "ceiling" in name
+    }
     known = peak_flops(device)
     share_of, share = (known, "MFU") if known else (max(most.values()), "of ceiling")
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in most.items())
     print(f"\n{preset}: {count(args)} parameters, vocabulary {args.vocab_size}, ", end="")
     print(f"micro-batch {settings.batch_size} x {length} tokens; matrix products: {products}\n")
-    print(f"| variant | tokens/s | x plain | spread | peak memory | {share} |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        f"| variant | tokens/s | x plain | spread | peak memory | {share} |\n|---|---:|---:|---:|---:|---:|"
+    )
     records = []
     for name, figures in measured.items():
         if "ceiling" in name:
             continue
-        ratios = [mine / base for mine, base in zip(figures.rates, measured["plain"].rates, strict=True)]
+        ratios = [
+            mine / base for mine, base in zip(figures.rates, measured["plain"].rates, strict=True)
+        ]
         ratio, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
         used = figures.rate * flops_per_token(args, length) / share_of
         memory = f"{figures.peak_memory / 2**20:,.0f} MB"
-        print(f"| {name} | {figures.rate:,.0f} | {ratio:.2f} | {spread} | {memory} | {used:.0%} |", flush=True)
+        print(
+            f"| {name} | {figures.rate:,.0f} | {ratio:.2f} | {spread} | {memory} | {used:.0%} |",
+            flush=True,
+        )
         records.append({
             "preset": preset, "variant": name, "tokens_per_second": figures.rate, "ratio_to_plain": ratio,
             "peak_memory_bytes": figures.peak_memory, "ratio_min": min(ratios), "ratio_max": max(ratios),
@@ -275,7 +322,11 @@ def cpu_name() -> str:
             fields = dict(line.split(":", 1) for line in lines if ":" in line)
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         name = fields.get("model name", platform.machine())
-        kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in fields.get("flags", "")]
+        kinds = [
+            kind
+            for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+            if kind in fields.get("flags", "")
+        ]
         return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')}; {' '.join(kinds)})"
     return platform.processor() or platform.machine()
 
@@ -298,14 +349,19 @@ COSTS = [  # (preset, sequence length, sequences in a micro-batch, processes, an
 def run_cost(config: CostBench):
     device, records = pick_device(config.device), []
     print(machine(device))
-    print("\n| preset | length | sequences | processes | | tokens/s | of ceiling | peak memory of a process |")
+    print(
+        "\n| preset | length | sequences | processes | | tokens/s | of ceiling | peak memory of a process |"
+    )
     print("|---|---:|---:|---:|---|---:|---:|---:|")
     for preset, length, batch, processes, *parallel in COSTS:
         lacks_gpus = device.startswith("cuda") and processes > torch.cuda.device_count()
         if lacks_gpus or config.preset not in ("all", preset):
             continue
         parallel = parallel[0] if parallel else "ddp"
-        options = [*options_of(preset, device, batch, length), f"--gradient_accumulation_steps={processes}"]
+        options = [
+            *options_of(preset, device, batch, length),
+            f"--gradient_accumulation_steps={processes}",
+        ]
         options += [f"--parallel={parallel}", f"--compile={config.compile}"]
         variant = Variant(preset, ours, dict(options=options, device=device), processes)
         measured = measure([variant, ceilings(device)[-1]], config.rounds, config.seconds)
@@ -339,9 +395,13 @@ def run_save(config: SaveBench):
     ratios = [mine / base for mine, base in zip(rates[True], rates[False], strict=True)]
     ratio, spread = statistics.median(ratios), f"{min(ratios):.3f} to {max(ratios):.3f}"
     without, with_one = (statistics.median(rates[saves]) for saves in (False, True))
-    print(f"{machine(device)}\n\n| {config.preset} | tokens/s | x without | spread |\n|---|---:|---:|---:|")
+    print(
+        f"{machine(device)}\n\n| {config.preset} | tokens/s | x without | spread |\n|---|---:|---:|---:|"
+    )
     print(f"| no checkpoints | {without:,.0f} | 1 | |")
-    print(f"| one in {config.checkpoint_interval} steps | {with_one:,.0f} | {ratio:.3f} | {spread} |")
+    print(
+        f"| one in {config.checkpoint_interval} steps | {with_one:,.0f} | {ratio:.3f} | {spread} |"
+    )
     write_records(config.json, [{
         "preset": config.preset, "checkpoint_interval": config.checkpoint_interval, "tokens_per_second": with_one,
         "ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios),
@@ -380,16 +440,19 @@ BENCHES = {
 }
 
 
-def main():
-    which = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    which = argv[0] if argv else "--help"
     if which in ("-h", "--help"):
         return print(__doc__.strip())
     if which not in BENCHES:
-        refuse(f"{which}: what to measure must come first and be one of {', '.join(BENCHES)}")
+        exit_with_errors(
+            f"{which}: what to measure must come first and be one of {', '.join(BENCHES)}"
+        )
     config_class, run = BENCHES[which]
-    config, _ = configure(config_class, sys.argv[2:], program=f"bench.py {which}")
+    config, _ = configure(config_class, argv[1:], program=f"bench.py {which}")
     run(config)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import tyro
 
 from checkpoints.manager import latest_path
-from configurator import configure, print_overrides, run_script
+from configurator import configure, print_overrides, run_main
 from formats import ckpt, gguf, llama2c
 from formats.lazy_model import LazyModel
 from formats.registry import FORMATS, checked_tokenizer, open_model
@@ -43,9 +43,13 @@ class ExportConfig:
     # auto: by output's suffix; .pt: ckpt, .bin: v0, .gguf: gguf, none: hf
     format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"
     # auto: the model's own, where the format has it
-    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0", "fp32", "fp16", "bf16"] = (
+        "auto"
+    )
     tokenizer: str = ""  # the model's vocabulary; if empty, the one in or beside it
-    max_seq_len: int | None = None  # the longest context; None: the model's (Meta's folders do not say)
+    max_seq_len: int | None = (
+        None  # the longest context; None: the model's (Meta's folders do not say)
+    )
     # also the optimizer's state and the step: from ckpt.pt to a sharded checkpoint (.dcp), or back
     training_state: bool = False
     # llama2.c's options
@@ -70,7 +74,7 @@ class ExportConfig:
             return VERSIONS.get(self.version, self.format)
         return SUFFIXES.get(os.path.splitext(self.output.rstrip(os.sep))[1].lower(), "")
 
-    def problems(self):
+    def validate(self):
         if not self.output:
             yield "say what to write: python export.py out/model.bin"
         elif not self.target and not self.training_state:
@@ -83,19 +87,22 @@ class ExportConfig:
             yield "--from= is empty: name a model"
         if len(self.sources) > 1:
             yield "name one model to read: --from, --checkpoint, --meta_llama and --hf say the same"
-        if self.format != "auto" and self.version is not None and self.format != VERSIONS[self.version]:
+        if (
+            self.format != "auto"
+            and self.version is not None
+            and self.format != VERSIONS[self.version]
+        ):
             yield f"--version={self.version} is --format={VERSIONS[self.version]}, not {self.format}"
         if self.training_state:
             yield from self.training_state_problems()
         if self.output and os.path.realpath(self.output) == os.path.realpath(self.source):
             yield f"{self.output}: is also what is read; write elsewhere"
 
-
     def training_state_problems(self):
         others = ("format", "dtype", "tokenizer", "max_seq_len", "version")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if given := [f"--{name}" for name in others if getattr(self, name) != defaults[name]]:
-            yield f"--training_state=True copies a checkpoint as it is: leave out {', '.join(given)}"
+        if present := [f"--{name}" for name in others if getattr(self, name) != defaults[name]]:
+            yield f"--training_state=True copies a checkpoint as it is: leave out {', '.join(present)}"
         if not self.output.endswith((".pt", ".dcp")):
             yield f"{self.output}: must end in .pt (one file) or .dcp (a sharded checkpoint)"
         elif os.path.lexists(self.output):
@@ -134,8 +141,12 @@ def check_overwrite(path: str, module: ModuleType):
     if is_older:
         return
     if os.path.isdir(path):
-        raise ValueError(f"{path}: holds other things than a model of this format; name a new or an empty folder")
-    raise ValueError(f"{path}: is there already and would be lost; write elsewhere, or remove it first")
+        raise ValueError(
+            f"{path}: holds other things than a model of this format; name a new or an empty folder"
+        )
+    raise ValueError(
+        f"{path}: is there already and would be lost; write elsewhere, or remove it first"
+    )
 
 
 def tokenizer_target(stored: LazyModel, path: str, module: ModuleType) -> tuple[str, bytes] | None:
@@ -145,13 +156,25 @@ def tokenizer_target(stored: LazyModel, path: str, module: ModuleType) -> tuple[
     for name in ("tokenizer.model", "tokenizer.bin"):
         there = os.path.join(folder, name)
         if os.path.lexists(there) and tokenizer is None:
-            raise ValueError(f"{there}: may be another model's; name this one's with --tokenizer, or write elsewhere")
+            raise ValueError(
+                f"{there}: may be another model's; name this one's with --tokenizer, or write elsewhere"
+            )
         if os.path.lexists(there) and load_tokenizer(there).hash != tokenizer.hash:
-            raise ValueError(f"{there}: is another model's, and this one's is to be there; write elsewhere")
+            raise ValueError(
+                f"{there}: is another model's, and this one's is to be there; write elsewhere"
+            )
     if tokenizer is None:
         return None
-    name, content = ("tokenizer.model", tokenizer.content) if module is ckpt else ("tokenizer.bin", tokenizer.to_bin())
-    return None if os.path.exists(os.path.join(folder, name)) else (os.path.join(folder, name), content)
+    name, content = (
+        ("tokenizer.model", tokenizer.content)
+        if module is ckpt
+        else ("tokenizer.bin", tokenizer.to_bin())
+    )
+    return (
+        None
+        if os.path.exists(os.path.join(folder, name))
+        else (os.path.join(folder, name), content)
+    )
 
 
 def export_dtype(asked: str, target: str, allowed: tuple[str, ...], stored: LazyModel) -> str:
@@ -181,26 +204,34 @@ def with_tokenizer(stored: LazyModel, named: str) -> LazyModel:
 
 def size_of(path: str) -> int:
     """Bytes of a file, or of all in a folder."""
-    names = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
+    names = (
+        [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
+    )
     return sum(map(os.path.getsize, names))
 
 
-def main():
-    config, given = configure(ExportConfig, positional=("output",))
+def main(argv: list[str] | None = None) -> None:
+    config, overrides = configure(ExportConfig, argv, positional=("output",))
     sys.stdout.reconfigure(errors="replace")  # of a path in another encoding
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # and nothing half-written stays
-    print_overrides(config, given)
+        signal.signal(
+            number, lambda number, frame: sys.exit(128 + number)
+        )  # and nothing half-written stays
+    print_overrides(config, overrides)
     if config.training_state:
         from checkpoints.sharded import convert_checkpoint  # imports DCP, which takes a second
 
         step = convert_checkpoint(config.source, config.output)
         return print(f"wrote {config.output}, the training state of step {step}")
-    stored = with_tokenizer(open_model(config.source, config.tokenizer, config.max_seq_len), config.tokenizer)
+    stored = with_tokenizer(
+        open_model(config.source, config.tokenizer, config.max_seq_len), config.tokenizer
+    )
     write_model(stored, config.output, config.target, config.dtype)
     parameters = sum(math.prod(shape) for _, shape in parameter_shapes(stored.args))
-    print(f"wrote {config.output} ({config.target}): {parameters:,} parameters, {size_of(config.output):,} bytes")
+    print(
+        f"wrote {config.output} ({config.target}): {parameters:,} parameters, {size_of(config.output):,} bytes"
+    )
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

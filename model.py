@@ -55,21 +55,31 @@ class ModelArgs:
             if value is None and name not in sizes:
                 continue
             if not isinstance(value, int) or not 1 <= value < MAX_DIM:
-                raise ValueError(f"{name}={value}: must be a whole number, at least 1 and below {MAX_DIM}")
+                raise ValueError(
+                    f"{name}={value}: must be a whole number, at least 1 and below {MAX_DIM}"
+                )
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < MAX_DIM:
-            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None")
+            raise ValueError(
+                f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None"
+            )
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads}: must divide n_heads={self.n_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions")
+            raise ValueError(
+                f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if not (1e-30 <= self.norm_eps <= 1 and 1 <= self.rope_theta <= 1e30):  # as far as float32 serves
-            raise ValueError(f"norm_eps={self.norm_eps}, rope_theta={self.rope_theta}: beyond 1e-30..1 and 1..1e30")
+        if not (
+            1e-30 <= self.norm_eps <= 1 and 1 <= self.rope_theta <= 1e30
+        ):  # as far as float32 serves
+            raise ValueError(
+                f"norm_eps={self.norm_eps}, rope_theta={self.rope_theta}: beyond 1e-30..1 and 1..1e30"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -150,7 +160,9 @@ class Attention(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x, place: ForwardContext):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x, self.wq, self.wk, self.wv))
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x, self.wq, self.wk, self.wv)
+        )
         # (B, T, n_heads, head_dim) and twice (B, T, n_kv_heads, head_dim)
         scale = self.head_dim**-0.5  # of the scores
         q = apply_rope(q, place.cos * scale, place.sin * scale)
@@ -169,13 +181,17 @@ class Attention(nn.Module):
             grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
             if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
                 return single_query_attention(grouped, k, v, mask).reshape(q.shape)
-            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+            y = F.scaled_dot_product_attention(
+                grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0
+            )
             return y.reshape(q.shape)
         if self.queries_per_kv > 1:
             k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
             v = v.repeat_interleave(self.queries_per_kv, dim=1)
         if mask is not None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0
+            )
         if q.device.type == "cpu" and length == seen <= BLOCKWISE_ATTENTION_MAX_LEN:
             return causal_attention(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1.0)
@@ -246,7 +262,9 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.activation_checkpointing = False  # in training: keep what flows between blocks, compute the rest again
+        self.activation_checkpointing = (
+            False  # in training: keep what flows between blocks, compute the rest again
+        )
         self.tok_embeddings = new_embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -257,7 +275,9 @@ class Transformer(nn.Module):
     @classmethod
     def on_meta(cls, args: ModelArgs) -> "Transformer":
         """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
-        with torch.device("meta"):  # where nothing is drawn or computed: it would import the compiler, for a second
+        with torch.device(
+            "meta"
+        ):  # where nothing is drawn or computed: it would import the compiler, for a second
             return cls(args)
 
     @classmethod
@@ -286,7 +306,9 @@ class Transformer(nn.Module):
         if self.tok_embeddings.weight.is_meta:
             cos, sin = (torch.empty(args.max_seq_len, args.head_dim // 2) for _ in range(2))
         else:
-            cos, sin = precompute_rope_cache(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
+            cos, sin = precompute_rope_cache(
+                args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
+            )
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -306,7 +328,15 @@ class Transformer(nn.Module):
             return self.output(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten())
 
-    def forward_hidden(self, tokens, cache: KVCache | None = None, start_pos=0, end: int = 0, rows=None, exact: bool = True):
+    def forward_hidden(
+        self,
+        tokens,
+        cache: KVCache | None = None,
+        start_pos=0,
+        end: int = 0,
+        rows=None,
+        exact: bool = True,
+    ):
         """What the classifier reads (B, T, C) of tokens (B, T).
 
         With a cache, the tokens are the positions from start_pos on, those before it are read from
@@ -321,12 +351,18 @@ class Transformer(nn.Module):
             assert end, "with a position for each row, say where the longest row ends"
             positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
         if end > self.args.max_seq_len:
-            raise ValueError(f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}")
+            raise ValueError(
+                f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}"
+            )
         if not isinstance(start_pos, int) and (tokens.numel() > 1 or not exact):
-            mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, end)
+            mask = (
+                torch.arange(end, device=tokens.device) <= positions[:, None, :, None]
+            )  # (B, 1, T, end)
         elif isinstance(start_pos, int) and 1 < length < end:  # causal from the end
             mask = torch.ones(length, end, dtype=torch.bool, device=tokens.device).tril(start_pos)
-        place = ForwardContext(self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask)
+        place = ForwardContext(
+            self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask
+        )
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
@@ -335,7 +371,9 @@ class Transformer(nn.Module):
                 x = layer(x, place)
         return self.norm(x)
 
-    def new_kv_cache(self, batch_size: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_kv_cache(
+        self, batch_size: int, length: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
         """An empty cache for batch_size sequences of up to length positions, on the model's device.
 
         dtype: of the keys and values; None: the dtype the model computes in here (autocast's, or the
@@ -358,6 +396,9 @@ def flops_per_token(args: ModelArgs, seq_len: int) -> int:
     (2 forward, 4 backward; the embedding is a look-up and costs none), and 12·n_layers·dim·seq_len
     for attention's two products, without counting the causal half as saved (PaLM, arXiv 2204.02311,
     appendix B)."""
-    per_layer = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.kv_heads) + 3 * args.dim * args.ffn_dim
+    per_layer = (
+        args.dim * args.head_dim * (2 * args.n_heads + 2 * args.kv_heads)
+        + 3 * args.dim * args.ffn_dim
+    )
     weights = args.n_layers * per_layer + args.dim * args.vocab_size
     return 6 * weights + 12 * args.n_layers * args.dim * seq_len

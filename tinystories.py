@@ -24,14 +24,19 @@ from typing import Literal
 import requests
 from tqdm import tqdm
 
-from configurator import configure, print_overrides, refuse, run_script
+from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
 from textdata.corpus import find_files, read_documents
 from textdata.download import download, plain_reason, unpack
 from textdata.pretokenize import pretokenize
 from textdata.token_shards import token_dir, token_dtype
-from textdata.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from textdata.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 ARCHIVE = "TinyStories_all_data.tar.gz"
 STORIES = "TinyStories_all_data"
@@ -56,7 +61,7 @@ class Synthesize:
     seed: int = 1337  # the same seed writes the same stories
     data_dir: str = "data/synthetic"  # where the shards go
 
-    def problems(self):
+    def validate(self):
         if self.num_stories < 1:
             yield f"--num_stories={self.num_stories}: must be at least 1"
 
@@ -68,9 +73,11 @@ class TrainVocab:
     vocab_size: int = 4096  # tokens, 259 of them fixed: three control tokens and the bytes
     input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
     data_dir: str = ""  # where the vocabulary goes; data, or data/NAME for an input of that name
-    separator: str = ""  # between the documents of .txt files; blank lines if empty, \n is a line break
+    separator: str = (
+        ""  # between the documents of .txt files; blank lines if empty, \n is a line break
+    )
 
-    def problems(self):
+    def validate(self):
         if not 260 <= self.vocab_size <= 2**31:
             yield f"--vocab_size={self.vocab_size}: must be at least 260, the bytes and control tokens take 259"
 
@@ -79,17 +86,23 @@ class TrainVocab:
 class Pretokenize:
     """Turn text into token shards, in parallel; what is done and unchanged is left as it is."""
 
-    vocab_source: Literal["custom", "llama2"] = "custom"  # our own vocabulary, or Llama 2's tokenizer.model
+    vocab_source: Literal["custom", "llama2"] = (
+        "custom"  # our own vocabulary, or Llama 2's tokenizer.model
+    )
     vocab_size: int = 4096  # of our own vocabulary, which is learned first if it is missing
-    tokenizer: str = ""  # a tokenizer.model or tokenizer.bin to use; needed with --vocab_source=llama2
+    tokenizer: str = (
+        ""  # a tokenizer.model or tokenizer.bin to use; needed with --vocab_source=llama2
+    )
     input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
     data_dir: str = ""  # where the tokens go; data, or data/NAME for an input of that name
-    separator: str = ""  # between the documents of .txt files; blank lines if empty, \n is a line break
+    separator: str = (
+        ""  # between the documents of .txt files; blank lines if empty, \n is a line break
+    )
     val_fraction: float = 0.05  # the end of each file that validates (TinyStories: its first shard)
     num_workers: int = 0  # processes; 0: as many as there are cores
 
-    def problems(self):
-        yield from TrainVocab.problems(self)
+    def validate(self):
+        yield from TrainVocab.validate(self)
         if not 0 < self.val_fraction < 1:
             yield f"--val_fraction={self.val_fraction}: must be above 0 and below 1"
         if self.num_workers < 0:
@@ -114,8 +127,12 @@ def run_download(config: Download):
                 "without network, python tinystories.py synthesize writes stories to train on"
             ) from error
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{archive} does not unpack ({error}); delete it and download again") from error
-    print(f"{folder}: {len(glob.glob(os.path.join(folder, '*.json')))} shards; next: python tinystories.py pretokenize")
+            raise ValueError(
+                f"{archive} does not unpack ({error}); delete it and download again"
+            ) from error
+    print(
+        f"{folder}: {len(glob.glob(os.path.join(folder, '*.json')))} shards; next: python tinystories.py pretokenize"
+    )
 
 
 def run_synthesize(config: Synthesize):
@@ -126,12 +143,17 @@ def run_synthesize(config: Synthesize):
         for shard, first in enumerate(range(0, config.num_stories, STORIES_PER_SHARD)):
             rng = random.Random(f"{config.seed} {shard}")
             count = min(STORIES_PER_SHARD, config.num_stories - first)
-            records = [{"story": story(rng), "source": "synthetic, from cria's grammar"} for _ in range(count)]
+            records = [
+                {"story": story(rng), "source": "synthetic, from cria's grammar"}
+                for _ in range(count)
+            ]
             path = os.path.join(config.data_dir, f"synthetic{shard:02d}.json")
             write_atomically(path, json.dumps(records).encode())
             bar.update(count)
         for path in glob.glob(os.path.join(glob.escape(config.data_dir), "synthetic[0-9]*.json")):
-            if int(os.path.basename(path)[len("synthetic") : -len(".json")]) > shard:  # of a larger set before
+            if (
+                int(os.path.basename(path)[len("synthetic") : -len(".json")]) > shard
+            ):  # of a larger set before
                 os.remove(path)
     print(f"next: python tinystories.py pretokenize --input={config.data_dir}")
 
@@ -139,7 +161,11 @@ def run_synthesize(config: Synthesize):
 def find_input(config) -> tuple[list[str], str]:
     """The text files to read and the folder to write to."""
     path = os.path.abspath(config.input)
-    name = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
+    name = (
+        os.path.basename(path)
+        if os.path.isdir(path)
+        else os.path.splitext(os.path.basename(path))[0]
+    )
     data_dir = config.data_dir or (os.path.join("data", name) if config.input else "data")
     stories = config.input or os.path.join(data_dir, STORIES)
     if not config.input and not os.path.isdir(stories):
@@ -165,7 +191,11 @@ def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator
     the path of the first."""
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     print(f"learning {vocab_size} tokens from {len(files)} file(s) ...")
-    texts = (text for file in files for text in head_of_corpus(file, separator, VOCAB_CHARACTERS // len(files)))
+    texts = (
+        text
+        for file in files
+        for text in head_of_corpus(file, separator, VOCAB_CHARACTERS // len(files))
+    )
     tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, vocab_size))
     write_atomically(path, tokenizer.content)
     write_atomically(path.removesuffix("model") + "bin", tokenizer.to_bin())
@@ -182,16 +212,18 @@ def head_of_corpus(file: str, separator: str, characters: int):
 
 
 def run_pretokenize(config: Pretokenize):
-    world, _ = init_distributed("cpu", LONGEST_WAIT)  # torchrun's processes take the files in turn
+    dist_ctx, _ = init_distributed(
+        "cpu", LONGEST_WAIT
+    )  # torchrun's processes take the files in turn
     files, data_dir = find_input(config)
     folder = token_dir(data_dir, config.vocab_source, config.vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_dist_errors("for a week"))
-        if world.is_main:
+        if dist_ctx.is_main:
             stack.enter_context(run_lock(data_dir))
             stack.enter_context(run_lock(folder))
             prepare_tokenizer(config, files, data_dir, folder)
-        world.barrier()
+        dist_ctx.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
         jobs = list_jobs(config, files, folder, tokenizer)
         meta = {
@@ -203,9 +235,11 @@ def run_pretokenize(config: Pretokenize):
             "shards": [],
         }
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        pretokenize(jobs, folder, meta, config.num_workers or max(1, os.cpu_count() // here), world)
+        pretokenize(
+            jobs, folder, meta, config.num_workers or max(1, os.cpu_count() // here), dist_ctx
+        )
         shutdown_distributed()
-    if world.is_main:
+    if dist_ctx.is_main:
         options = f"--data_dir={data_dir} --vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
         print(f"next: python train.py {options}")
 
@@ -226,7 +260,9 @@ def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, fold
     write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
 
 
-def list_jobs(config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenizer) -> list[dict]:
+def list_jobs(
+    config: Pretokenize, files: list[str], folder: str, tokenizer: Tokenizer
+) -> list[dict]:
     """One job a file: where it goes, and all that its tokens depend on."""
     jobs = []
     first_validates = not config.input and len(files) > 1
@@ -252,17 +288,18 @@ STAGES = {
 }
 
 
-def main():
-    stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    stage = argv[0] if argv else "--help"
     if stage in ("-h", "--help"):
         return print(__doc__.strip())
     if stage not in STAGES:
-        refuse(f"{stage}: the stage must come first and be one of {', '.join(STAGES)}")
+        exit_with_errors(f"{stage}: the stage must come first and be one of {', '.join(STAGES)}")
     config_class, run = STAGES[stage]
-    config, given = configure(config_class, sys.argv[2:], program=f"tinystories.py {stage}")
-    print_overrides(config, given)
+    config, overrides = configure(config_class, argv[1:], program=f"tinystories.py {stage}")
+    print_overrides(config, overrides)
     run(config)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -27,12 +27,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints.manager import snapshot
-from configurator import configure, print_overrides, run_script
+from configurator import configure, print_overrides, run_main
 from generation.streaming import generate
 from model import ModelArgs, Transformer, flops_per_token
 from runtime.atomic_files import run_lock
 from runtime.device import autocast, disable_malloc_trim, peak_flops, pick_device
-from runtime.distributed import DistContext, full_tensor, init_distributed, shutdown_distributed, translate_dist_errors
+from runtime.distributed import (
+    DistContext,
+    full_tensor,
+    init_distributed,
+    shutdown_distributed,
+    translate_dist_errors,
+)
 from textdata.loader import dropout_seed, evaluation_batches, prefetch, training_batches
 from training.evaluation import evaluate
 from training.inspect_step import show_step
@@ -56,12 +62,20 @@ class TrainConfig:
     out_dir: str = "out"  # where the run writes
     eval_interval: int = 2000  # steps between evaluations
     log_interval: int = 1  # steps between reports of the training loss
-    eval_iters: int = 100  # batches to evaluate on, the same every time; 0: all of the validation split
+    eval_iters: int = (
+        100  # batches to evaluate on, the same every time; 0: all of the validation split
+    )
     eval_only: bool = False  # evaluate once and stop
     debug_step: int | None = None  # show this step's batch, its losses and gradients, and stop
-    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation, not only when it is the best
-    checkpoint_interval: int = 200  # steps between further writes of ckpt.pt; 0: at evaluations only
-    keep_checkpoints: int = 1  # how many older ones (ckpt_000200.pt) to keep; one steps in where ckpt.pt is damaged
+    always_save_checkpoint: bool = (
+        True  # write ckpt.pt at every evaluation, not only when it is the best
+    )
+    checkpoint_interval: int = (
+        200  # steps between further writes of ckpt.pt; 0: at evaluations only
+    )
+    keep_checkpoints: int = (
+        1  # how many older ones (ckpt_000200.pt) to keep; one steps in where ckpt.pt is damaged
+    )
     sample_interval: int = 0  # steps between sample stories, told at evaluations; 0: never
     init_from: str = "scratch"  # scratch; resume: go on in OUT_DIR; auto: if there is a run; or a model to fine-tune
     # wandb logging
@@ -86,7 +100,9 @@ class TrainConfig:
     rope_theta: float = 10000.0  # base of the rotary positions; model.bin knows only 10000
     dropout: float = 0.0  # share of activations zeroed in training
     # adamw optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    )
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
     learning_rate: float = 5e-4  # the highest
     max_iters: int = 100000  # steps in the run
@@ -94,10 +110,14 @@ class TrainConfig:
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.95  # decay of the gradient's square
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: any
-    skip_spikes: float = 0.0  # skip an update whose gradient is so many times the usual norm; 0: never
+    skip_spikes: float = (
+        0.0  # skip an update whose gradient is so many times the usual norm; 0: never
+    )
     # learning rate decay settings
     decay_lr: bool = True  # come down after the warm-up
-    lr_schedule: Literal["cosine", "wsd"] = "cosine"  # how: along a cosine; or late (warm up, stay, decay)
+    lr_schedule: Literal["cosine", "wsd"] = (
+        "cosine"  # how: along a cosine; or late (warm up, stay, decay)
+    )
     wsd_cooldown: float = 0.2  # share of the steps in which wsd comes down
     warmup_iters: int = 1000  # steps of linear rise
     min_lr: float = 0.0  # where the decay ends
@@ -108,11 +128,27 @@ class TrainConfig:
     compile: bool = True  # compile the model with torch.compile
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model; or a share of it
     timeout: float = 600.0  # seconds that processes wait for one that does not answer; to begin, a minute at least
-    activation_checkpointing: bool = False  # less memory for more time: compute activations again (long contexts)
+    activation_checkpointing: bool = (
+        False  # less memory for more time: compute activations again (long contexts)
+    )
 
-    def problems(self):
-        at_least = {1: ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")}
-        at_least[0] = ("eval_iters", "checkpoint_interval", "keep_checkpoints", "sample_interval", "warmup_iters")
+    def validate(self):
+        at_least = {
+            1: (
+                "eval_interval",
+                "log_interval",
+                "batch_size",
+                "gradient_accumulation_steps",
+                "max_iters",
+            )
+        }
+        at_least[0] = (
+            "eval_iters",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "sample_interval",
+            "warmup_iters",
+        )
         at_least[0] += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "skip_spikes")
         for least, names in at_least.items():
             for name in names:
@@ -140,7 +176,10 @@ class TrainConfig:
         if 0 <= self.learning_rate < self.min_lr:
             yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
         try:
-            if self.init_from in ("scratch", "auto"):  # else the rest of the architecture is in the file
+            if self.init_from in (
+                "scratch",
+                "auto",
+            ):  # else the rest of the architecture is in the file
                 self.model_args()
         except ValueError as error:
             yield f"--{error}"
@@ -159,7 +198,9 @@ def compiled(run: Run) -> torch.nn.Module:
         return run.model
     run.say("compiling the model (--compile=False starts at once, and is slower later) ...")
     began = time.perf_counter()
-    tokens = torch.zeros(2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device)
+    tokens = torch.zeros(
+        2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device
+    )
     try:
         options, model = COMPILE_OPTIONS if run.device == "cpu" else None, run.model
         if is_sharded(model):  # a block at a time: what brings its shares together is not compiled
@@ -184,13 +225,15 @@ def compiled(run: Run) -> torch.nn.Module:
 
 def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tensor, torch.Tensor]:
     """One update of the weights; returns this process's loss and the norm of the gradient."""
-    config, micro_steps = run.config, run.config.gradient_accumulation_steps // run.world.size
+    config, micro_steps = run.config, run.config.gradient_accumulation_steps // run.dist_ctx.size
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run)
     step_loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
         inputs, targets = next(batches)
-        torch.manual_seed(dropout_seed(config.seed, micro_batch_position(run, run.position, micro_step)))
+        torch.manual_seed(
+            dropout_seed(config.seed, micro_batch_position(run, run.position, micro_step))
+        )
         is_last = micro_step == micro_steps - 1
         with grad_sync(model, now=is_last):
             with autocast(run.device, run.dtype):
@@ -198,7 +241,9 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
             run.scaler.scale(loss / micro_steps).backward()
         step_loss += loss.detach() / micro_steps
     run.scaler.unscale_(run.optimizer)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+    norm = full_tensor(
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    )
     remember_bad(run, norm)
     if not skips(run, norm):
         run.scaler.step(run.optimizer)
@@ -210,19 +255,31 @@ def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tens
 def learning_rate(run: Run) -> float:
     config = run.config
     kind = config.lr_schedule if config.decay_lr else "constant"
-    schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.max_iters, kind, config.wsd_cooldown)
+    schedule = (
+        config.learning_rate,
+        config.min_lr,
+        config.warmup_iters,
+        config.max_iters,
+        kind,
+        config.wsd_cooldown,
+    )
     return lr_at_step(run.iter_num, *schedule)
 
 
 def micro_batch_position(run: Run, step_position: int, micro_step: int) -> int:
     """Where this process's micro-batch begins in the run's order of sequences."""
-    return step_position + (micro_step * run.world.size + run.world.rank) * run.config.batch_size
+    return (
+        step_position + (micro_step * run.dist_ctx.size + run.dist_ctx.rank) * run.config.batch_size
+    )
 
 
 def positions(run: Run):
     """The positions of all micro-batches that this process has still to read, from now on."""
-    config, first = run.config, run.position  # fixed here: a thread reads ahead while the run goes on
-    micro_steps = range(config.gradient_accumulation_steps // run.world.size)
+    config, first = (
+        run.config,
+        run.position,
+    )  # fixed here: a thread reads ahead while the run goes on
+    micro_steps = range(config.gradient_accumulation_steps // run.dist_ctx.size)
     return (
         micro_batch_position(run, first + step * config.sequences_per_step, micro_step)
         for step in range(config.max_iters - run.iter_num)
@@ -233,7 +290,14 @@ def positions(run: Run):
 def evaluate_and_save(run: Run):
     """Report both losses, keep the best model, write the checkpoint, draw the curve, tell a story."""
     config = run.config
-    amount = run.tokenizer.byte_counts, config.batch_size, config.eval_iters, run.device, run.dtype, run.world
+    amount = (
+        run.tokenizer.byte_counts,
+        config.batch_size,
+        config.eval_iters,
+        run.device,
+        run.dtype,
+        run.dist_ctx,
+    )
     train_quality = evaluate(run.forward, run.train_windows, *amount)
     quality = evaluate(run.forward, run.val_windows, *amount)
     run.say(
@@ -250,7 +314,7 @@ def evaluate_and_save(run: Run):
         run.best_val_loss = quality.loss
     if config.always_save_checkpoint or is_best or run.iter_num >= config.max_iters:
         save(run, best=is_best)
-    if run.world.is_main:
+    if run.dist_ctx.is_main:
         with contextlib.suppress(OSError):  # a picture less; the next one shows all
             run.metrics.draw()
     if config.sample_interval and run.iter_num % config.sample_interval == 0:
@@ -260,13 +324,15 @@ def evaluate_and_save(run: Run):
 def tell_story(run: Run):
     model = run.model
     if is_sharded(model):
-        weights = snapshot(model.state_dict(), keeps=run.world.is_main)  # all must take part
-        model = Transformer.uninitialized(model.args) if run.world.is_main else None
+        weights = snapshot(model.state_dict(), keeps=run.dist_ctx.is_main)  # all must take part
+        model = Transformer.uninitialized(model.args) if run.dist_ctx.is_main else None
         if model:
             model.load_state_dict(weights)
-    if run.world.is_main:
+    if run.dist_ctx.is_main:
         model.eval()
-        options = dict(max_new_tokens=max(1, model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0)
+        options = dict(
+            max_new_tokens=max(1, model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0
+        )
         story = "".join(piece.text for piece in generate(model, run.tokenizer, [""], **options))
         run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
         model.train()
@@ -275,15 +341,21 @@ def tell_story(run: Run):
 def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
     """The line of a training step, on the terminal as a progress bar."""
     config = run.config
-    loss, norm = run.world.all_reduce_sum([loss.item()])[0] / run.world.size, norm.item()
+    loss, norm = run.dist_ctx.all_reduce_sum([loss.item()])[0] / run.dist_ctx.size, norm.item()
     check_finite(run, run.iter_num, loss, norm)
     tell_spikes(run, loss=loss, grad_norm=norm)
     tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
     shown = f"loss {loss:.4f} | lr {learning_rate(run):.3e} | {seconds * 1000:.0f} ms | {tokens_per_second:,.0f} tok/s"
-    figures = dict(loss=loss, lr=learning_rate(run), grad_norm=norm, ms=seconds * 1000, tok_per_s=tokens_per_second)
+    figures = dict(
+        loss=loss,
+        lr=learning_rate(run),
+        grad_norm=norm,
+        ms=seconds * 1000,
+        tok_per_s=tokens_per_second,
+    )
     if peak := peak_flops(run.device):
         flops = tokens_per_second * flops_per_token(run.model.args, config.max_seq_len)
-        figures["mfu"] = flops / (peak * run.world.size)
+        figures["mfu"] = flops / (peak * run.dist_ctx.size)
         shown += f" | mfu {figures['mfu']:.1%}"
     run.report(**figures)
     bar.set_postfix_str(shown, refresh=False)
@@ -313,14 +385,21 @@ class Interrupt:
     def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
+            if (
+                number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+            ):  # nohup stays nohup
                 signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.asked = True
-        with contextlib.suppress(OSError):  # the terminal may be gone; and print may not be re-entered
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving ...\n".encode())
+        with contextlib.suppress(
+            OSError
+        ):  # the terminal may be gone; and print may not be re-entered
+            os.write(
+                2,
+                f"\n{signal.Signals(number).name}: finishing the step, then saving ...\n".encode(),
+            )
 
 
 def train(run: Run):
@@ -329,11 +408,18 @@ def train(run: Run):
     if run.device.startswith("mps"):
         check_against_cpu(run)
     run.forward = model = compiled(run)
-    if run.world.size > 1 and not is_sharded(run.model):
+    if run.dist_ctx.size > 1 and not is_sharded(run.model):
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    micro_batches = training_batches(run.train_windows, config.seed, config.batch_size, positions(run))
+    micro_batches = training_batches(
+        run.train_windows, config.seed, config.batch_size, positions(run)
+    )
     batches = prefetch(micro_batches, run.device)
-    bar = tqdm(total=config.max_iters, initial=run.iter_num, disable=None if run.world.is_main else True, unit="step")
+    bar = tqdm(
+        total=config.max_iters,
+        initial=run.iter_num,
+        disable=None if run.dist_ctx.is_main else True,
+        unit="step",
+    )
     with bar:
         while True:
             at_end = run.iter_num >= config.max_iters
@@ -352,8 +438,10 @@ def train(run: Run):
             run.iter_num += 1
             run.position += config.sequences_per_step
             bar.update()
-            stops = run.world.any_rank(interrupt.asked)
-            if stops or (config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0):
+            stops = run.dist_ctx.any_rank(interrupt.asked)
+            if stops or (
+                config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0
+            ):
                 check_finite(run, run.iter_num - 1, loss.item(), norm.item())
                 save(run)
                 began, since = time.perf_counter(), run.iter_num
@@ -372,40 +460,42 @@ def out_of_memory_in_words():
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             advice = "halve --batch_size and double --gradient_accumulation_steps"
-            raise ValueError(f"out of memory: {advice}, or give --activation_checkpointing=True") from error
+            raise ValueError(
+                f"out of memory: {advice}, or give --activation_checkpointing=True"
+            ) from error
         raise
 
 
-def main():
-    config, given = configure(TrainConfig)
+def main(argv: list[str] | None = None) -> None:
+    config, overrides = configure(TrainConfig, argv)
     found = pretrained = None
     if config.init_from in ("resume", "auto"):
-        config, found = resume(config, given)
+        config, found = resume(config, overrides)
     elif config.init_from != "scratch":
-        config, pretrained = fine_tune(config, given)
+        config, pretrained = fine_tune(config, overrides)
     if config.debug_step is not None and "RANK" in os.environ:
         raise ValueError("--debug_step: one process is enough; leave torchrun out")
-    world, device = init_distributed(pick_device(config.device), config.timeout)
+    dist_ctx, device = init_distributed(pick_device(config.device), config.timeout)
     disable_malloc_trim()
-    if world.is_main:
-        print_overrides(config, given)
+    if dist_ctx.is_main:
+        print_overrides(config, overrides)
     with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), out_of_memory_in_words():
-        go_through(config, found, pretrained, world, device)
+        go_through(config, found, pretrained, dist_ctx, device)
         shutdown_distributed()
 
 
-def go_through(config, found, pretrained, world: DistContext, device: str):
+def go_through(config, found, pretrained, dist_ctx: DistContext, device: str):
     """The run, set up and trained; or one step of it shown."""
-    writes = world.is_main and not config.eval_only and config.debug_step is None
+    writes = dist_ctx.is_main and not config.eval_only and config.debug_step is None
     with run_lock(config.out_dir) if writes else contextlib.nullcontext():
-        run = set_up(config, found, pretrained, world, device)
+        run = set_up(config, found, pretrained, dist_ctx, device)
         if config.debug_step is not None:
             return show_step(run, config.debug_step)
         if writes:
             open_out_dir(run, found[0] if found else "")
         run.say(
             f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
-            f"{run.config.max_seq_len} tokens a step on {world.size} x {run.device}, {run.dtype}"
+            f"{run.config.max_seq_len} tokens a step on {dist_ctx.size} x {run.device}, {run.dtype}"
         )
         try:
             train(run)
@@ -414,4 +504,4 @@ def go_through(config, found, pretrained, world: DistContext, device: str):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -28,8 +28,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         batch, length, _ = x.shape
-        q = rotate(self.query(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.key(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)
+        q = rotate(
+            self.query(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2), cos, sin
+        )
+        k = rotate(
+            self.key(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin
+        )
         v = self.value(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.kv_heads < self.heads:
             k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
@@ -108,7 +112,9 @@ def transformers_step(args: ModelArgs, device: str, compile: bool, dtype: str):
     forward = torch.compile(model) if compile else model
 
     def loss_of(inputs, targets):
-        return forward(input_ids=inputs, labels=inputs, use_cache=False).loss  # it shifts the labels itself
+        return forward(
+            input_ids=inputs, labels=inputs, use_cache=False
+        ).loss  # it shifts the labels itself
 
     return textbook_step(model, loss_of, device, dtype)
 
@@ -135,7 +141,9 @@ def transformers_model(args: ModelArgs, device: str):
 
 
 def textbook_step(model, loss_of, device: str, dtype: str):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     torch.set_float32_matmul_precision("high")
 
     def step(inputs, targets):
@@ -175,7 +183,9 @@ def transformers_decoding(args: ModelArgs, device: str, batch_size: int, length:
     model = transformers_model(args, device).eval()
     begin = torch.full((batch_size, 1), 1, device=device)
     drawn = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
-    drawn |= dict(attention_mask=torch.ones_like(begin), min_new_tokens=length, max_new_tokens=length)
+    drawn |= dict(
+        attention_mask=torch.ones_like(begin), min_new_tokens=length, max_new_tokens=length
+    )
 
     def step() -> int:
         return model.generate(begin, **drawn).numel() - batch_size
@@ -198,7 +208,9 @@ def llama_cpp_decoding(path: str, threads: int, context: int, length: int):
     drawn |= dict(samplers=["temperature"], temperature=1.0)
 
     def step() -> int:
-        answer = session.post(f"{server.listening_address}/completion", json=drawn | dict(seed=next(seeds)))
+        answer = session.post(
+            f"{server.listening_address}/completion", json=drawn | dict(seed=next(seeds))
+        )
         answer.raise_for_status()
         return answer.json()["timings"]["predicted_n"]
 

@@ -28,13 +28,15 @@ TO_LEARN_FROM = 4 * 2**20  # characters
 class DataBench:
     """Tokens per second and memory of pretokenizing one JSON shard, and the time of a batch."""
 
-    input: str = ""  # text to repeat until the shard is full, a file or folder; empty: synthetic stories
+    input: str = (
+        ""  # text to repeat until the shard is full, a file or folder; empty: synthetic stories
+    )
     megabytes: int = 150  # size of the shard
     vocab_size: int = 1024  # learned from the text; synthetic stories have words for about 2000
     rounds: int = 3  # how often it is done
     json: str = ""  # also write the records here
 
-    def problems(self):
+    def validate(self):
         for name in ("megabytes", "rounds"):
             if getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name)}: must be 1 or more"
@@ -58,7 +60,10 @@ def pretokenizing(config: DataBench) -> list[dict]:
     records = []
     with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
         stories = distinct_stories(config)
-        shard, tokenizer_path = os.path.join(folder, "shard.json"), os.path.join(folder, "tokenizer.model")
+        shard, tokenizer_path = (
+            os.path.join(folder, "shard.json"),
+            os.path.join(folder, "tokenizer.model"),
+        )
         with open(tokenizer_path, "wb") as file:
             file.write(train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size))
         write_shard(shard, stories, config.megabytes * 10**6)
@@ -70,12 +75,20 @@ def pretokenizing(config: DataBench) -> list[dict]:
             plain.append(sentencepiece_alone(tokenizer_path, stories, 0))
             at_once.append(sentencepiece_alone(tokenizer_path, stories, os.cpu_count()))
     words = len({word for text in stories for word in text.split(" ")})
-    print(f"{len(stories):,} stories with {words:,} distinct words, repeated to {config.megabytes} MB")
+    print(
+        f"{len(stories):,} stories with {words:,} distinct words, repeated to {config.megabytes} MB"
+    )
     for name, rates in (("one by one", plain), ("a list at a time", at_once), ("ours", ours)):
         rate = statistics.median(rates)
-        print(f"pretokenize, {name}: {rate / 1e6:.2f} M tokens/s ({min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f})")
-        records.append({"preset": "data", "variant": f"pretokenize {name}", "tokens_per_second": rate})
-    print(f"pretokenize, ours: peak memory {max(peaks) / 2**20:,.0f} MB for a shard of {config.megabytes} MB")
+        print(
+            f"pretokenize, {name}: {rate / 1e6:.2f} M tokens/s ({min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f})"
+        )
+        records.append(
+            {"preset": "data", "variant": f"pretokenize {name}", "tokens_per_second": rate}
+        )
+    print(
+        f"pretokenize, ours: peak memory {max(peaks) / 2**20:,.0f} MB for a shard of {config.megabytes} MB"
+    )
     records[-1] |= {"ratio_to_plain": statistics.median(ours) / statistics.median(plain)}
     records[-1] |= {"peak_memory_bytes": max(peaks)}
     return records
@@ -83,7 +96,9 @@ def pretokenizing(config: DataBench) -> list[dict]:
 
 def distinct_stories(config: DataBench) -> list[str]:
     if config.input:
-        stories = [piece.text for file in find_files(config.input) for piece in read_documents(file)]
+        stories = [
+            piece.text for file in find_files(config.input) for piece in read_documents(file)
+        ]
         if not stories:
             raise ValueError(f"--input={config.input}: there is no text in it")
         return stories
@@ -105,15 +120,25 @@ def write_shard(path: str, stories: list[str], size: int):
         file.write("[")
         number = 0
         while file.tell() < size:
-            file.write((", " if number else "") + json.dumps({"story": stories[number % len(stories)]}))
+            file.write(
+                (", " if number else "") + json.dumps({"story": stories[number % len(stories)]})
+            )
             number += 1
         file.write("]")
 
 
-def run_pretokenize(config: DataBench, folder: str, shard: str, tokenizer: str, round: int) -> tuple[float, int]:
+def run_pretokenize(
+    config: DataBench, folder: str, shard: str, tokenizer: str, round: int
+) -> tuple[float, int]:
     """Tokens per second of the whole command, and its peak memory in bytes."""
     data_dir = os.path.join(folder, f"round{round}")
-    command = [sys.executable, "tinystories.py", "pretokenize", f"--input={shard}", f"--tokenizer={tokenizer}"]
+    command = [
+        sys.executable,
+        "tinystories.py",
+        "pretokenize",
+        f"--input={shard}",
+        f"--tokenizer={tokenizer}",
+    ]
     command += [f"--data_dir={data_dir}", f"--vocab_size={config.vocab_size}"]
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     began, peak = time.perf_counter(), 0
@@ -154,16 +179,33 @@ def sampling(config: DataBench, batch_size: int, seq_len: int, step_seconds: flo
         f"a batch of {batch_size} x {seq_len} tokens: {seconds * 1e3:.2f} ms, {share:.2%} of the "
         f"{step_seconds * 1e3:.0f} ms of a step (15M), and a thread of its own reads it"
     )
-    return [{"preset": "15M", "variant": "sampler", "seconds_per_batch": seconds, "share_of_step": share}]
+    return [
+        {
+            "preset": "15M",
+            "variant": "sampler",
+            "seconds_per_batch": seconds,
+            "share_of_step": share,
+        }
+    ]
 
 
-def random_windows(folder: str, vocab_size: int, seq_len: int, tokens: int = 20_000_000) -> TokenDataset:
+def random_windows(
+    folder: str, vocab_size: int, seq_len: int, tokens: int = 20_000_000
+) -> TokenDataset:
     """Windows over a shard of random tokens."""
     dtype = token_dtype(vocab_size)
-    np.random.default_rng(0).integers(vocab_size, size=tokens).astype(dtype).tofile(os.path.join(folder, "00000.bin"))
+    np.random.default_rng(0).integers(vocab_size, size=tokens).astype(dtype).tofile(
+        os.path.join(folder, "00000.bin")
+    )
     shard = {"file": "00000.bin", "tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}
     write_meta(
         folder,
-        {"vocab_size": vocab_size, "tokenizer_hash": "none", "dtype": dtype.str, "complete": True, "shards": [shard]},
+        {
+            "vocab_size": vocab_size,
+            "tokenizer_hash": "none",
+            "dtype": dtype.str,
+            "complete": True,
+            "shards": [shard],
+        },
     )
     return TokenDataset(folder, "train", seq_len)

@@ -26,7 +26,15 @@ from generation.compile import prepared
 from generation.engine import Decoder, Decoding, Sequence
 from model import ModelArgs, Transformer
 from runtime.device import pick_dtype
-from textdata.tokenizer import BOS_ID, BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceTokenizer, proto_from_pieces
+from textdata.tokenizer import (
+    BOS_ID,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    SentencePieceTokenizer,
+    proto_from_pieces,
+)
 
 VOCAB_SIZE = 32000  # Llama 2's
 TOKENS = 256  # that a story goes on for, after the token that begins it
@@ -34,7 +42,10 @@ CONTEXT = 512  # of the models, in which a story has room
 FILES = {"llama.cpp F32": "float32", "llama.cpp Q8_0": "q8_0"}  # dtypes of GGUF files
 RUNS = 3  # to the first token
 SAME_KIND = {"float32": "llama.cpp F32", "int8": "llama.cpp Q8_0"}
-PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}  # without which the others are left out
+PACKAGES = {
+    "transformers": "transformers",
+    "llama.cpp": "xllamacpp",
+}  # without which the others are left out
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,12 @@ class SampleBench:
     """Tokens per second of decoding at temperature 1, beside others' loops, and seconds to the first token."""
 
     preset: Literal["all", "15M", "42M", "110M"] = "all"  # the size of the model
-    batch: Literal["all", 1, 4, 16, 64] = "all"  # how many stories are told at once; the first token goes with 1
-    threads: Literal["all", 1, 2] = "all"  # of a process; all is 1 and 2, and on a GPU, where few matter, 2
+    batch: Literal["all", 1, 4, 16, 64] = (
+        "all"  # how many stories are told at once; the first token goes with 1
+    )
+    threads: Literal["all", 1, 2] = (
+        "all"  # of a process; all is 1 and 2, and on a GPU, where few matter, 2
+    )
     rounds: int = 3  # how often each variant has its turn
     seconds: float = 4.0  # how long a turn lasts, at least one story of each stream
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -58,7 +73,7 @@ class SampleBench:
             return (1, 2) if device == "cpu" else (2,)
         return (self.threads,)
 
-    def problems(self):
+    def validate(self):
         yield from timing_problems(self)
         yield from path_problems(self.json)
 
@@ -75,7 +90,9 @@ def random_model(args: ModelArgs) -> Transformer:
 def ours(args: ModelArgs, device: str, threads: int, batch_size: int, kind: str, compile: bool):
     torch.set_num_threads(threads)
     how = prepared(random_model(args).to(device), kind, batch_size, compile=compile)
-    decoder = Decoder(options=Decoding(TOKENS), batch_size=batch_size, **how)  # nothing stops it earlier
+    decoder = Decoder(
+        options=Decoding(TOKENS), batch_size=batch_size, **how
+    )  # nothing stops it earlier
     samples = itertools.count()
 
     def step() -> int:
@@ -98,7 +115,9 @@ def llama_cpp(path: str, device: str, threads: int):
 def variants(args: ModelArgs, device: str, batch: int, threads: int, folder: str) -> list[Variant]:
     """Those that are compared with so many streams and threads. folder: where write_files wrote."""
 
-    def variant(name, build, **arguments):  # its first turn is not counted, so one step is enough before
+    def variant(
+        name, build, **arguments
+    ):  # its first turn is not counted, so one step is enough before
         return Variant(name, build, dict(device=device, threads=threads, **arguments), warm_up=1)
 
     shape = dict(args=args, batch_size=batch)
@@ -123,7 +142,9 @@ def made_up_tokenizer(vocab_size: int) -> SentencePieceTokenizer:
     pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
     pieces += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     letters = "▁abcdefghijklmnopqrstuvwxyz"
-    words = itertools.chain.from_iterable(itertools.product(letters, repeat=length) for length in itertools.count(1))
+    words = itertools.chain.from_iterable(
+        itertools.product(letters, repeat=length) for length in itertools.count(1)
+    )
     for number, word in enumerate(itertools.islice(words, vocab_size - len(pieces))):
         pieces.append(("".join(word), -float(number), NORMAL))
     return SentencePieceTokenizer(proto_from_pieces(pieces))
@@ -140,7 +161,9 @@ def write_files(args: ModelArgs, folder: str):
 # Measuring
 
 
-def decoding(config: SampleBench, preset: str, args: ModelArgs, device: str) -> Iterator[list[dict]]:
+def decoding(
+    config: SampleBench, preset: str, args: ModelArgs, device: str
+) -> Iterator[list[dict]]:
     """Measure a preset, print its tables, and yield the records of each as it is there."""
     with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
         write_files(args, folder)
@@ -158,7 +181,9 @@ def report(where: dict, measured: dict[str, Measured]) -> list[dict]:
     others = [name for name in ("plain", "transformers") if name in measured]
     others += ["llama.cpp"] if measured.keys() & FILES.keys() else []
     titles = ["variant", "tokens/s", "spread", *(f"x {name}" for name in others)]
-    print(f"\n{where['preset']}: {TOKENS} tokens, streams: {where['batch']}, threads: {where['threads']}\n")
+    print(
+        f"\n{where['preset']}: {TOKENS} tokens, streams: {where['batch']}, threads: {where['threads']}\n"
+    )
     print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}")
     records = []
     for name, figures in measured.items():
@@ -177,19 +202,32 @@ def ratio(figures: Measured, base: Measured | None) -> str:
     return f"{statistics.median(mine / its for mine, its in zip(figures.rates, base.rates, strict=True)):.2f}"
 
 
-def first_tokens(preset: str, folder: str, device: str, thread_counts: tuple[int, ...]) -> list[dict]:
+def first_tokens(
+    preset: str, folder: str, device: str, thread_counts: tuple[int, ...]
+) -> list[dict]:
     """Print and return how long python sample.py takes from its start to its first token, with the
     checkpoint in folder; medians."""
     script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "sample.py")
-    options = [f"--out_dir={folder}", "--start=Once upon a time", "--format=events", f"--device={device}"]
+    options = [
+        f"--out_dir={folder}",
+        "--start=Once upon a time",
+        "--format=events",
+        f"--device={device}",
+    ]
     records = []
-    print(f"\n{preset}: python sample.py from its start to the first token\n\n| threads | seconds | spread |")
+    print(
+        f"\n{preset}: python sample.py from its start to the first token\n\n| threads | seconds | spread |"
+    )
     print("|---:|---:|---:|")
     for threads in thread_counts:
-        times = [seconds_to_first_token([sys.executable, script, *options], threads) for _ in range(RUNS)]
+        times = [
+            seconds_to_first_token([sys.executable, script, *options], threads) for _ in range(RUNS)
+        ]
         seconds = statistics.median(times)
         print(f"| {threads} | {seconds:.2f} | {min(times):.2f} to {max(times):.2f} |", flush=True)
-        records.append(dict(preset=preset, variant="first token", batch=1, threads=threads, seconds=seconds))
+        records.append(
+            dict(preset=preset, variant="first token", batch=1, threads=threads, seconds=seconds)
+        )
     return records
 
 
@@ -197,7 +235,9 @@ def seconds_to_first_token(command: list[str], threads: int) -> float:
     """Until a command that prints the events of sample.py has printed one with a token; it is ended then."""
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         try:
             for line in process.stdout:
                 if json.loads(line)["token"] is not None:

@@ -23,7 +23,9 @@ from textdata.loader import epoch_index
 from textdata.token_shards import TokenDataset
 
 # The model: Llama 3.2 1B's shape.
-ARGS = ModelArgs(2048, 16, 32, 8, vocab_size=128256, hidden_dim=8192, rope_theta=500000.0, max_seq_len=2048)
+ARGS = ModelArgs(
+    2048, 16, 32, 8, vocab_size=128256, hidden_dim=8192, rope_theta=500000.0, max_seq_len=2048
+)
 TOKENS = 10**12
 NODES, GPUS_A_NODE = 64, 8
 MICRO_BATCH = 4  # sequences
@@ -48,7 +50,9 @@ def timed(action) -> float:
 
 def activation_bytes() -> int:
     """What one block keeps of one sequence for its backward pass."""
-    return kept_bytes(sequences=2) - kept_bytes(sequences=1)  # weights in 16 bits are kept once, whatever the batch
+    return kept_bytes(sequences=2) - kept_bytes(
+        sequences=1
+    )  # weights in 16 bits are kept once, whatever the batch
 
 
 def kept_bytes(sequences: int) -> int:
@@ -56,11 +60,17 @@ def kept_bytes(sequences: int) -> int:
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
+        kept[storage.data_ptr()] = (
+            storage.nbytes(),
+            tensor,
+        )  # held, so that no other takes its place
         return tensor
 
     inputs = torch.zeros(sequences, ARGS.max_seq_len, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast("cpu", "bfloat16"):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        autocast("cpu", "bfloat16"),
+    ):
         model.forward_hidden(inputs)
     return sum(size for size, _ in kept.values())
 
@@ -81,7 +91,9 @@ def checkpoint_costs() -> dict:
             times["hash"] = timed(lambda: content_hash(state))
             times["write"] = timed(lambda: save_checkpoint(path, state))
         size = os.path.getsize(path)
-    return {"bytes of a parameter": size / model.num_parameters()} | {n: size / took for n, took in times.items()}
+    return {"bytes of a parameter": size / model.num_parameters()} | {
+        n: size / took for n, took in times.items()
+    }
 
 
 def data_costs() -> dict:
@@ -90,7 +102,9 @@ def data_costs() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "data.bin"), "wb") as file:
             file.truncate(4 * tokens)
-        shards = [{"file": "data.bin", "tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}]
+        shards = [
+            {"file": "data.bin", "tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}
+        ]
         meta = {
             "dtype": "<u4",
             "vocab_size": ARGS.vocab_size,
@@ -112,9 +126,17 @@ def size_rows() -> list[tuple]:
     return [
         ("parameters", f"{PARAMETERS / 1e9:.3f} G", "counted"),
         ("operations a token, 2,048 of context", f"{flops / 1e9:.2f} GFLOP", "`flops_per_token`"),
-        ("tokens a step", f"{STEP_TOKENS / 1e6:.1f} M", f"{GPUS} GPUs x {MICRO_BATCH} x {ARGS.max_seq_len}"),
+        (
+            "tokens a step",
+            f"{STEP_TOKENS / 1e6:.1f} M",
+            f"{GPUS} GPUs x {MICRO_BATCH} x {ARGS.max_seq_len}",
+        ),
         ("steps", f"{TOKENS / STEP_TOKENS:,.0f}", ""),
-        ("a step, of products alone", f"{STEP_TOKENS * flops / GPUS / FLOPS:.2f} s", "assumed rate"),
+        (
+            "a step, of products alone",
+            f"{STEP_TOKENS * flops / GPUS / FLOPS:.2f} s",
+            "assumed rate",
+        ),
         ("the whole", f"{TOKENS * flops / GPUS / FLOPS / 3600:.1f} h", ""),
     ]
 
@@ -124,8 +146,16 @@ def memory_rows(kept: int) -> list[tuple]:
     between = 4 * ARGS.dim * ARGS.max_seq_len * ARGS.n_layers * MICRO_BATCH  # blocks, in float32
     logits = 3 * 4 * CHUNK_ELEMENTS
     return [
-        ("weights, gradients and moments in float32", f"{16 * PARAMETERS / 1e9:.1f} GB a GPU", "16 bytes a parameter"),
-        ("the same, shared among all GPUs", f"{16 * PARAMETERS / GPUS / 1e6:.0f} MB a GPU", "`--parallel=fsdp`"),
+        (
+            "weights, gradients and moments in float32",
+            f"{16 * PARAMETERS / 1e9:.1f} GB a GPU",
+            "16 bytes a parameter",
+        ),
+        (
+            "the same, shared among all GPUs",
+            f"{16 * PARAMETERS / GPUS / 1e6:.0f} MB a GPU",
+            "`--parallel=fsdp`",
+        ),
         ("kept of one sequence by one block", f"{kept / 1e6:.0f} MB", "measured"),
         ("activations", f"{blocks / 1e9:.1f} GB", f"x {ARGS.n_layers} blocks x {MICRO_BATCH}"),
         (
@@ -141,8 +171,16 @@ def network_rows() -> list[tuple]:
     ddp, fsdp = 2 * 4 * PARAMETERS, (2 * 2 + 4) * PARAMETERS
     return [
         ("into a node a step, ddp", f"{ddp / 1e9:.1f} GB", "a ring: float32 gradients, twice"),
-        ("into a node a step, fsdp", f"{fsdp / 1e9:.1f} GB", "weights in 16 bits twice, then gradients"),
-        ("either takes", f"{ddp / NETWORK:.3f} s", "assumed network, most of it beside the products"),
+        (
+            "into a node a step, fsdp",
+            f"{fsdp / 1e9:.1f} GB",
+            "weights in 16 bits twice, then gradients",
+        ),
+        (
+            "either takes",
+            f"{ddp / NETWORK:.3f} s",
+            "assumed network, most of it beside the products",
+        ),
     ]
 
 
@@ -161,27 +199,57 @@ def checkpoint_rows(costs: dict) -> list[tuple]:
             "measured: in the background",
         ),
         ("to write it", f"{size / DISK:.0f} s", "assumed disk, in the background"),
-        ("one process's share (fsdp)", f"{size / GPUS / 1e6:.0f} MB", "copied and hashed in a moment"),
-        ("to read it on all machines", f"{NODES * size / DISK / 60:.0f} min", "assumed disk, once a machine"),
+        (
+            "one process's share (fsdp)",
+            f"{size / GPUS / 1e6:.0f} MB",
+            "copied and hashed in a moment",
+        ),
+        (
+            "to read it on all machines",
+            f"{NODES * size / DISK / 60:.0f} min",
+            "assumed disk, once a machine",
+        ),
         ("hours between failures", f"{between_failures / 3600:.0f}", "assumed rate"),
-        ("between checkpoints, by Young's rule", f"{young / 60:.0f} min", "root of 2 x copying x failures apart"),
+        (
+            "between checkpoints, by Young's rule",
+            f"{young / 60:.0f} min",
+            "root of 2 x copying x failures apart",
+        ),
     ]
 
 
 def data_rows(data: dict) -> list[tuple]:
     return [
-        ("tokens on the disk", f"{4 * TOKENS / 1e12:.0f} TB", "uint32, as the vocabulary is above 65,536"),
-        ("memory to open and read 400 GB of tokens", f"{max(0.0, data['MB more memory']):.0f} MB", "measured"),
+        (
+            "tokens on the disk",
+            f"{4 * TOKENS / 1e12:.0f} TB",
+            "uint32, as the vocabulary is above 65,536",
+        ),
+        (
+            "memory to open and read 400 GB of tokens",
+            f"{max(0.0, data['MB more memory']):.0f} MB",
+            "measured",
+        ),
         ("to place, read and check a window", f"{data['ms a window']:.2f} ms", "measured"),
-        ("a process's reading a step", f"{data['ms a window'] * MICRO_BATCH:.1f} ms", "in a thread, ahead"),
+        (
+            "a process's reading a step",
+            f"{data['ms a window'] * MICRO_BATCH:.1f} ms",
+            "in a thread, ahead",
+        ),
     ]
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     disable_malloc_trim()  # as training does
     data, costs, kept = data_costs(), checkpoint_costs(), activation_bytes()
     print("| what | figure | from |\n|---|---:|---|")
-    for row in [*size_rows(), *memory_rows(kept), *network_rows(), *checkpoint_rows(costs), *data_rows(data)]:
+    for row in [
+        *size_rows(),
+        *memory_rows(kept),
+        *network_rows(),
+        *checkpoint_rows(costs),
+        *data_rows(data),
+    ]:
         print(f"| {' | '.join(row)} |")
 
 

@@ -44,7 +44,9 @@ def work(pipe, variant: Variant, rank: int, port: int):
     if variant.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
         where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank)
-        os.environ |= {name: str(value) for name, value in where.items()} | {"WORLD_SIZE": str(variant.processes)}
+        os.environ |= {name: str(value) for name, value in where.items()} | {
+            "WORLD_SIZE": str(variant.processes)
+        }
     try:
         step = variant.build(**variant.arguments)
         for _ in range(variant.warm_up):
@@ -78,14 +80,18 @@ def peak_memory(device: str) -> int:
         return peak
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def largest_resident_size(process: int | str) -> int:
     """Bytes, so far; 0 where the system does not tell (only Linux does), or the process is gone."""
     try:
         with open(f"/proc/{process}/status") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
+            return next(
+                (int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0
+            )
     except OSError:
         return 0
 

@@ -24,22 +24,44 @@ from runtime.atomic_files import AtomicFile
 
 # What torch.load raises for files that it did not write.
 UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    *(
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 # Of an OSError that tells nothing of what the file holds.
 TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
 FORMAT = 1  # of our own keys
 TIED_WEIGHTS_MISMATCH = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
-LLAMA2C_MODEL_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
+LLAMA2C_MODEL_ARGS = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "multiple_of",
+    "max_seq_len",
+    "dropout",
+)
 
 
 def save_checkpoint(path: str, checkpoint: dict):
     """Write a checkpoint so that path holds the old one or all of the new one. Raises
     ValueError, and leaves the old, if a weight is not finite; OSError if it cannot be kept."""
-    bad = [name for name, weight in checkpoint["model"].items() if not math.isfinite(max_abs(weight))]
+    bad = [
+        name for name, weight in checkpoint["model"].items() if not math.isfinite(max_abs(weight))
+    ]
     if bad:
-        raise ValueError(f"{path} not written: the weights have values that are no numbers (first in {bad[0]})")
+        raise ValueError(
+            f"{path} not written: the weights have values that are no numbers (first in {bad[0]})"
+        )
     write_hashed(path, checkpoint)
 
 
@@ -54,7 +76,9 @@ def write_hashed(path: str, content: dict):
 
 def write_error(path: str, error: RuntimeError) -> OSError:
     """What PyTorch's writer means, which hides the cause of a short write."""
-    return OSError(f"{path}: could not be written whole; is the disk full? ({str(error).splitlines()[0]})")
+    return OSError(
+        f"{path}: could not be written whole; is the disk full? ({str(error).splitlines()[0]})"
+    )
 
 
 def content_hash(checkpoint: dict) -> str:
@@ -81,7 +105,11 @@ def describe_load_error(error: Exception) -> str:
     text = str(error) or "it is empty"
     if "Weights only load failed" in text:
         unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
-        return f"it holds more than data: {unsafe[1]}" if unsafe else "its pickle is no table of tensors"
+        return (
+            f"it holds more than data: {unsafe[1]}"
+            if unsafe
+            else "its pickle is no table of tensors"
+        )
     return text.splitlines()[0][:100]
 
 
@@ -130,21 +158,36 @@ def read_hashed(path: str) -> dict:
 
 
 # Of what a checkpoint may hold beside the model and the optimizer's state.
-FIELD_TYPES = {"config": dict, "iter_num": int, "tokenizer_hash": str, "scaler": dict, "position": int, "late_norms": list}
+FIELD_TYPES = {
+    "config": dict,
+    "iter_num": int,
+    "tokenizer_hash": str,
+    "scaler": dict,
+    "position": int,
+    "late_norms": list,
+}
 
 
 def check_checkpoint(checkpoint, path: str):
     """Raise ValueError unless this is a training checkpoint, its tensors (or what stands for them,
     with shapes) those of its model_args. Gives the weights our names, makes model_args a ModelArgs."""
-    missing = {"model", "model_args", "iter_num"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    missing = {"model", "model_args", "iter_num"} - set(
+        checkpoint if isinstance(checkpoint, dict) else ()
+    )
     if missing:
-        raise ValueError(f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}"
+        )
     state = checkpoint["model"]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()
+    ):
         raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
     for name, kind in FIELD_TYPES.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
-            raise ValueError(f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}")
+            raise ValueError(
+                f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}"
+            )
     for name in ("iter_num", "position"):
         if not 0 <= checkpoint.get(name, 0) < 2**63:
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {checkpoint[name]}")
@@ -165,7 +208,9 @@ def read_model_args(path: str, saved: dict) -> ModelArgs:
     try:
         if saved.get("rope_scaling") is not None:
             scaling = dict(saved["rope_scaling"])
-            scaling["type"] = scaling.pop("kind")  # the key in files written since the first release
+            scaling["type"] = scaling.pop(
+                "kind"
+            )  # the key in files written since the first release
             saved = saved | {"rope_scaling": RopeScaling(**scaling)}
         return ModelArgs(**saved)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -175,7 +220,9 @@ def read_model_args(path: str, saved: dict) -> ModelArgs:
 def write_model_args(args: ModelArgs) -> dict:
     """llama2.c's keys, and further ones only where the architecture needs them: llama2.c's
     readers do not know more."""
-    saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS} | {"n_kv_heads": args.kv_heads}
+    saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS} | {
+        "n_kv_heads": args.kv_heads
+    }
     plain = dataclasses.replace(ModelArgs(), **saved)
     extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
     if args.rope_scaling:

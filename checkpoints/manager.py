@@ -19,7 +19,10 @@ from runtime.atomic_files import AtomicFile
 from runtime.distributed import full_tensor
 
 RETRY_SECONDS = 30.0  # after a write that failed
-NEWEST = ("ckpt.pt", "ckpt.dcp")  # a file, or a folder of shares (see sharded.py); older ones have a number in the name
+NEWEST = (
+    "ckpt.pt",
+    "ckpt.dcp",
+)  # a file, or a folder of shares (see sharded.py); older ones have a number in the name
 
 
 def snapshot(value, keeps: bool = True, copies: dict | None = None):
@@ -74,11 +77,15 @@ class Keeper:
                 del self.pending[path]
             except OSError as error:  # the others may fare better
                 error.__cause__ = None
-                self.failure = self.failure or error.with_traceback(None)  # which would keep the state in memory
+                self.failure = self.failure or error.with_traceback(
+                    None
+                )  # which would keep the state in memory
             except Exception as error:
                 self.error = error
         if self.failure and not was_failing:
-            self.untold.append(f"{in_words(self.failure)}; the run goes on, and tries to save again")
+            self.untold.append(
+                f"{in_words(self.failure)}; the run goes on, and tries to save again"
+            )
         elif was_failing and not self.failure:
             self.untold.append("saving works again")
         self.tried_at = time.monotonic()
@@ -111,7 +118,9 @@ class Keeper:
             self.begin()
             self.wait()
         if self.failure:
-            raise ValueError(f"{in_words(self.failure)}; not written: {', '.join(self.pending)}") from self.failure
+            raise ValueError(
+                f"{in_words(self.failure)}; not written: {', '.join(self.pending)}"
+            ) from self.failure
 
 
 def in_words(error: OSError | ValueError) -> str:
@@ -175,7 +184,9 @@ def give_number(path: str, step: int):
 
 def remove_oldest(out_dir: str, step: int, count: int):
     """Of the numbered checkpoints before this step, leave the last count, and those that cannot be removed."""
-    for old in [copy for copy in numbered_checkpoints(out_dir) if step_of_copy(copy) < step][count:]:
+    for old in [copy for copy in numbered_checkpoints(out_dir) if step_of_copy(copy) < step][
+        count:
+    ]:
         with contextlib.suppress(OSError):
             remove(old)
 
@@ -207,7 +218,10 @@ def load_latest(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, 
     damaged or gone, of the whole checkpoint that was written last. None if there is none at all; raises
     ValueError, of the first, if all are damaged."""
     newest, problems = latest_path(out_dir), []
-    others = [*numbered_checkpoints(out_dir), *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp"))]
+    others = [
+        *numbered_checkpoints(out_dir),
+        *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp")),
+    ]
     others = [path for path in others if path != newest and os.path.exists(path)]
     others.sort(key=checkpoint_mtime, reverse=True)
     for path in [newest] * os.path.lexists(newest) + others:
@@ -218,7 +232,9 @@ def load_latest(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, 
             continue
         if path != newest:
             reason = f"{problems[0]}" if problems else f"{newest} is not there"
-            say(f"warning: {reason}; going on from {path}, which is of step {checkpoint['iter_num']}")
+            say(
+                f"warning: {reason}; going on from {path}, which is of step {checkpoint['iter_num']}"
+            )
         return path, checkpoint
     if problems:
         raise problems[0]

@@ -86,7 +86,11 @@ def merge(rest: dict, tensors: dict[str, torch.Tensor]):
 
 def without_tied_head(shares: dict[str, torch.Tensor], args: ModelArgs) -> dict[str, torch.Tensor]:
     """A tied classifier is in a state dict twice, and is to be kept once."""
-    return {place: share for place, share in shares.items() if place != LM_HEAD_KEY or not args.tie_embeddings}
+    return {
+        place: share
+        for place, share in shares.items()
+        if place != LM_HEAD_KEY or not args.tie_embeddings
+    }
 
 
 def cpu_copy(share: DTensor, mesh: DeviceMesh) -> DTensor:
@@ -111,7 +115,9 @@ def run_on_all_ranks(group, action: Callable | None) -> list:
     return [result for result, _ in everyone]
 
 
-def save_sharded(shares: dict[str, DTensor], rest: dict, folder: str, mesh: DeviceMesh, commit: Callable):
+def save_sharded(
+    shares: dict[str, DTensor], rest: dict, folder: str, mesh: DeviceMesh, commit: Callable
+):
     """Write a checkpoint, all processes together. The main one calls commit with the finished folder,
     which is beside its final place until then. Raises in all processes what goes wrong in one: ValueError
     for weights that are no numbers, OSError where something cannot be written."""
@@ -122,7 +128,9 @@ def save_sharded(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
         for name, share in shares.items():
             local = share.to_local()
             if name.startswith("model/") and local.numel() and not math.isfinite(max_abs(local)):
-                raise ValueError(f"{folder} not written: the weights have values that are no numbers (first in {name})")
+                raise ValueError(
+                    f"{folder} not written: the weights have values that are no numbers (first in {name})"
+                )
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
@@ -142,7 +150,9 @@ def save_sharded(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
         dcp_save(shares, partial, group)
         mine = glob.glob(os.path.join(glob.escape(partial), f"__{rank}_*"))
         mine += [os.path.join(partial, METADATA_FILE)] if rank == 0 else []
-        digests = run_on_all_ranks(group, lambda: {os.path.basename(path): file_sha256(path) for path in mine})
+        digests = run_on_all_ranks(
+            group, lambda: {os.path.basename(path): file_sha256(path) for path in mine}
+        )
         files = {name: digest for own in digests for name, digest in own.items()}
         run_on_all_ranks(group, finish if rank == 0 else None)
     finally:
@@ -152,8 +162,12 @@ def save_sharded(shares: dict[str, DTensor], rest: dict, folder: str, mesh: Devi
 
 def dcp_save(shares: dict[str, DTensor], folder: str, group):
     try:
-        return dcp.save(shares, storage_writer=DCPWriter(folder, per_thread_copy_ahead=0), process_group=group)
-    except CheckpointException as error:  # which is no Exception, and would keep the shares in memory
+        return dcp.save(
+            shares, storage_writer=DCPWriter(folder, per_thread_copy_ahead=0), process_group=group
+        )
+    except (
+        CheckpointException
+    ) as error:  # which is no Exception, and would keep the shares in memory
         cause = first_cause(error)
     if isinstance(cause, RuntimeError):
         cause = write_error(folder, cause)
@@ -238,14 +252,19 @@ class ShardedTensors:
     def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Tensors of their shapes, by their places."""
         entries = self.table.state_dict_metadata.items()
-        return {name: torch.empty(e.size, dtype=e.properties.dtype, device=device) for name, e in entries}
+        return {
+            name: torch.empty(e.size, dtype=e.properties.dtype, device=device)
+            for name, e in entries
+        }
 
     def read(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fill these tensors, or shares of them, which all processes do together. Raises ValueError where
         that fails, and where the folder is another by now: no model is to be made of the halves of two."""
         cause = None
         try:
-            with warnings.catch_warnings(action="ignore"):  # that one process reads alone, which is meant
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # that one process reads alone, which is meant
                 alone = not any(map(is_dtensor, into.values()))
                 dcp.load(into, storage_reader=DCPReader(self.folder, self.table), no_dist=alone)
             is_changed = any(self.stamp_now(name) != stamp for name, stamp in self.stamps.items())
@@ -255,7 +274,9 @@ class ShardedTensors:
             cause = first_cause(error)
             is_changed = isinstance(cause, FileNotFoundError)
         if is_changed:
-            raise ValueError(f"{self.folder}: it was changed while it was read; run again") from None
+            raise ValueError(
+                f"{self.folder}: it was changed while it was read; run again"
+            ) from None
         if cause:
             raise ValueError(f"{self.folder}: {describe_load_error(cause)}") from None
         return into
@@ -269,7 +290,9 @@ def open_sharded(folder: str) -> dict:
         shares = ShardedTensors(folder, rest.pop("files"))
         merge(rest, shares.empty("meta"))
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: damaged, {os.path.basename(error.filename)} is not there") from error
+        raise ValueError(
+            f"{folder}: damaged, {os.path.basename(error.filename)} is not there"
+        ) from error
     except UNREADABLE as error:
         raise as_value_error(folder, error) from error
     check_checkpoint(rest, folder)
@@ -300,7 +323,9 @@ def write_single_rank(checkpoint: dict, folder: str):
         mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
         state = {key: value for key, value in checkpoint.items() if key != "sha256"}
         state["model_args"] = write_model_args(checkpoint["model_args"])
-        state |= {key: to_dtensors(state[key], mesh) for key in ("model", "optimizer") if key in state}
+        state |= {
+            key: to_dtensors(state[key], mesh) for key in ("model", "optimizer") if key in state
+        }
         shares, rest = split_sharded(state)
         shares = without_tied_head(shares, checkpoint["model_args"])
         save_sharded(shares, rest, folder, mesh, lambda partial: os.rename(partial, folder))
@@ -314,7 +339,11 @@ def convert_checkpoint(source: str, target: str) -> int:
     .pt or .dcp and does not exist. Returns the step of the checkpoint. Raises ValueError where the source
     is damaged, OSError where the target cannot be written."""
     source = source.rstrip(os.sep)
-    checkpoint = gather_full_state(open_sharded(source)) if is_sharded_checkpoint(source) else load_checkpoint(source)
+    checkpoint = (
+        gather_full_state(open_sharded(source))
+        if is_sharded_checkpoint(source)
+        else load_checkpoint(source)
+    )
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     step = checkpoint["iter_num"]
     if target.endswith(".dcp"):

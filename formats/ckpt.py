@@ -10,8 +10,20 @@ from functools import partial
 
 import torch
 
-from checkpoints.file import TIED_WEIGHTS_MISMATCH, check_checkpoint, is_sharded_checkpoint, write_model_args
-from formats.lazy_model import TORCH_DTYPES, LazyModel, LazyTensor, cast_lazily, find_tokenizer, same_values
+from checkpoints.file import (
+    TIED_WEIGHTS_MISMATCH,
+    check_checkpoint,
+    is_sharded_checkpoint,
+    write_model_args,
+)
+from formats.lazy_model import (
+    TORCH_DTYPES,
+    LazyModel,
+    LazyTensor,
+    cast_lazily,
+    find_tokenizer,
+    same_values,
+)
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
@@ -33,7 +45,9 @@ def read(path: str) -> LazyModel:
     if classifier and not same_values(classifier, tensors["tok_embeddings.weight"]):
         raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     tokenizer_hash = checkpoint.get("tokenizer_hash")
-    return LazyModel(path, args, tensors, lambda: find_tokenizer(os.path.dirname(path)), tokenizer_hash)
+    return LazyModel(
+        path, args, tensors, lambda: find_tokenizer(os.path.dirname(path)), tokenizer_hash
+    )
 
 
 def read_in_shares(path: str) -> LazyModel:
@@ -43,14 +57,18 @@ def read_in_shares(path: str) -> LazyModel:
 
     def read_one(name: str, outlined: torch.Tensor) -> torch.Tensor:
         place = f"model/{name}"
-        return outline["shares"].read({place: torch.empty(outlined.shape, dtype=outlined.dtype)})[place]
+        return outline["shares"].read({place: torch.empty(outlined.shape, dtype=outlined.dtype)})[
+            place
+        ]
 
     tensors = {
         name: LazyTensor(tuple(outlined.shape), outlined.dtype, partial(read_one, name, outlined))
         for name, outlined in outline["model"].items()
     }
     own_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
-    return LazyModel(path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash"))
+    return LazyModel(
+        path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash")
+    )
 
 
 def unsupported_reason(args) -> None:

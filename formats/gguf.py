@@ -75,7 +75,9 @@ def matches(path: str) -> bool:
 def read(path: str) -> LazyModel:
     pairs, theirs = read_container(path)
     if pairs.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: a model of architecture {pairs.get('general.architecture')!r}, not llama")
+        raise ValueError(
+            f"{path}: a model of architecture {pairs.get('general.architecture')!r}, not llama"
+        )
     factors = theirs.pop(ROPE_FACTORS, None)
     args = args_of(pairs, theirs, factors, path)
     tensors = {}
@@ -94,7 +96,9 @@ def args_of(pairs: dict, tensors: dict, factors: LazyTensor | None, path: str) -
     def number(key, default=None):
         value = pairs.get(f"llama.{key}", default)
         if type(value) not in (int, float):
-            raise ValueError(f"{path}: llama.{key} is {'missing' if value is None else f'{str(value)[:50]}'}")
+            raise ValueError(
+                f"{path}: llama.{key} is {'missing' if value is None else f'{str(value)[:50]}'}"
+            )
         return value
 
     embedding = tensors.get("token_embd.weight")
@@ -120,7 +124,9 @@ def args_of(pairs: dict, tensors: dict, factors: LazyTensor | None, path: str) -
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if number(key, args.head_dim) != args.head_dim:
-            raise ValueError(f"{path}: llama.{key} is {number(key)}, but dim/n_heads={args.head_dim} is all we can say")
+            raise ValueError(
+                f"{path}: llama.{key} is {number(key)}, but dim/n_heads={args.head_dim} is all we can say"
+            )
     if number("expert_count", 0):
         raise ValueError(f"{path}: a mixture of experts is more than a Llama of ours can say")
     return args
@@ -143,7 +149,9 @@ def scaling_of(pairs: dict, factors: LazyTensor | None, args: ModelArgs) -> Rope
     if factors is None:
         return None
     own = pairs.get(OWN_SCALING, [])
-    candidates = (RopeScaling("llama3", *own[:3], int(own[3])),) if len(own) == 4 else KNOWN_SCALINGS
+    candidates = (
+        (RopeScaling("llama3", *own[:3], int(own[3])),) if len(own) == 4 else KNOWN_SCALINGS
+    )
     if factors.shape == (args.head_dim // 2,):
         for scaling in candidates:
             if torch.allclose(factors.read().float(), scaling_factors(args, scaling), rtol=1e-3):
@@ -153,7 +161,9 @@ def scaling_of(pairs: dict, factors: LazyTensor | None, args: ModelArgs) -> Rope
 
 def scaling_factors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
     """By how much each frequency is divided (head_dim/2,)."""
-    plain, scaled = (rope_frequencies(args.head_dim, args.rope_theta, choice) for choice in (None, scaling))
+    plain, scaled = (
+        rope_frequencies(args.head_dim, args.rope_theta, choice) for choice in (None, scaling)
+    )
     return plain / scaled
 
 
@@ -168,16 +178,33 @@ def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
         kinds = pairs.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
         if model == "llama":
             pieces = list(zip(names, pairs["tokenizer.ggml.scores"], kinds, strict=True))
-            ends = [names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)] for end, i in (("bos", 1), ("eos", 2))]
-            pieces = [(piece, score, CONTROL if piece in ends else kind) for piece, score, kind in pieces]
+            ends = [
+                names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)]
+                for end, i in (("bos", 1), ("eos", 2))
+            ]
+            pieces = [
+                (piece, score, CONTROL if piece in ends else kind) for piece, score, kind in pieces
+            ]
             has_prefix = bool(pairs.get("tokenizer.ggml.add_space_prefix", True))
-            return require_bos_eos(SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix)))
-        if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"):
+            return require_bos_eos(
+                SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix))
+            )
+        if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in (
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+        ):
             count = next((i for i, kind in enumerate(kinds) if kind == CONTROL), len(names))
-            return Llama3Tokenizer([tokenizer_json.from_letters(name) for name in names[:count]], names[count:])
-        raise ValueError(f"a vocabulary of type {model!r}, {pairs.get('tokenizer.ggml.pre')!r}, is not known here")
+            return Llama3Tokenizer(
+                [tokenizer_json.from_letters(name) for name in names[:count]], names[count:]
+            )
+        raise ValueError(
+            f"a vocabulary of type {model!r}, {pairs.get('tokenizer.ggml.pre')!r}, is not known here"
+        )
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})") from error
+        raise ValueError(
+            f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"
+        ) from error
 
 
 # Writing
@@ -191,12 +218,18 @@ def write(stored: LazyModel, path: str, target: str, dtype: str):
     """Write the file. In q8_0, a matrix whose rows are no multiple of 32 stays float16."""
     tokenizer = stored.own_tokenizer()
     if tokenizer is None:
-        raise ValueError(f"{path}: llama.cpp reads no GGUF file without a vocabulary; name it with --tokenizer=PATH")
+        raise ValueError(
+            f"{path}: llama.cpp reads no GGUF file without a vocabulary; name it with --tokenizer=PATH"
+        )
     if reason := tokenizer_json.unsupported_reason(tokenizer):
         raise ValueError(f"{path}: {reason}")
     tensors = list(tensors_of(stored, dtype))
     with AtomicFile(path) as file:
-        file.write(header_of(pairs_of(stored, tokenizer, dtype), [(name, info) for name, info, _ in tensors]))
+        file.write(
+            header_of(
+                pairs_of(stored, tokenizer, dtype), [(name, info) for name, info, _ in tensors]
+            )
+        )
         pad(file)
         for name, info, read in tensors:
             write_tensor(file, read(), info.kind, name)
@@ -208,7 +241,9 @@ def tensors_of(stored: LazyModel, dtype: str) -> Iterator[tuple[str, TensorInfo,
     args, offset = stored.args, 0
     kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
     names = expand_layers(TABLE, args)
-    entries = [(theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in names]
+    entries = [
+        (theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in names
+    ]
     if args.rope_scaling and args.rope_scaling.type == "llama3":
         factors = scaling_factors(args, args.rope_scaling)
         entries.append((ROPE_FACTORS, tuple(factors.shape), lambda: factors))
@@ -241,9 +276,17 @@ def pairs_of(stored: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict:
         "llama.attention.layer_norm_rms_epsilon": (6, args.norm_eps),
     }
     if scaling and scaling.type == "linear":
-        pairs |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": (6, scaling.factor)}
+        pairs |= {
+            "llama.rope.scaling.type": "linear",
+            "llama.rope.scaling.factor": (6, scaling.factor),
+        }
     elif scaling:
-        numbers = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
+        numbers = (
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_seq_len,
+        )
         pairs[OWN_SCALING] = (12, list(numbers))
     return pairs | vocabulary_of(tokenizer)
 
@@ -271,8 +314,13 @@ def vocabulary_of(tokenizer: Tokenizer) -> dict:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": tokenizer_json.token_names(tokenizer),
-        "tokenizer.ggml.token_type": (5, [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)),
-        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in tokenizer_json.rank_merges(tokenizer.ranks)],
+        "tokenizer.ggml.token_type": (
+            5,
+            [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special),
+        ),
+        "tokenizer.ggml.merges": [
+            f"{left} {right}" for left, right in tokenizer_json.rank_merges(tokenizer.ranks)
+        ],
     }
     if "<|eot_id|>" in tokenizer.special:
         pairs["tokenizer.ggml.eot_token_id"] = (4, tokenizer.special_id("<|eot_id|>"))

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from formats.lazy_model import BLOCK, LazyTensor, check_range, read_into, stored_in_file, write_values
+from formats.lazy_model import (
+    BLOCK,
+    LazyTensor,
+    check_range,
+    read_into,
+    stored_in_file,
+    write_values,
+)
 from runtime.atomic_files import FileSource
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -26,7 +33,19 @@ TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 # Reading
 
 SCALARS = {  # type of a value: its layout
-    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
+    **{
+        0: "<B",
+        1: "<b",
+        2: "<H",
+        3: "<h",
+        4: "<I",
+        5: "<i",
+        6: "<f",
+        7: "<?",
+        10: "<Q",
+        11: "<q",
+        12: "<d",
+    },
 }
 STRING, ARRAY = 8, 9
 
@@ -60,7 +79,9 @@ class Cursor:
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind in SCALARS:
             layout = SCALARS[kind]
-            values = np.frombuffer(self.take(count * struct.calcsize(layout)), np.dtype(layout.replace("?", "b")))
+            values = np.frombuffer(
+                self.take(count * struct.calcsize(layout)), np.dtype(layout.replace("?", "b"))
+            )
             return values.tolist()
         if kind != STRING or count * 8 > len(self.content) - self.position:
             raise ValueError("a list is longer than the file, or nested")
@@ -78,7 +99,11 @@ class TensorInfo:
     @property
     def size(self) -> int:
         count = math.prod(self.shape)
-        return count // GROUP * BLOCK_SIZE if self.kind == Q8_0 else count * TORCH_TYPES[self.kind].itemsize
+        return (
+            count // GROUP * BLOCK_SIZE
+            if self.kind == Q8_0
+            else count * TORCH_TYPES[self.kind].itemsize
+        )
 
 
 def read_container(path: str) -> tuple[dict, dict[str, LazyTensor]]:
@@ -93,11 +118,15 @@ def read_container(path: str) -> tuple[dict, dict[str, LazyTensor]]:
         size, position = len(content), cursor.position
     alignment = pairs.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise ValueError(f"{path}: general.alignment={alignment!r} is no power of two; it is damaged")
+        raise ValueError(
+            f"{path}: general.alignment={alignment!r} is no power of two; it is damaged"
+        )
     start, end = position + -position % alignment, 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
         if info.offset != end:
-            raise ValueError(f"{path}: {name[:100]} begins at {info.offset}, not at {end}; it is damaged")
+            raise ValueError(
+                f"{path}: {name[:100]} begins at {info.offset}, not at {end}; it is damaged"
+            )
         end += info.size + -info.size % alignment
     if not end - alignment < size - start <= end:  # the last tensor may be padded or not
         raise ValueError(f"{path}: {size} bytes, but its header says {start + end}; it is damaged")
@@ -123,7 +152,9 @@ def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
         shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]
         info = TensorInfo(shape, cursor.scalar("<I"), cursor.scalar("<Q"))
         if info.kind not in (*TORCH_TYPES, Q8_0):
-            raise ValueError(f"{name[:100]} is quantized in type {info.kind}; F32, F16, BF16 and Q8_0 are known here")
+            raise ValueError(
+                f"{name[:100]} is quantized in type {info.kind}; F32, F16, BF16 and Q8_0 are known here"
+            )
         if min(shape) < 1 or (info.kind == Q8_0 and shape[-1] % GROUP) or name in infos:
             raise ValueError(f"{name[:100]} has the shape {shape}, or is there twice")
         infos[name] = info
@@ -133,7 +164,9 @@ def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
 def stored_tensor(source: FileSource, start: int, info: TensorInfo) -> LazyTensor:
     if info.kind != Q8_0:
         return stored_in_file(source, start + info.offset, TORCH_TYPES[info.kind], info.shape)
-    return LazyTensor(info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape))
+    return LazyTensor(
+        info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape)
+    )
 
 
 def read_quantized(source: FileSource, offset: int, shape: tuple[int, ...]) -> torch.Tensor:

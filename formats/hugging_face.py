@@ -53,7 +53,12 @@ TABLE = (
 )
 # Keys of config.json that would change what the model computes, and the value that leaves it a Llama.
 PLAIN = {
-    **{"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None},
+    **{
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": None,
+    },
     "partial_rotary_factor": 1.0,
 }
 
@@ -92,8 +97,13 @@ def read(path: str) -> LazyModel:
             raise ValueError(f"{path}: it has no {name}, which its config.json speaks of")
         tensors[ours] = reordered(theirs.pop(name), heads_in(args, ours))
     for name in theirs:  # the classifier again although tied, and the angles that older files kept
-        if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and args.tie_embeddings)):
-            raise ValueError(f"{path}: {name} is no part of a Llama as its config.json describes it")
+        if not (
+            name.endswith("rotary_emb.inv_freq")
+            or (name == "lm_head.weight" and args.tie_embeddings)
+        ):
+            raise ValueError(
+                f"{path}: {name} is no part of a Llama as its config.json describes it"
+            )
     return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
 
 
@@ -112,7 +122,13 @@ def args_of(config: dict, path: str) -> ModelArgs:
             raise ValueError(f"{path}: {key}={config[key]!r} is more than a Llama of ours can say")
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise ValueError(f"{path}: tie_word_embeddings is neither true nor false")
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    required = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
     if missing := [key for key in required if type(config.get(key)) is not int]:
         raise ValueError(f"{path}: it has no {' and no '.join(missing)}, or no whole number there")
     try:
@@ -124,7 +140,9 @@ def args_of(config: dict, path: str) -> ModelArgs:
             n_heads=config["num_attention_heads"],
             n_kv_heads=config.get("num_key_value_heads"),
             vocab_size=config["vocab_size"],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),  # what is not there has transformers' default
+            norm_eps=float(
+                config.get("rms_norm_eps", 1e-6)
+            ),  # what is not there has transformers' default
             rope_theta=theta,
             rope_scaling=scaling,
             max_seq_len=config.get("max_position_embeddings", 2048),
@@ -133,7 +151,9 @@ def args_of(config: dict, path: str) -> ModelArgs:
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(f"{path}: not the settings of a Llama: {error}") from None
     if config.get("head_dim") not in (None, args.head_dim):
-        raise ValueError(f"{path}: head_dim={config['head_dim']}, but dim/n_heads={args.head_dim} is all we can say")
+        raise ValueError(
+            f"{path}: head_dim={config['head_dim']}, but dim/n_heads={args.head_dim} is all we can say"
+        )
     return args
 
 
@@ -156,7 +176,10 @@ def rope_of(config: dict) -> tuple[float, RopeScaling | None]:
 
 def read_tensors(path: str) -> dict[str, LazyTensor]:
     """All tensors of the folder by their names there."""
-    for single, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_state_dict)):
+    for single, reader in (
+        ("model.safetensors", read_safetensors),
+        ("pytorch_model.bin", read_state_dict),
+    ):
         whole, index = os.path.join(path, single), os.path.join(path, f"{single}.index.json")
         if os.path.isfile(whole):
             return reader(whole)
@@ -167,19 +190,25 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
 
 def read_state_dict(path: str) -> dict[str, LazyTensor]:
     content = read_torch_file(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, LazyTensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(tensor, LazyTensor) for tensor in content.values()
+    ):
         raise ValueError(f"{path}: not a table of tensors")
     return content
 
 
 def read_shards(path: str, index: str, reader) -> dict[str, LazyTensor]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise ValueError(f"{index}: it has no weight_map from names to files")
     tensors = {}
     for shard in sorted(set(weight_map.values())):
         if os.path.basename(shard) != shard or not os.path.isfile(os.path.join(path, shard)):
-            raise ValueError(f"{path}: the shard {shard} is missing, which {os.path.basename(index)} names")
+            raise ValueError(
+                f"{path}: the shard {shard} is missing, which {os.path.basename(index)} names"
+            )
         tensors |= reader(os.path.join(path, shard))
     if missing := weight_map.keys() - tensors.keys():
         raise ValueError(f"{path}: {min(missing)} is in none of the shards")
@@ -190,7 +219,10 @@ def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None
     """SentencePiece's tokenizer.model, which has the scores; but tokenizer.json where tokens were
     added to those, and for Llama 3's ranks, which have no names for the special tokens."""
     file, tokenizer = os.path.join(path, "tokenizer.json"), find_tokenizer(path)
-    is_whole = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (None, tokenizer.vocab_size)
+    is_whole = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (
+        None,
+        tokenizer.vocab_size,
+    )
     if is_whole or not os.path.isfile(file):
         return tokenizer
     try:
@@ -217,7 +249,11 @@ def write(stored: LazyModel, path: str, target: str, dtype: str):
         write_json(folder, "generation_config.json", generation_config(tokenizer))
         if tokenizer:
             write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
-            write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, args.max_seq_len))
+            write_json(
+                folder,
+                "tokenizer_config.json",
+                tokenizer_json.to_config(tokenizer, args.max_seq_len),
+            )
             if not (isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens):
                 with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
                     file.write(tokenizer.content)
@@ -241,18 +277,40 @@ def config_of(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict:
     if scaling := args.rope_scaling:
         rope |= {"rope_type": scaling.type, "factor": scaling.factor}
         if scaling.type == "llama3":
-            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+            }
             rope |= {"original_max_position_embeddings": scaling.original_max_seq_len}
     return {
         **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-        **{"hidden_size": args.dim, "intermediate_size": args.ffn_dim, "num_hidden_layers": args.n_layers},
-        **{"num_attention_heads": args.n_heads, "num_key_value_heads": args.kv_heads, "head_dim": args.head_dim},
+        **{
+            "hidden_size": args.dim,
+            "intermediate_size": args.ffn_dim,
+            "num_hidden_layers": args.n_layers,
+        },
+        **{
+            "num_attention_heads": args.n_heads,
+            "num_key_value_heads": args.kv_heads,
+            "head_dim": args.head_dim,
+        },
         **{"vocab_size": args.vocab_size, "max_position_embeddings": args.max_seq_len},
-        **{"rms_norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_embeddings, "hidden_act": "silu"},
-        **{"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02},
+        **{
+            "rms_norm_eps": args.norm_eps,
+            "tie_word_embeddings": args.tie_embeddings,
+            "hidden_act": "silu",
+        },
+        **{
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+        },
         # Version 5 reads rope_parameters; version 4 does not know it.
         **{"rope_parameters": rope, "rope_theta": args.rope_theta},
-        "rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"} if args.rope_scaling else None,
+        "rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"}
+        if args.rope_scaling
+        else None,
         **{"dtype": dtype, "torch_dtype": dtype, "use_cache": True},
         **ends_of(tokenizer),
     }
@@ -295,8 +353,13 @@ def write_shards(folder: str, tensors: list[tuple[str, LazyTensor]]):
         shards[-1].append((name, tensor))
     names = ["model.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+        weight_map = {
+            name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
+        }
         index = {"metadata": {"total_size": ends[-1]}, "weight_map": weight_map}
         write_json(folder, "model.safetensors.index.json", index)
     for name, shard in zip(names, shards, strict=True):

@@ -47,7 +47,9 @@ class LazyModel:
         check_weights(self.args, self.tensors, self.path)
         for name, tensor in self.tensors.items():
             if tensor.dtype not in (*TORCH_DTYPES.values(), torch.float64):
-                raise ValueError(f"{self.path}: {name} is of {tensor.dtype}, which is not read here")
+                raise ValueError(
+                    f"{self.path}: {name} is of {tensor.dtype}, which is not read here"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,13 +77,17 @@ class LazyModel:
         return model.eval()
 
 
-def from_model(model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None) -> LazyModel:
+def from_model(
+    model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None
+) -> LazyModel:
     """A model in memory, seen as one in a file."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return from_state_dict(model.args, weights, path, tokenizer)
 
 
-def from_state_dict(args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None):
+def from_state_dict(
+    args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None
+):
     """The same of a state dict."""
     tensors = {
         name: LazyTensor(tuple(weight.shape), weight.dtype, lambda weight=weight: weight.cpu())
@@ -100,7 +106,9 @@ def same_values(a: LazyTensor, b: LazyTensor) -> bool:
     return digests[0] == digests[1]
 
 
-def stored_in_file(source: FileSource, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> LazyTensor:
+def stored_in_file(
+    source: FileSource, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> LazyTensor:
     """A tensor whose little-endian values lie in a file from offset on."""
 
     def read():
@@ -112,7 +120,9 @@ def stored_in_file(source: FileSource, offset: int, dtype: torch.dtype, shape: t
     return LazyTensor(shape, dtype, read)
 
 
-def cast_lazily(lazy_model: LazyModel, name: str, dtype: torch.dtype, change: Callable | None = None) -> LazyTensor:
+def cast_lazily(
+    lazy_model: LazyModel, name: str, dtype: torch.dtype, change: Callable | None = None
+) -> LazyTensor:
     """A tensor of a model, to be written in dtype, with its rows in another order if change says so."""
 
     def read():
@@ -184,6 +194,10 @@ def one_line(text: str, longest: int = 400) -> str:
 
 def find_tokenizer(*folders: str) -> Tokenizer | None:
     """The tokenizer.model or tokenizer.bin in the first of the folders that has one."""
-    paths = (os.path.join(folder, name) for folder in folders for name in ("tokenizer.model", "tokenizer.bin"))
+    paths = (
+        os.path.join(folder, name)
+        for folder in folders
+        for name in ("tokenizer.model", "tokenizer.bin")
+    )
     path = next(filter(os.path.isfile, paths), None)
     return load_tokenizer(path) if path else None

@@ -17,7 +17,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from formats.lazy_model import BLOCK, LazyModel, LazyTensor, find_tokenizer, read_into, stored_in_file, write_values
+from formats.lazy_model import (
+    BLOCK,
+    LazyModel,
+    LazyTensor,
+    find_tokenizer,
+    read_into,
+    stored_in_file,
+    write_values,
+)
 from model import ModelArgs, parameter_shapes
 from ops.rope import precompute_rope_cache
 from runtime.atomic_files import AtomicFile, FileSource
@@ -39,7 +47,14 @@ V0_ORDER = (
     *("tok_embeddings.weight", NORMS[0], *ATTENTION, NORMS[1], *FEED_FORWARD),
     *("norm.weight", "rope_cos", "rope_sin", "output.weight"),
 )
-V1_ORDER = (*NORMS, "norm.weight", "tok_embeddings.weight", *ATTENTION, *FEED_FORWARD, "output.weight")
+V1_ORDER = (
+    *NORMS,
+    "norm.weight",
+    "tok_embeddings.weight",
+    *ATTENTION,
+    *FEED_FORWARD,
+    "output.weight",
+)
 
 
 def table(args: ModelArgs, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -56,7 +71,9 @@ def table(args: ModelArgs, version: int) -> Iterator[tuple[str, tuple[int, ...]]
 def size_of(shape: tuple[int, ...], group_size: int | None) -> int:
     """Bytes of a tensor; quantized, if there is a group size and it is a matrix."""
     values = math.prod(shape)
-    return 4 * values if group_size is None or len(shape) == 1 else values + 4 * (values // group_size)
+    return (
+        4 * values if group_size is None or len(shape) == 1 else values + 4 * (values // group_size)
+    )
 
 
 def unsupported_reason(args: ModelArgs) -> str | None:
@@ -119,12 +136,20 @@ def read_header(path: str) -> tuple[int, ModelArgs, int | None, int]:
             raise ValueError(f"{path}: too short for a model.bin")
         _, version, *shape, tied = HEADER.unpack_from(header)
         if version not in (1, 2) or tied not in (0, 1):
-            raise ValueError(f"{path}: version {version} of model.bin with flag {tied} is not known; it may be damaged")
+            raise ValueError(
+                f"{path}: version {version} of model.bin with flag {tied} is not known; it may be damaged"
+            )
         if version == 2:
             (group_size,) = GROUP_SIZE.unpack_from(header, HEADER.size)
     try:
         args = ModelArgs(
-            **dict(zip(("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads"), shape[:5], strict=True)),
+            **dict(
+                zip(
+                    ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads"),
+                    shape[:5],
+                    strict=True,
+                )
+            ),
             vocab_size=abs(shape[5]) if version == 0 else shape[5],
             max_seq_len=shape[6],
             tie_embeddings=bool(tied),
@@ -132,7 +157,9 @@ def read_header(path: str) -> tuple[int, ModelArgs, int | None, int]:
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: the header is not that of a model.bin ({error})") from None
     if group_size is not None and (group_size < 1 or args.dim % group_size):
-        raise ValueError(f"{path}: its group size {group_size} does not divide dim={args.dim}; it is damaged")
+        raise ValueError(
+            f"{path}: its group size {group_size} does not divide dim={args.dim}; it is damaged"
+        )
     return version, args, group_size, HEADER_SIZE if version else SHAPE.size
 
 
@@ -144,16 +171,24 @@ def check_size(path: str, args: ModelArgs, version: int, group_size: int | None,
     of_layer = sum(size for name, size in sizes.items() if name.startswith("layers"))
     expected = start + sum(sizes.values()) + (args.n_layers - 1) * of_layer
     if os.path.getsize(path) != expected:
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes, but its header says {expected}; it is damaged")
+        raise ValueError(
+            f"{path}: {os.path.getsize(path)} bytes, but its header says {expected}; it is damaged"
+        )
 
 
 def check_rope_tables(path: str, args: ModelArgs, cos: LazyTensor, sin: LazyTensor):
-    for written, expected in zip((cos, sin), precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True):
+    for written, expected in zip(
+        (cos, sin), precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA), strict=True
+    ):
         if not torch.allclose(written.read(), expected, atol=1e-3):
-            raise ValueError(f"{path}: its rotary tables are not those of rope_theta={ROPE_THETA:g}; it is damaged")
+            raise ValueError(
+                f"{path}: its rotary tables are not those of rope_theta={ROPE_THETA:g}; it is damaged"
+            )
 
 
-def stored_quantized(source: FileSource, offset: int, shape: tuple[int, ...], group_size: int) -> LazyTensor:
+def stored_quantized(
+    source: FileSource, offset: int, shape: tuple[int, ...], group_size: int
+) -> LazyTensor:
     count = math.prod(shape)
 
     def read():
@@ -183,7 +218,9 @@ def write(stored: LazyModel, path: str, target: str = "v0", dtype: str = "float3
     group_size = largest_group(args) if version == 2 else None
     tables = {}
     if version == 0:
-        tables["rope_cos"], tables["rope_sin"] = precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA)
+        tables["rope_cos"], tables["rope_sin"] = precompute_rope_cache(
+            args.head_dim, args.max_seq_len, ROPE_THETA
+        )
     with AtomicFile(path) as file:
         file.write(header_of(args, version, group_size))
         for name, _ in table(args, version):
@@ -193,11 +230,21 @@ def write(stored: LazyModel, path: str, target: str = "v0", dtype: str = "float3
 
 def header_of(args: ModelArgs, version: int, group_size: int | None) -> bytes:
     vocab_size = args.vocab_size if args.tie_embeddings or version else -args.vocab_size
-    shape = args.dim, args.ffn_dim, args.n_layers, args.n_heads, args.kv_heads, vocab_size, args.max_seq_len
+    shape = (
+        args.dim,
+        args.ffn_dim,
+        args.n_layers,
+        args.n_heads,
+        args.kv_heads,
+        vocab_size,
+        args.max_seq_len,
+    )
     if version == 0:
         return SHAPE.pack(*shape)
     header = HEADER.pack(MAGIC, version, *shape, args.tie_embeddings)
-    return (header + (GROUP_SIZE.pack(group_size) if version == 2 else b"")).ljust(HEADER_SIZE, b"\0")
+    return (header + (GROUP_SIZE.pack(group_size) if version == 2 else b"")).ljust(
+        HEADER_SIZE, b"\0"
+    )
 
 
 def largest_group(args: ModelArgs) -> int:
@@ -227,4 +274,6 @@ def quantize(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     of the group's largest magnitude; a half goes to the even neighbour."""
     scales = groups.abs().amax(dim=1) / 127.0  # (N,)
     values = groups / torch.where(scales == 0, 1.0, scales)[:, None]
-    return values.round().clamp(-127, 127).to(torch.int8), scales  # beyond only where a scale is subnormal
+    return values.round().clamp(-127, 127).to(
+        torch.int8
+    ), scales  # beyond only where a scale is subnormal

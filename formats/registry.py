@@ -11,7 +11,13 @@ from formats.lazy_model import LazyModel, one_line
 from model import Transformer
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
-FORMATS = (ckpt, gguf, hugging_face, meta, llama2c)  # as they are tried; model.bin has no sign of its own
+FORMATS = (
+    ckpt,
+    gguf,
+    hugging_face,
+    meta,
+    llama2c,
+)  # as they are tried; model.bin has no sign of its own
 
 
 def detect_format(path: str) -> ModuleType:
@@ -22,11 +28,19 @@ def detect_format(path: str) -> ModuleType:
     for module in FORMATS:
         if module.matches(path):
             return module
-    if os.path.isfile(path) and any(module.matches(os.path.dirname(path) or ".") for module in (hugging_face, meta)):
-        raise ValueError(f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}")
+    if os.path.isfile(path) and any(
+        module.matches(os.path.dirname(path) or ".") for module in (hugging_face, meta)
+    ):
+        raise ValueError(
+            f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}"
+        )
     if os.path.isdir(path):
-        raise ValueError(f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's")
-    raise ValueError(f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged")
+        raise ValueError(
+            f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's"
+        )
+    raise ValueError(
+        f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged"
+    )
 
 
 def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> LazyModel:
@@ -38,7 +52,9 @@ def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -
     except ValueError as error:  # it may quote what is in the file
         raise ValueError(one_line(str(error))) from error
     if max_seq_len is not None:
-        stored = dataclasses.replace(stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len))
+        stored = dataclasses.replace(
+            stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len)
+        )
     if tokenizer:
         named = load_tokenizer(tokenizer)
         stored = dataclasses.replace(stored, own_tokenizer=lambda: named)
@@ -72,5 +88,7 @@ def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
     stored = open_model(path, tokenizer)
     found = checked_tokenizer(stored, tokenizer)
     if found is None:
-        raise ValueError(f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH")
+        raise ValueError(
+            f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH"
+        )
     return stored.model(), found

@@ -20,7 +20,13 @@ LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    },
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,23 +40,32 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else size
         if length > min(LARGEST_HEADER, size - LENGTH.size):
-            raise ValueError(f"{path}: not a safetensors file, or a damaged one (its header is longer than the file)")
+            raise ValueError(
+                f"{path}: not a safetensors file, or a damaged one (its header is longer than the file)"
+            )
         header = file.read(length)
     try:
         entries = json.loads(header, parse_constant=refuse_constant)
         entries.pop("__metadata__", None)
         tensors = {name: entry_of(entry) for name, entry in entries.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: the header of this safetensors file is damaged ({str(error)[:100]})") from None
+        raise ValueError(
+            f"{path}: the header of this safetensors file is damaged ({str(error)[:100]})"
+        ) from None
     position, data = 0, LENGTH.size + length
     for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if begin != position:
-            raise ValueError(f"{path}: {name[:100]} begins at {begin}, not at {position}; the file is damaged")
+            raise ValueError(
+                f"{path}: {name[:100]} begins at {begin}, not at {position}; the file is damaged"
+            )
         position = end
     if data + position != size:
-        raise ValueError(f"{path}: {size} bytes, but its header says {data + position}; it is damaged")
+        raise ValueError(
+            f"{path}: {size} bytes, but its header says {data + position}; it is damaged"
+        )
     return {
-        name: stored_in_file(source, data + begin, dtype, shape) for name, (dtype, shape, begin, _) in tensors.items()
+        name: stored_in_file(source, data + begin, dtype, shape)
+        for name, (dtype, shape, begin, _) in tensors.items()
     }
 
 
@@ -76,7 +91,11 @@ def write_safetensors(file, tensors: Iterable[tuple[str, LazyTensor]]):
     tensors, header, position = list(tensors), {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors:
         end = position + size_of(tensor)
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [position, end]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [position, end],
+        }
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # values begin at a multiple of 8 bytes

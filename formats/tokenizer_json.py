@@ -63,8 +63,12 @@ def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, ordered by (its rank, left rank, right rank)."""
     rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
     for rank, token in enumerate(ranks):
-        pairs = ((rank_of.get(token[:cut]), rank_of.get(token[cut:])) for cut in range(1, len(token)))
-        merges += [(rank, left, right) for left, right in pairs if left is not None and right is not None]
+        pairs = (
+            (rank_of.get(token[:cut]), rank_of.get(token[cut:])) for cut in range(1, len(token))
+        )
+        merges += [
+            (rank, left, right) for left, right in pairs if left is not None and right is not None
+        ]
     letters = [to_letters(token) for token in ranks]
     return [(letters[left], letters[right]) for _, left, right in sorted(merges)]
 
@@ -91,19 +95,36 @@ def unsupported_reason(tokenizer: Tokenizer) -> str | None:
 
 def to_json(tokenizer: Tokenizer) -> dict:
     """The content of tokenizer.json."""
-    content = sentencepiece_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else ranks_json(tokenizer)
+    content = (
+        sentencepiece_json(tokenizer)
+        if isinstance(tokenizer, SentencePieceTokenizer)
+        else ranks_json(tokenizer)
+    )
     begin = token_names(tokenizer)[tokenizer.bos_id]
     special = {"id": begin, "ids": [tokenizer.bos_id], "tokens": [begin]}
     template = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": begin, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [
-            *({"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}),
-            *({"SpecialToken": {"id": begin, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}),
+            *(
+                {"SpecialToken": {"id": begin, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ),
+            *(
+                {"SpecialToken": {"id": begin, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ),
         ],
         "special_tokens": {begin: special},
     }
-    return {"version": "1.0", "truncation": None, "padding": None} | content | {"post_processor": template}
+    return (
+        {"version": "1.0", "truncation": None, "padding": None}
+        | content
+        | {"post_processor": template}
+    )
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
@@ -114,12 +135,22 @@ def token_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def added(number: int, name: str) -> dict:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     return {"id": number, "content": name} | flags
 
 
 def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
-    special = [added(i, piece) for i, (piece, _, kind) in enumerate(tokenizer.pieces) if kind in (UNKNOWN, CONTROL)]
+    special = [
+        added(i, piece)
+        for i, (piece, _, kind) in enumerate(tokenizer.pieces)
+        if kind in (UNKNOWN, CONTROL)
+    ]
     has_bytes = any(kind == BYTE for _, _, kind in tokenizer.pieces)
     prepend = [{"type": "Prepend", "prepend": "▁"}] * tokenizer.has_dummy_prefix
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.has_dummy_prefix
@@ -129,7 +160,10 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
         "added_tokens": special,
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
         "model": {
             "type": "BPE",
             **{"dropout": None, "unk_token": unknown_of(tokenizer)},
@@ -146,16 +180,33 @@ def unknown_of(tokenizer: SentencePieceTokenizer) -> str | None:
 
 
 def ranks_json(tokenizer: Llama3Tokenizer) -> dict:
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": LLAMA3_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     return {
-        "added_tokens": [added(len(tokenizer.ranks) + i, name) for i, name in enumerate(tokenizer.special)],
+        "added_tokens": [
+            added(len(tokenizer.ranks) + i, name) for i, name in enumerate(tokenizer.special)
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, letters]},
         "decoder": letters,
         "model": {
             "type": "BPE",
-            **{"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None},
+            **{
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+            },
             **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": True},
             "vocab": {to_letters(token): rank for rank, token in enumerate(tokenizer.ranks)},
             "merges": rank_merges(tokenizer.ranks),
@@ -215,7 +266,9 @@ def from_json(text: str) -> Tokenizer:
 
 
 def cuts_as_llama3(pre_tokenizer: dict) -> bool:
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = (
+        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    )
     if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
         return False
     split, letters = steps
@@ -230,13 +283,18 @@ def pair_of(merge: str | list) -> tuple[str, str]:
     return left, right
 
 
-def from_merges(names: list[str], added_tokens: list, merges: list, content: dict) -> SentencePieceTokenizer:
+def from_merges(
+    names: list[str], added_tokens: list, merges: list, content: dict
+) -> SentencePieceTokenizer:
     """A SentencePiece vocabulary whose scores order the tokens as the merges do."""
     has_dummy_prefix = prefixes(content.get("normalizer"), content.get("pre_tokenizer") or {})
     rank: dict[str, int] = {}
     for merge in merges:
         rank.setdefault("".join(pair_of(merge)), len(rank))
-    added_kinds = {entry["content"]: CONTROL if entry.get("special") else USER_DEFINED for entry in added_tokens}
+    added_kinds = {
+        entry["content"]: CONTROL if entry.get("special") else USER_DEFINED
+        for entry in added_tokens
+    }
     unknown, pieces = content["model"].get("unk_token"), []
     for name in names:
         is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", name)
@@ -255,7 +313,10 @@ def prefixes(normalizer: dict | None, pre_tokenizer: dict) -> bool:
             return pre_tokenizer.get("prepend_scheme", always) != "never"
     strings = json_strings(normalizer)
     known = {"type", "normalizers", "prepend", "pattern", "String", "content"}
-    if pre_tokenizer or not {"Replace", "▁"} <= strings <= {"Sequence", "Prepend", "Replace", "▁", " "} | known:
+    if (
+        pre_tokenizer
+        or not {"Replace", "▁"} <= strings <= {"Sequence", "Prepend", "Replace", "▁", " "} | known
+    ):
         raise ValueError("it normalizes a text in another way than Llama 2")
     return "Prepend" in strings
 

@@ -22,9 +22,15 @@ from checkpoints.file import describe_load_error
 from formats.lazy_model import LazyTensor, read_into, write_values
 from runtime.atomic_files import FileSource
 
-LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
+LOCAL_HEADER = struct.Struct(
+    "<4s22x2H"
+)  # signature, ..., lengths of the name and of the extra field
 STORAGE_TYPES = {
-    **{torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"},
+    **{
+        torch.float32: "FloatStorage",
+        torch.float16: "HalfStorage",
+        torch.bfloat16: "BFloat16Storage",
+    },
     torch.float64: "DoubleStorage",
 }
 
@@ -43,8 +49,12 @@ def read_torch_file(path: str):
         with open(path, "rb") as file:
             content = torch.load(file, map_location="meta", weights_only=True)
         return stored_tensors(content, source, records, {})
-    except Exception as error:  # whatever a damaged file may lead the zip and pickle readers to raise
-        raise ValueError(f"{path}: damaged or not a checkpoint ({describe_load_error(error)})") from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged file may lead the zip and pickle readers to raise
+        raise ValueError(
+            f"{path}: damaged or not a checkpoint ({describe_load_error(error)})"
+        ) from error
 
 
 def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
@@ -56,7 +66,10 @@ def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
             header = file.read(LOCAL_HEADER.size)
             signature, *lengths = LOCAL_HEADER.unpack(header)
             offset = record.header_offset + LOCAL_HEADER.size + sum(lengths)
-            is_plain = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
+            is_plain = (
+                record.compress_type == zipfile.ZIP_STORED
+                and record.file_size == record.compress_size
+            )
             if signature != b"PK\3\4" or not is_plain or offset + record.file_size > size:
                 raise ValueError(f"its record {record.filename[:50]} is not whole")
             records[offset] = record
@@ -80,7 +93,9 @@ def stored_tensors(content, source: FileSource, records: dict[int, zipfile.ZipIn
     return seen[id(content)]
 
 
-def stored_tensor(tensor: torch.Tensor, source: FileSource, records: dict[int, zipfile.ZipInfo]) -> LazyTensor:
+def stored_tensor(
+    tensor: torch.Tensor, source: FileSource, records: dict[int, zipfile.ZipInfo]
+) -> LazyTensor:
     storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
     offset = getattr(storage, "_checkpoint_offset", None)
     record = records.get(offset)
@@ -88,14 +103,18 @@ def stored_tensor(tensor: torch.Tensor, source: FileSource, records: dict[int, z
         raise ValueError("a tensor has no record of its size")
     if record.file_size % itemsize:
         raise ValueError("a tensor's record is no whole number of values")
-    span = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    span = tensor.storage_offset() + sum(
+        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     if tensor.numel() and not tensor.numel() <= span + 1 <= record.file_size // itemsize:
         raise ValueError("a tensor reaches beyond its record")
     view = tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
     def read():
         values = read_record(source, offset, record).view(tensor.dtype)
-        return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
+        return values.as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        ).contiguous()
 
     place, checksum = (source.path, offset, *view), (record.CRC, record.file_size, *view)
     return LazyTensor(tuple(tensor.shape), tensor.dtype, read, place, checksum)
@@ -107,7 +126,9 @@ def read_record(source: FileSource, offset: int, record: zipfile.ZipInfo) -> tor
     with source.open(offset) as file:
         read_into(file, values, source.path)
     if zlib.crc32(values.numpy()) != record.CRC:
-        raise ValueError(f"{source.path}: its record {record.filename} has not the sum that was written; it is damaged")
+        raise ValueError(
+            f"{source.path}: its record {record.filename} has not the sum that was written; it is damaged"
+        )
     return values
 
 

@@ -20,13 +20,19 @@ class Hypothesis(NamedTuple):
     finish: Literal["stop", "length"]
 
 
-def check_arguments(prompt: list[int], num_beams: int, max_new_tokens: int, length_penalty: float, num_best: int):
+def check_arguments(
+    prompt: list[int], num_beams: int, max_new_tokens: int, length_penalty: float, num_best: int
+):
     if not prompt:
         raise ValueError("the prompt is empty: begin with at least one token, such as BOS")
     if num_beams < 1 or max_new_tokens < 1:
-        raise ValueError(f"num_beams={num_beams}, max_new_tokens={max_new_tokens}: each must be at least 1")
+        raise ValueError(
+            f"num_beams={num_beams}, max_new_tokens={max_new_tokens}: each must be at least 1"
+        )
     if not 1 <= num_best <= num_beams:
-        raise ValueError(f"num_best={num_best}: must be at least 1, and at most num_beams={num_beams}")
+        raise ValueError(
+            f"num_best={num_best}: must be at least 1, and at most num_beams={num_beams}"
+        )
     if not -10 <= length_penalty <= 10:  # beyond, a power of the length may be no number any more
         raise ValueError(f"length_penalty={length_penalty}: must be between -10 and 10")
 
@@ -36,8 +42,12 @@ def next_logprobs(model: Transformer, cache: KVCache, beams: list[list[int]], re
     (beams, V), float32. The cache has a row a beam, and in it the first read tokens of each."""
     length, longest = len(beams[0]), model.args.max_seq_len
     start = window_start(length, longest)
-    first = read if window_start(read, longest) == start else start  # a cache of another window is of no use
-    inputs = torch.tensor([tokens[first:] for tokens in beams], device=model.tok_embeddings.weight.device)  # (beams, T)
+    first = (
+        read if window_start(read, longest) == start else start
+    )  # a cache of another window is of no use
+    inputs = torch.tensor(
+        [tokens[first:] for tokens in beams], device=model.tok_embeddings.weight.device
+    )  # (beams, T)
     last = model.forward_hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
     logprobs = model.output(last).float().log_softmax(-1)
     check_numbers(logprobs)
@@ -49,7 +59,11 @@ def best_candidates(logprobs, count: int) -> list[tuple[float, int, int]]:
     the others are impossible."""
     best = logprobs.flatten().topk(min(count, logprobs.numel()))
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    return [(value, *divmod(place, logprobs.shape[1])) for value, place in pairs if value > float("-inf")]
+    return [
+        (value, *divmod(place, logprobs.shape[1]))
+        for value, place in pairs
+        if value > float("-inf")
+    ]
 
 
 @torch.inference_mode()
@@ -81,24 +95,34 @@ def beam_search(
         read = len(beams[0])
         for beam, tokens in enumerate(beams):
             never = set(forbidden(tokens)) if forbidden else set()
-            logprobs[beam, list(never | stop if length <= min_new_tokens else never)] = float("-inf")
+            logprobs[beam, list(never | stop if length <= min_new_tokens else never)] = float(
+                "-inf"
+            )
         # As many as may end here, and num_beams more to go on with.
         candidates = best_candidates(logprobs, num_beams * (1 + len(stop)))
-        for logprob, beam, token in candidates[:num_beams]:  # a text that ends must be as likely as these
+        for logprob, beam, token in candidates[
+            :num_beams
+        ]:  # a text that ends must be as likely as these
             score, tokens = logprob / length**length_penalty, beams[beam][len(prompt) :]
             if token in stop:
                 finished.append(Hypothesis(tokens, logprob, score, "stop"))
             elif length == max_new_tokens:
                 finished.append(Hypothesis([*tokens, token], logprob, score, "length"))
-        finished = sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)[:num_beams]
+        finished = sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)[
+            :num_beams
+        ]
         live = [candidate for candidate in candidates if candidate[2] not in stop][:num_beams]
         # A longer text may yet have the better score; to end here all the same is transformers' rule.
-        if not live or (len(finished) == num_beams and live[0][0] / length**length_penalty <= finished[-1].score):
+        if not live or (
+            len(finished) == num_beams and live[0][0] / length**length_penalty <= finished[-1].score
+        ):
             break
         likeliest, parents, chosen = zip(*live, strict=True)
         beams = [[*beams[parent], token] for parent, token in zip(parents, chosen, strict=True)]
         logprobs = torch.tensor(likeliest, device=device)
         cache.select_rows(torch.tensor(parents, device=device))
     if not finished:
-        raise ValueError("no token is left to go on with: each is forbidden, or would end the text too soon")
+        raise ValueError(
+            "no token is left to go on with: each is forbidden, or would end the text too soon"
+        )
     return finished[:num_best]

@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from generation.engine import DRAFTED, Draft, one_step, tell
 from model import Transformer
 from ops.kv_cache import KVCache
-from ops.quantized_linear import LIBRARY, CastLinear, Int8Linear, Joined, PackedLinear, lie_together, packable_kinds
+from ops.quantized_linear import (
+    LIBRARY,
+    CastLinear,
+    Int8Linear,
+    Joined,
+    PackedLinear,
+    lie_together,
+    packable_kinds,
+)
 from runtime.device import DTYPES
 
-SMALL = 2**27  # parameters of a model whose tokens come so fast that what is done once a token counts
+SMALL = (
+    2**27
+)  # parameters of a model whose tokens come so fast that what is done once a token counts
 
 
 LIBRARY.define("packed_linear(Tensor x, Tensor weight, int out_features) -> Tensor")
@@ -64,7 +74,9 @@ ON_CPU = {
     "cpp_wrapper_build_separate": True,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-MOST_COMPILED = 64  # steps for other lengths and options; beyond a limit PyTorch silently compiles no more
+MOST_COMPILED = (
+    64  # steps for other lengths and options; beyond a limit PyTorch silently compiles no more
+)
 
 
 def compiled(function: Callable, plain: Callable):
@@ -87,7 +99,9 @@ def compiled(function: Callable, plain: Callable):
             return plain(model, cache, tokens, starts, end, *others, **how)
         filled, on_cpu = torch.empty(end, 0), tokens.device.type == "cpu"
         kind = (model, cache.length, cache.keys[0].dtype, tokens.shape, how)
-        if on_cpu and kind == usual:  # to look whether what was compiled fits takes a third of a step
+        if (
+            on_cpu and kind == usual
+        ):  # to look whether what was compiled fits takes a third of a step
             try:
                 with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
                     return run(model, cache, tokens, starts, filled, *others, how)
@@ -109,7 +123,10 @@ def compiled(function: Callable, plain: Callable):
             if works:
                 raise
             works = False
-            print(f"cannot compile here ({type(error).__name__}); more slowly, without", file=sys.stderr)
+            print(
+                f"cannot compile here ({type(error).__name__}); more slowly, without",
+                file=sys.stderr,
+            )
             return plain(model, cache, tokens, starts, end, *others, **how)
         works, usual = True, kind
         if kind not in kinds:
@@ -138,7 +155,10 @@ def told(model, cache, token, starts, filled, keys, count, how):
         return *tell(model, cache, token, starts, filled.shape[0], keys, **how), count
     how = dict(how)
     stop_ids = how.pop("stop_ids", ())
-    number, is_over = torch.arange(keys.shape[1], device=token.device), starts == 0  # see Decoder.inputs
+    number, is_over = (
+        torch.arange(keys.shape[1], device=token.device),
+        starts == 0,
+    )  # see Decoder.inputs
 
     def goes_on(i, token, tokens, known, logits):
         for stop_id in stop_ids:
@@ -148,9 +168,20 @@ def told(model, cache, token, starts, filled, keys, count, how):
     def step(i, token, tokens, known, logits):
         at = (starts + i, filled.shape[0], keys.index_select(1, i[None]))
         logits, (token, known) = one_step(model, cache, token, *at, exact=False, **how)
-        return i + 1, token[:, None], torch.where(number == i, token[:, None], tokens), known, logits
+        return (
+            i + 1,
+            token[:, None],
+            torch.where(number == i, token[:, None], tokens),
+            known,
+            logits,
+        )
 
-    nothing = (token.new_zeros(()), token, token.new_zeros(keys.shape), token.new_ones(len(token), dtype=torch.bool))
+    nothing = (
+        token.new_zeros(()),
+        token,
+        token.new_zeros(keys.shape),
+        token.new_ones(len(token), dtype=torch.bool),
+    )
     logits = model.tok_embeddings.weight.new_empty(len(token), model.args.vocab_size)
     i, _, tokens, known, logits = torch.while_loop(goes_on, step, (*nothing, logits))
     return logits, tokens, known, i
@@ -170,17 +201,23 @@ def compiled_tell(at_once: int = 1):
             raise ValueError(f"{count} tokens at once: this is compiled for {at_once} at most")
         keys = F.pad(keys, (0, at_once - count)) if count < at_once else keys
         end += count - 1
-        logits, tokens, known, done = run(model, cache, token, starts, end, keys, torch.tensor(count), **how)
+        logits, tokens, known, done = run(
+            model, cache, token, starts, end, keys, torch.tensor(count), **how
+        )
         return logits, tokens[:, : int(done)], known
 
     return call
 
 
 AT_ONCE = 32  # tokens of a text that are told in one call, at most
-A_CALL = 2**29  # parameters times tokens of a call, where that leaves at least 4 of each text: some 50 ms
+A_CALL = (
+    2**29
+)  # parameters times tokens of a call, where that leaves at least 4 of each text: some 50 ms
 
 
-def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False) -> dict:
+def prepared(
+    model: Transformer, kind: str = "float32", batch_size: int = 1, compile: bool = False
+) -> dict:
     """The arguments model, tell, at_once, draft and cache_dtype of a Decoder that is to tell batch_size
     texts at once with matrices of this kind: int8 or a number format. To compile takes half a minute or
     more, at the first token but one. On a CPU, a single text in floating point is then drafted with 8-bit
@@ -193,8 +230,12 @@ def prepared(model: Transformer, kind: str = "float32", batch_size: int = 1, com
     ready = dict(model=for_inference(model, kind, batch_size))
     if compile:
         size = model.num_parameters()
-        at_once = max(4, min(AT_ONCE, A_CALL // (size * batch_size))) if on_cpu and size < SMALL else 1
+        at_once = (
+            max(4, min(AT_ONCE, A_CALL // (size * batch_size))) if on_cpu and size < SMALL else 1
+        )
         ready |= dict(tell=compiled_tell(at_once), at_once=at_once)
-    if on_cpu and compile and kind != "float32":  # uncompiled, attention would read them more slowly
+    if (
+        on_cpu and compile and kind != "float32"
+    ):  # uncompiled, attention would read them more slowly
         ready |= dict(cache_dtype=torch.bfloat16)
     return ready

@@ -36,18 +36,28 @@ def decoding_problems(options) -> Iterator[str]:
     """What is wrong with options of these names."""
     rules = {
         "max_new_tokens": (options.max_new_tokens >= 1, "at least 1"),
-        "min_new_tokens": (0 <= options.min_new_tokens <= options.max_new_tokens, "from 0 to max_new_tokens"),
+        "min_new_tokens": (
+            0 <= options.min_new_tokens <= options.max_new_tokens,
+            "from 0 to max_new_tokens",
+        ),
         "temperature": (options.temperature >= 0, "0 or more"),
         "top_k": (options.top_k >= 0, "0 or more"),
         "top_p": (0 < options.top_p <= 1, "above 0 and at most 1"),
         "min_p": (0 <= options.min_p <= 1, "at least 0 and at most 1"),
-        "repetition_penalty": (0.01 <= options.repetition_penalty <= 100, "at least 0.01 and at most 100"),
+        "repetition_penalty": (
+            0.01 <= options.repetition_penalty <= 100,
+            "at least 0.01 and at most 100",
+        ),
         "seed": (0 <= options.seed < 2**63, "at least 0 and below 2**63"),
     }
     for name, (fits, rule) in rules.items():
         if not fits:
             value = getattr(options, name)
-            yield f"{name}={value:g}: must be {rule}" if isinstance(value, float) else f"{name}={value}: must be {rule}"
+            yield (
+                f"{name}={value:g}: must be {rule}"
+                if isinstance(value, float)
+                else f"{name}={value}: must be {rule}"
+            )
 
 
 def window_start(length: int, max_seq_len: int) -> int:
@@ -60,7 +70,9 @@ def window_start(length: int, max_seq_len: int) -> int:
 def check_numbers(logits):
     """Raise ValueError where a model has come to nothing."""
     if logits.isnan().any():
-        raise ValueError("the model's logits are not numbers: its weights are damaged, or its training diverged")
+        raise ValueError(
+            "the model's logits are not numbers: its weights are damaged, or its training diverged"
+        )
 
 
 class Sequence:
@@ -85,15 +97,28 @@ class Sequence:
         self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
 
 
-def one_step(model: Transformer, cache: KVCache, tokens, starts, end: int, keys, exact: bool = True, **how):
+def one_step(
+    model: Transformer, cache: KVCache, tokens, starts, end: int, keys, exact: bool = True, **how
+):
     """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
     holds, from the positions starts (B,) on and before end; and what first_choice says of them. exact:
     whether the longest row reaches to the end."""
-    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact=exact)).flatten(0, 1)
+    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact=exact)).flatten(
+        0, 1
+    )
     return logits, first_choice(logits, keys.flatten(), **how)
 
 
-def tell(model: Transformer, cache: KVCache, token, starts, end: int, keys, stop_ids: tuple[int, ...] = (), **how):
+def tell(
+    model: Transformer,
+    cache: KVCache,
+    token,
+    starts,
+    end: int,
+    keys,
+    stop_ids: tuple[int, ...] = (),
+    **how,
+):
     """The next tokens (B, N) after each row's token (B, 1), at the position starts (B,); end is one beyond
     the farthest of these. There is a key (B, M) for each token that may be told, but N is 1 here; see
     inference.compiled_tell for one that tells several, of which one of stop_ids can only be the last.
@@ -135,7 +160,9 @@ class Decoder:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.model, self.options, self.batch_size = model, options, batch_size
         self.stop_ids, self.bad_words, self.use_cache = tuple(stop_ids), bad_words, use_cache
-        self.how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self.how = {
+            name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")
+        }
         self.tell, self.at_once, self.draft, self.cache_dtype = tell, at_once, draft, cache_dtype
         self.device, self.cache = model.tok_embeddings.weight.device, None
         self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
@@ -146,7 +173,10 @@ class Decoder:
         over. To end one earlier, set its finish. One that ran before goes on from where it was, if
         it has the rows for itself. Raises ValueError where no token is left to choose."""
         waiting = deque(sequences)
-        longest = max((len(sequence.tokens) for sequence in waiting), default=0) + self.options.max_new_tokens
+        longest = (
+            max((len(sequence.tokens) for sequence in waiting), default=0)
+            + self.options.max_new_tokens
+        )
         self.reserve(longest + self.draft.tokens if self.draft else longest)
         if self.rows == list(waiting) and all(sequence.read_by is self for sequence in waiting):
             waiting.clear()
@@ -166,7 +196,9 @@ class Decoder:
         """A token that was chosen for a text. What run yields of it."""
         if sequence.finish:
             return  # it was told beyond the end
-        sequence.cached = len(sequence.tokens) - sequence.start  # all these; what is told beyond may not come
+        sequence.cached = (
+            len(sequence.tokens) - sequence.start
+        )  # all these; what is told beyond may not come
         if token in self.stop_ids:
             sequence.finish = "stop"
         else:
@@ -181,9 +213,14 @@ class Decoder:
     def reserve(self, length: int):
         """Room in the cache for rows of this length."""
         rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
-        length = min(rounded, self.model.args.max_seq_len) + 1  # a cache that is full would be compiled apart
+        length = (
+            min(rounded, self.model.args.max_seq_len) + 1
+        )  # a cache that is full would be compiled apart
         if not self.cache or self.cache.batch_size != self.batch_size:
-            self.cache, self.rows = self.model.new_kv_cache(self.batch_size, length, self.cache_dtype), []
+            self.cache, self.rows = (
+                self.model.new_kv_cache(self.batch_size, length, self.cache_dtype),
+                [],
+            )
         elif self.cache.length < length:
             self.cache.grow(length)
 
@@ -250,8 +287,12 @@ class Decoder:
         tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tokens[row, : lengths[row]] = torch.tensor(sequence.tokens[-lengths[row] :])
-        rows = torch.tensor([self.rows.index(sequence) for sequence in sequences], device=self.device)
-        x = self.model.forward_hidden(tokens.to(self.device), self.cache, sequences[0].cached, rows=rows)
+        rows = torch.tensor(
+            [self.rows.index(sequence) for sequence in sequences], device=self.device
+        )
+        x = self.model.forward_hidden(
+            tokens.to(self.device), self.cache, sequences[0].cached, rows=rows
+        )
         return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
 
     def tell_on(self) -> list[tuple[Sequence, int]]:
@@ -265,7 +306,10 @@ class Decoder:
         if len(going_on) < len(tokens):
             logits, tokens, known = logits[going_on], tokens[going_on], known[going_on]
         before = tokens.shape[1] - 1
-        columns = [*tokens[:, :-1].t().tolist(), self.pick(sequences, logits, (tokens[:, -1], known), before)]
+        columns = [
+            *tokens[:, :-1].t().tolist(),
+            self.pick(sequences, logits, (tokens[:, -1], known), before),
+        ]
         return [pair for column in columns for pair in zip(sequences, column, strict=True)]
 
     def inputs(self, going_on: list[int], count: int):
@@ -278,15 +322,27 @@ class Decoder:
         tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
         for row in going_on:
             sequence = self.rows[row]
-            tokens[row], starts[row], keys[row] = sequence.tokens[-1], sequence.cached, self.keys(sequence, count)
+            tokens[row], starts[row], keys[row] = (
+                sequence.tokens[-1],
+                sequence.cached,
+                self.keys(sequence, count),
+            )
         end = max(starts) + 1
         tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        return tokens[:, None], starts, end, torch.tensor(keys, dtype=torch.int32, device=self.device)
+        return (
+            tokens[:, None],
+            starts,
+            end,
+            torch.tensor(keys, dtype=torch.int32, device=self.device),
+        )
 
     def keys(self, sequence: Sequence, count: int, before: int = 0) -> list[int]:
         """Of the next count draws, after so many that are not among the tokens yet."""
         length = len(sequence.tokens) + before
-        return [draw_key(self.options.seed, sequence.sample, position) for position in range(length, length + count)]
+        return [
+            draw_key(self.options.seed, sequence.sample, position)
+            for position in range(length, length + count)
+        ]
 
     def draft_and_check(self) -> list[tuple[Sequence, int]]:
         """The next tokens of every text: as many of the proposed ones as the model draws itself, and
@@ -295,16 +351,29 @@ class Decoder:
         going_on = self.going_on()
         tokens, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
         while (read := tokens.shape[1]) <= draft.tokens:
-            at = (tokens[:, -1:].contiguous(), starts + read - 1, end + read - 1, keys[:, read - 1 : -1].contiguous())
+            at = (
+                tokens[:, -1:].contiguous(),
+                starts + read - 1,
+                end + read - 1,
+                keys[:, read - 1 : -1].contiguous(),
+            )
             logits, told, known = draft.tell(draft.model, self.cache, *at, **self.how)
-            last = choose(logits, keys[:, read - 2 + told.shape[1]], **self.how, first=(told[:, -1], known))
-            tokens = torch.cat([tokens, told[:, :-1], last[:, None]], dim=1)  # in the end (B, 1 + draft.tokens)
-        logits, first = draft.check(self.model, self.cache, tokens, starts, end + draft.tokens, keys, **self.how)
+            last = choose(
+                logits, keys[:, read - 2 + told.shape[1]], **self.how, first=(told[:, -1], known)
+            )
+            tokens = torch.cat(
+                [tokens, told[:, :-1], last[:, None]], dim=1
+            )  # in the end (B, 1 + draft.tokens)
+        logits, first = draft.check(
+            self.model, self.cache, tokens, starts, end + draft.tokens, keys, **self.how
+        )
         drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
         agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
         chosen = []
         for row in going_on:
-            chosen += [(self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()]
+            chosen += [
+                (self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()
+            ]
         return chosen
 
     def pick(self, sequences: list[Sequence], logits, first=None, before: int = 0) -> list[int]:
@@ -321,9 +390,13 @@ class Decoder:
             if forbidden[row]:
                 logits[row, forbidden[row]] = float("-inf")
                 if logits[row].isneginf().all():
-                    raise ValueError("no token is left to go on with: each would end the text or complete a bad word")
+                    raise ValueError(
+                        "no token is left to go on with: each would end the text or complete a bad word"
+                    )
         if first and first[1].all():
-            return first[0].tolist()  # without the keys, which take as long to make as the rest of this
+            return first[
+                0
+            ].tolist()  # without the keys, which take as long to make as the rest of this
         keys = [self.keys(sequence, 1, before)[0] for sequence in sequences]
         keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
         return choose(logits, keys, **self.how, first=first).tolist()
@@ -334,7 +407,9 @@ class Decoder:
         return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
 
 
-def continuation(model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options) -> list[int]:
+def continuation(
+    model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options
+) -> list[int]:
     """The tokens that a model goes on with after those of the prompt. options: Decoding's."""
     sequence = Sequence(prompt)
     for _ in Decoder(model, Decoding(**options), stop_ids=stop_ids).run([sequence]):

@@ -42,7 +42,9 @@ def truncate_top_p(logits, p: float):
 def truncate_min_p(logits, p: float):
     """Keep what is at least p times as likely as the likeliest of logits (B, V) (arXiv 2407.01082)."""
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))
+    return logits.masked_fill(
+        probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf")
+    )
 
 
 def penalize_repeats(logits, seen, penalty: float):
@@ -79,16 +81,22 @@ def draw(logits, keys, attempts: range):
     """Tokens (B, A) of logits (B, V), drawn independently for each of the attempts at the keys (B,). First
     a block of tokens is drawn and then one of it: noise for each of 32,000 tokens would take longer
     than all else that is done with their logits."""
-    blocks = F.pad(logits, (0, -logits.shape[-1] % BLOCK), value=float("-inf")).unflatten(-1, (-1, BLOCK))
+    blocks = F.pad(logits, (0, -logits.shape[-1] % BLOCK), value=float("-inf")).unflatten(
+        -1, (-1, BLOCK)
+    )
     sizes = [blocks.shape[1], BLOCK]
-    noise = gumbel_noise(keys, attempts.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))[:, attempts.start :]
+    noise = gumbel_noise(keys, attempts.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))[
+        :, attempts.start :
+    ]
     of_blocks, of_tokens = noise.split(sizes, dim=-1)
     block = (blocks.logsumexp(-1)[:, None] + of_blocks).argmax(-1)  # (B, A)
     of_block = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))  # (B, A, BLOCK)
     return block * BLOCK + (of_block + of_tokens).argmax(-1)
 
 
-def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+def first_choice(
+    logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+):
     """Draw as if nothing were truncated until it is a token that the truncations leave: tokens (B,), and
     whether each is one (B,), so that nothing need be truncated. Where False, after too many attempts or as
     only truncating would tell, the token is nothing."""
@@ -103,7 +111,9 @@ def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: 
         return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     tokens = draw(scaled, keys, range(ATTEMPTS))  # (B, A)
     own, scaled = scaled.gather(-1, tokens)[..., None], scaled[:, None]  # (B, A, 1), (B, 1, V)
-    inside = torch.ones_like(tokens, dtype=torch.bool)  # not changed in place: a compiled loop forbids that
+    inside = torch.ones_like(
+        tokens, dtype=torch.bool
+    )  # not changed in place: a compiled loop forbids that
     if top_k:
         inside = inside & ((scaled > own).sum(-1) < top_k)
     if top_p < 1:
@@ -112,7 +122,9 @@ def first_choice(logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: 
         inside = inside & ((scaled.softmax(-1) * before).sum(-1) < top_p)
     if min_p:
         probabilities = scaled.softmax(-1)[:, 0]
-        inside = inside & (probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True))
+        inside = inside & (
+            probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True)
+        )
     first = inside.int().argmax(-1, keepdim=True)
     return tokens.gather(-1, first)[:, 0], inside.any(-1)
 
@@ -145,14 +157,22 @@ class BadWords:
     def __init__(self, words: Collection[str], token_bytes: list[bytes]):
         words = [word.encode() for word in words]
         self.token_bytes, self.longest = token_bytes, max(map(len, words), default=0)
-        self.always = [i for i, text in enumerate(token_bytes) if any(word in text for word in words)]
-        self.after: dict[bytes, list[int]] = {}  # the beginning of a word -> the tokens that complete it
+        self.always = [
+            i for i, text in enumerate(token_bytes) if any(word in text for word in words)
+        ]
+        self.after: dict[
+            bytes, list[int]
+        ] = {}  # the beginning of a word -> the tokens that complete it
         for word in words:
             for cut in range(1, len(word)):
-                completing = [i for i, text in enumerate(token_bytes) if text.startswith(word[cut:])]
+                completing = [
+                    i for i, text in enumerate(token_bytes) if text.startswith(word[cut:])
+                ]
                 self.after[word[:cut]] = self.after.get(word[:cut], []) + completing
 
     def completed_by(self, tokens: list[int]) -> list[int]:
         """The tokens that would complete one of the words after these."""
         tail = b"".join(self.token_bytes[token] for token in tokens[-self.longest :])
-        return self.always + [i for start, ids in self.after.items() if tail.endswith(start) for i in ids]
+        return self.always + [
+            i for start, ids in self.after.items() if tail.endswith(start) for i in ids
+        ]

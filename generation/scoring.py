@@ -18,12 +18,16 @@ def log_probabilities(model: Transformer, tokens: list[int]):
     ids, predicted = torch.tensor([tokens], device=device), 0
     while predicted < len(tokens) - 1:
         start = window_start(predicted + 1, longest)
-        end = min(start + longest, len(tokens) - 1)  # the positions from start to end predict the next ones
+        end = min(
+            start + longest, len(tokens) - 1
+        )  # the positions from start to end predict the next ones
         cache = model.new_kv_cache(1, end - start, model.tok_embeddings.weight.dtype)
         for first in range(start, end, SCORED_AT_ONCE):
             last = min(first + SCORED_AT_ONCE, end)
             logits, _ = model(ids[:, first:last], cache=cache, start_pos=first - start)
-            likely = logits[0].float().log_softmax(-1).gather(-1, ids[0, first + 1 : last + 1, None])
+            likely = (
+                logits[0].float().log_softmax(-1).gather(-1, ids[0, first + 1 : last + 1, None])
+            )
             check_numbers(likely)
             found.append(likely[max(0, predicted - first) :, 0])
         predicted = end

@@ -22,8 +22,12 @@ class Story(Sequence):
     """A text that is being told, as text: nothing of a stop string is shown before it is known to be
     none."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, sample: int = 0, stops: Collection[str] = ()):
-        of_prompt = zlib.crc32(prompt.encode("utf-8", "surrogatepass")) << 32  # other prompts, other draws
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: str, sample: int = 0, stops: Collection[str] = ()
+    ):
+        of_prompt = (
+            zlib.crc32(prompt.encode("utf-8", "surrogatepass")) << 32
+        )  # other prompts, other draws
         super().__init__(tokenizer.encode(prompt, bos=True), of_prompt + sample)
         self.tokenizer, self.stops = tokenizer, stops
         self.begin()
@@ -45,11 +49,19 @@ class Story(Sequence):
         """The text that is certain with one more token, or without any more. Where a stop string is
         complete, that is the end."""
         self.held += "" if self.is_cut else self.spell([token])
-        found = [(place + len(stop), place) for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        found = [
+            (place + len(stop), place)
+            for stop in self.stops
+            if (place := self.held.find(stop)) >= 0
+        ]
         if found:
             certain, kept, self.is_cut, self.finish = min(found)[1], "", True, "stop"
         else:
-            open_length = max((overlap(self.held, stop) for stop in self.stops), default=0) if token is not None else 0
+            open_length = (
+                max((overlap(self.held, stop) for stop in self.stops), default=0)
+                if token is not None
+                else 0
+            )
             certain = len(self.held) - open_length
             kept = self.held[certain:]
         text, self.held = self.held[:certain], kept
@@ -72,7 +84,9 @@ class Story(Sequence):
 
 def overlap(text: str, stop: str) -> int:
     """How many characters at the end of text may begin a stop string: the most that do."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0
+    )
 
 
 class Piece(NamedTuple):
@@ -102,8 +116,14 @@ def generate(
     Raises ValueError, with the first piece, for impossible options, and where no token is left to choose."""
     check_texts(prompts=prompts, stop=stop, bad_words=bad_words)
     if num_samples < 1 or not all([*stop, *bad_words]):
-        raise ValueError(f"num_samples={num_samples}, stop={stop}, bad_words={bad_words}: none may be 0 or empty text")
-    stories = [Story(tokenizer, prompt, sample, stop) for prompt in prompts for sample in range(num_samples)]
+        raise ValueError(
+            f"num_samples={num_samples}, stop={stop}, bad_words={bad_words}: none may be 0 or empty text"
+        )
+    stories = [
+        Story(tokenizer, prompt, sample, stop)
+        for prompt in prompts
+        for sample in range(num_samples)
+    ]
     place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
     bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
     size = min(batch_size, max(1, len(stories)))

@@ -50,14 +50,25 @@ class CausalAttention(torch.autograd.Function):
         row_sums = (output.to(wide) * grad.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
         ends = row_blocks(q.shape[2])
         q_grads, k_parts, v_parts = [], [], []
-        for (start, stop), weights, kept in zip(ends, saved[: len(ends)], saved[-len(ends) :], strict=True):
+        for (start, stop), weights, kept in zip(
+            ends, saved[: len(ends)], saved[-len(ends) :], strict=True
+        ):
             block_grad = grad[:, :, start:stop]
-            kept_grad = (block_grad @ v[:, :, :stop].transpose(-2, -1)).to(wide)  # (B, H, rows, stop)
-            scores_grad = (kept.to(wide) * kept_grad - weights.to(wide) * row_sums[:, :, start:stop]).to(q.dtype)
+            kept_grad = (block_grad @ v[:, :, :stop].transpose(-2, -1)).to(
+                wide
+            )  # (B, H, rows, stop)
+            scores_grad = (
+                kept.to(wide) * kept_grad - weights.to(wide) * row_sums[:, :, start:stop]
+            ).to(q.dtype)
             q_grads.append(scores_grad @ k[:, :, :stop])
             k_parts.append(scores_grad.transpose(-2, -1) @ q[:, :, start:stop])  # (B, H, stop, D)
             v_parts.append(kept.transpose(-2, -1) @ block_grad)
-        return torch.cat(q_grads, dim=2), accumulate_prefix_grads(k_parts, ends), accumulate_prefix_grads(v_parts, ends), None
+        return (
+            torch.cat(q_grads, dim=2),
+            accumulate_prefix_grads(k_parts, ends),
+            accumulate_prefix_grads(v_parts, ends),
+            None,
+        )
 
 
 def accumulate_prefix_grads(parts: list, ends: list[tuple[int, int]]):

@@ -14,14 +14,18 @@ CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index: int, dtype: torch.dtype, need_grad: bool):
+    def forward(
+        ctx, hidden, weight, targets, ignore_index: int, dtype: torch.dtype, need_grad: bool
+    ):
         ctx.dtypes = hidden.dtype, weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         count = (targets != ignore_index).sum().clamp(min=1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad, weight_grad = [], torch.zeros_like(weight, dtype=wide) if need_grad else None
-        tokens = torch.arange(weight.shape[0], device=hidden.device, dtype=torch.int32)  # half the work of int64
+        tokens = torch.arange(
+            weight.shape[0], device=hidden.device, dtype=torch.int32
+        )  # half the work of int64
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             kept = target != ignore_index  # (rows,)
@@ -34,7 +38,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = (softmax - one hot) / count, of which the division waits for
                 # the backward pass: in float16 so small a number would be 0.
                 is_target = tokens == target.to(torch.int32)[:, None]
-                logits_grad = ((logits - log_sum[:, None]).exp() - is_target.to(wide)) * kept[:, None]
+                logits_grad = ((logits - log_sum[:, None]).exp() - is_target.to(wide)) * kept[
+                    :, None
+                ]
                 logits_grad = logits_grad.to(dtype)
                 hidden_grad.append(logits_grad @ weight)
                 weight_grad += (logits_grad.T @ chunk).to(wide)
@@ -46,7 +52,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad, count = ctx.saved_tensors
         grad = grad / count
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None, None, None, None
+        return (
+            (hidden_grad * grad).to(hidden_dtype),
+            (weight_grad * grad).to(weight_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1):
@@ -58,4 +71,6 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1):
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, dtype, torch.is_grad_enabled())
+        return LinearCrossEntropy.apply(
+            hidden, weight, targets, ignore_index, dtype, torch.is_grad_enabled()
+        )

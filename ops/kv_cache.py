@@ -54,7 +54,9 @@ class ForwardContext(NamedTuple):
     start: int | torch.Tensor = 0  # the first token's position, in every row or of each row (B,)
     end: int = 0  # one beyond the last position of the longest row
     rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
-    mask: torch.Tensor | None = None  # which positions each token sees (B, 1, T, end); None: it is causal
+    mask: torch.Tensor | None = (
+        None  # which positions each token sees (B, 1, T, end); None: it is causal
+    )
 
     def update_kv_cache(self, layer: int, k, v):
         """Store k and v (B, n_kv_heads, T, head_dim) in the cache, in its number format; returns those

@@ -27,9 +27,13 @@ def row_product(x, weight):
     if weight.numel() >= SMALL_MATRIX:
         parts = weight.unflatten(0, (math.gcd(PARTS, len(weight)), -1))
         return torch.cat([(x * part.float()).sum(-1) for part in parts])[None]
-    fitting = [parts for parts in range(1, PARTS + 1) if x.shape[-1] % (16 * parts) == 0]  # 16 numbers a register
+    fitting = [
+        parts for parts in range(1, PARTS + 1) if x.shape[-1] % (16 * parts) == 0
+    ]  # 16 numbers a register
     pieces, parts = (y.unflatten(-1, (max(fitting, default=1), -1)).unbind(-2) for y in (x, weight))
-    return sum(piece * part.float() for piece, part in zip(pieces, parts, strict=True)).sum(-1)[None]
+    return sum(piece * part.float() for piece, part in zip(pieces, parts, strict=True)).sum(-1)[
+        None
+    ]
 
 
 class Int8Linear(nn.Module):
@@ -102,7 +106,9 @@ class PackedLinear(nn.Module):
         self.weight = frozen(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
 
     def forward(self, x):
-        return torch.ops.cria.packed_linear(x.to(self.weight.dtype), self.weight, self.out_features).to(x.dtype)
+        return torch.ops.cria.packed_linear(
+            x.to(self.weight.dtype), self.weight, self.out_features
+        ).to(x.dtype)
 
 
 # An operation of our own, because the compiler takes oneDNN's only with weights that are constants.

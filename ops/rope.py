@@ -28,9 +28,13 @@ class RopeScaling:
         if self.type not in ("linear", "llama3"):
             raise ValueError(f"rope scaling of type {self.type!r}: linear and llama3 are known")
         if not (0 < self.factor < 1e6 and 0 < self.low_freq_factor < self.high_freq_factor < 1e6):
-            raise ValueError(f"{self}: factors must be positive, and low_freq_factor below high_freq_factor")
+            raise ValueError(
+                f"{self}: factors must be positive, and low_freq_factor below high_freq_factor"
+            )
         if not 1 <= self.original_max_seq_len < MAX_CONTEXT:
-            raise ValueError(f"{self}: original_max_seq_len must be at least 1 and below {MAX_CONTEXT}")
+            raise ValueError(
+                f"{self}: original_max_seq_len must be at least 1 and below {MAX_CONTEXT}"
+            )
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None):
@@ -38,7 +42,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     if scaling is None:
         return frequencies
-    kept = 0.0  # share of the frequency as it was: none of it, or growing with the turns in a context
+    kept = (
+        0.0  # share of the frequency as it was: none of it, or growing with the turns in a context
+    )
     if scaling.type == "llama3":
         turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -46,7 +52,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
 
-def precompute_rope_cache(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None):
+def precompute_rope_cache(
+    head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None
+):
     """Cosine and sine of every position's angles (arXiv 2104.09864), each (length, head_dim/2)."""
     frequencies = rope_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(length).float(), frequencies)

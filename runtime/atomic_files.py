@@ -63,9 +63,13 @@ def run_lock(folder: str):
     with open(path, "a") as lock:
         if fcntl is not None:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # the system frees it with the process
             except BlockingIOError:
-                raise ValueError(f"{folder}: another process is writing here; wait for it or choose another") from None
+                raise ValueError(
+                    f"{folder}: another process is writing here; wait for it or choose another"
+                ) from None
         yield
 
 
@@ -93,7 +97,9 @@ class AtomicFolder:
     def check_replaceable(self):
         for name in sorted(os.listdir(self.path)) if os.path.isdir(self.path) else ():
             if not (self.may_replace(name) and os.path.isfile(os.path.join(self.path, name))):
-                raise ValueError(f"{self.path}: holds other things ({name}); name a new or an empty folder")
+                raise ValueError(
+                    f"{self.path}: holds other things ({name}); name a new or an empty folder"
+                )
 
     def __exit__(self, error_type, error, traceback):
         old = f"{self.partial}.old"

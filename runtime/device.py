@@ -25,9 +25,19 @@ def pick_device(name: str) -> str:
     """The device to use: auto is CUDA, then MPS, then the CPU. Raises ValueError, naming the
     flag, for a device that is unknown or not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     kind, colon, index = name.partition(":")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if kind not in there or (colon and not index.isdigit()):
         raise ValueError(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
     if not there[kind] or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
@@ -43,8 +53,14 @@ def pick_dtype(name: str, device: str) -> str:
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
     if device == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+        capabilities = (
+            torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        )
+        return (
+            "bfloat16"
+            if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+            else "float32"
+        )
     return "float32"
 
 
@@ -60,7 +76,9 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next(
+        (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None
+    )
 
 
 def disable_malloc_trim():

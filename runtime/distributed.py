@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-MIN_RENDEZVOUS_TIMEOUT = 60.0  # seconds for which the first process to start waits for the last, at the least
+MIN_RENDEZVOUS_TIMEOUT = (
+    60.0  # seconds for which the first process to start waits for the last, at the least
+)
 
 
 class DistContext(NamedTuple):
@@ -46,7 +48,9 @@ class DistContext(NamedTuple):
 
     def all_equal(self, number: int) -> bool:
         """Whether it is the same in all processes, which all learn alike."""
-        return not self.any_rank(self.all_reduce_sum([float(number)])[0] != float(number) * self.size)
+        return not self.any_rank(
+            self.all_reduce_sum([float(number)])[0] != float(number) * self.size
+        )
 
     def any_rank(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -57,7 +61,9 @@ class DistContext(NamedTuple):
         is not mixed up with what is said here. timeout: as of init_distributed."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)), "cpu")
+        return DeviceMesh.from_group(
+            dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)), "cpu"
+        )
 
 
 def init_distributed(device: str, timeout: float = 600.0) -> tuple[DistContext, str]:
@@ -70,49 +76,55 @@ def init_distributed(device: str, timeout: float = 600.0) -> tuple[DistContext, 
         raise ValueError(
             f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, or unset it"
         )
-    world = DistContext(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    dist_ctx = DistContext(
+        int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    )
     if device.startswith("cuda"):
-        if world.local_rank >= torch.cuda.device_count():
+        if dist_ctx.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"--nproc_per_node asks for more processes than this machine has GPUs ({torch.cuda.device_count()})"
             )
-        device = f"cuda:{world.local_rank}"
+        device = f"cuda:{dist_ctx.local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     to_meet = datetime.timedelta(seconds=max(timeout, MIN_RENDEZVOUS_TIMEOUT))
     atexit.register(hard_exit)  # unless we part in order
     with translate_dist_errors("in time to begin"):
         store = next(dist.rendezvous("env://", timeout=to_meet))[0]
-        store = dist.PrefixStore(negotiate_store_prefix(store, world, to_meet.total_seconds()), store)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=to_meet)
+        store = dist.PrefixStore(
+            negotiate_store_prefix(store, dist_ctx, to_meet.total_seconds()), store
+        )
+        dist.init_process_group(
+            backend, store=store, rank=dist_ctx.rank, world_size=dist_ctx.size, timeout=to_meet
+        )
         dist.barrier()
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
-    return world, device
+    return dist_ctx, device
 
 
-def negotiate_store_prefix(store, world: DistContext, patience: float) -> str:
+def negotiate_store_prefix(store, dist_ctx: DistContext, patience: float) -> str:
     """A name for this start of the processes, which no earlier one had. torchrun's store outlives its
     restarts, and processes that read there the addresses of dead ones would wait for them forever.
 
     Each process leaves a mark of its own; the first offers a name for the marks that it sees, and a new
     name when these change, until all have agreed to one. Raises ValueError after patience seconds."""
     mine, deadline, offered = uuid.uuid4().hex, time.monotonic() + patience, None
-    store.set(f"mark{world.rank}", mine)
-    marks = [f"mark{rank}" for rank in range(world.size)]
+    store.set(f"mark{dist_ctx.rank}", mine)
+    marks = [f"mark{rank}" for rank in range(dist_ctx.size)]
     while time.monotonic() < deadline:
-        if world.is_main and store.check(marks):
+        if dist_ctx.is_main and store.check(marks):
             seen = [store.get(mark).decode() for mark in marks]
             if seen != offered:
                 offered, name = seen, uuid.uuid4().hex
                 store.set("offer", " ".join([name, *seen]))
         if store.check(["offer"]):
             name, *seen = store.get("offer").decode().split()
-            if seen[world.rank : world.rank + 1] == [mine]:
-                store.set(f"{name}{world.rank}", "agreed")
-                if store.check([f"{name}{rank}" for rank in range(world.size)]):
+            if seen[dist_ctx.rank : dist_ctx.rank + 1] == [mine]:
+                store.set(f"{name}{dist_ctx.rank}", "agreed")
+                if store.check([f"{name}{rank}" for rank in range(dist_ctx.size)]):
                     return name
         time.sleep(0.02)
-    raise ValueError(f"not all of the {world.size} processes came within {patience:g} s")
+    raise ValueError(f"not all of the {dist_ctx.size} processes came within {patience:g} s")
 
 
 @contextlib.contextmanager
@@ -122,11 +134,17 @@ def translate_dist_errors(in_time: str):
         yield
     except RuntimeError as error:
         text = str(error).lower()
-        if not (isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text):
+        if not (
+            isinstance(error, dist.DistError)
+            or "gloo" in text
+            or "connection closed by peer" in text
+        ):
             raise
         is_late = "timed out" in text or "timeout" in text
         reason = f"another process did not answer {in_time}" if is_late else "another one is gone"
-        raise ValueError(f"this process ends because {reason}; its own lines may say why") from error
+        raise ValueError(
+            f"this process ends because {reason}; its own lines may say why"
+        ) from error
 
 
 def hard_exit():
@@ -169,4 +187,6 @@ def shard_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(own)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+    )

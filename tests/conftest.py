@@ -87,7 +87,9 @@ def token_folder(data_dir) -> str:
 def write_stories(path: Path, texts: list[str]):
     """A shard in TinyStories' own format."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{"story": text, "source": "test"} for text in texts]), encoding="utf-8")
+    path.write_text(
+        json.dumps([{"story": text, "source": "test"} for text in texts]), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="session", autouse=CAN_FORK)
@@ -103,7 +105,9 @@ def run_script(tmp_path_factory):
 
     def run(script, *args, cwd=None, env=None, timeout=120) -> subprocess.CompletedProcess:
         folder = str(cwd or tmp_path_factory.mktemp("cwd"))
-        return Command(script, [*map(str, args)], folder, os.environ | (env or {}), forks=not env).end(timeout)
+        return Command(
+            script, [*map(str, args)], folder, os.environ | (env or {}), forks=not env
+        ).end(timeout)
 
     return run
 
@@ -117,7 +121,7 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__), *arguments])
         status = 0
         try:
-            configurator.run_script(script.main)
+            configurator.run_main(script.main)
         except SystemExit as ended:
             status = ended.code
         return status, *capsys.readouterr()
@@ -154,7 +158,9 @@ def load_model(path: str) -> tuple[Transformer, dict]:
     """The model of a checkpoint, as a run goes on with it, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     model = Transformer.uninitialized(checkpoint["model_args"])
-    load_weights(model, ((name, checkpoint["model"][name]) for name, _ in parameter_shapes(model.args)))
+    load_weights(
+        model, ((name, checkpoint["model"][name]) for name, _ in parameter_shapes(model.args))
+    )
     return model.eval(), checkpoint
 
 
@@ -186,7 +192,11 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content: dict[str, bytes] = {}  # what is at /NAME
-        self.statuses, self.cuts, self.requests = [], [], []  # requests: the headers of those so far
+        self.statuses, self.cuts, self.requests = (
+            [],
+            [],
+            [],
+        )  # requests: the headers of those so far
         self.knows_ranges, self.etag, self.extra_length = True, '"one"', 0
 
     def url(self, name: str) -> str:
@@ -202,7 +212,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(server.statuses.pop(0) if server.statuses else 404)
         start = 0
         # As Go's server does: an empty If-Range is none.
-        if server.knows_ranges and "Range" in self.headers and self.headers["If-Range"] in (None, "", server.etag):
+        if (
+            server.knows_ranges
+            and "Range" in self.headers
+            and self.headers["If-Range"] in (None, "", server.etag)
+        ):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         if start and start >= len(content):
             self.send_response(416)

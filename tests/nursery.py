@@ -23,13 +23,20 @@ from benchmarks.timing import free_port
 ROOT = Path(__file__).resolve().parent.parent
 CAN_FORK = sys.platform == "linux"
 SCRIPTS = ["train", "sample", "export", "tinystories"]
-IMPORTED_LATER = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.figure"]
+IMPORTED_LATER = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "matplotlib.figure",
+]
 
 
 class Command:
     """python SCRIPT ARGUMENTS, begun in the folder cwd, without standard input."""
 
-    def __init__(self, script: str, arguments: list[str], cwd: str, environment: dict, forks: bool = True):
+    def __init__(
+        self, script: str, arguments: list[str], cwd: str, environment: dict, forks: bool = True
+    ):
         self.arguments = [str(ROOT / script), *arguments]
         self.folder = tempfile.TemporaryDirectory()
         self.said = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
@@ -40,13 +47,17 @@ class Command:
     def start(self, cwd: str, environment: dict, forks: bool):
         if forks:
             context = multiprocessing.get_context("forkserver")
-            self.process = context.Process(target=be, args=(self.arguments, cwd, environment, self.said))
+            self.process = context.Process(
+                target=be, args=(self.arguments, cwd, environment, self.said)
+            )
             self.process.start()
             self.wait, self.status = self.process.join, lambda: self.process.exitcode
             return
         with self.said[0].open("wb") as output, self.said[1].open("wb") as errors:
             streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-            self.process = subprocess.Popen([sys.executable, *self.arguments], cwd=cwd, env=environment, **streams)
+            self.process = subprocess.Popen(
+                [sys.executable, *self.arguments], cwd=cwd, env=environment, **streams
+            )
         self.wait, self.status = self.process.wait, self.process.poll
 
     def end(self, timeout: float) -> subprocess.CompletedProcess:
@@ -88,13 +99,17 @@ def be(arguments: list[str], cwd: str, environment: dict, said: list[Path]):
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_together(script: str, processes: int, *arguments, timeout: float = 180) -> list[subprocess.CompletedProcess]:
+def run_together(
+    script: str, processes: int, *arguments, timeout: float = 180
+) -> list[subprocess.CompletedProcess]:
     """The processes of one run, with the environments that torchrun would give them."""
     where = places(processes) if processes > 1 else [{}]
     commands, deadline = [], time.monotonic() + timeout
     try:
         for place in where:
-            commands.append(Command(script, [*map(str, arguments)], os.getcwd(), os.environ | place))
+            commands.append(
+                Command(script, [*map(str, arguments)], os.getcwd(), os.environ | place)
+            )
         return [command.end(max(0, deadline - time.monotonic())) for command in commands]
     finally:
         for command in commands:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import configure, print_overrides, refuse, run_script
+from configurator import configure, exit_with_errors, print_overrides, run_main
 from sample import SampleConfig
 from tests.conftest import ROOT
 from tinystories import STAGES, Pretokenize
@@ -30,7 +30,7 @@ class Limited:
     least: int = 0  # at most most
     most: int = 10  # at least least
 
-    def problems(self):
+    def validate(self):
         if self.least > self.most:
             yield f"--least={self.least}: must not be above --most={self.most}"
 
@@ -136,7 +136,10 @@ def test_a_file_holds_arithmetic_with_earlier_names(config_file, text, key, valu
 
 
 def test_what_is_read_left_to_right_later_wins(config_file):
-    eight, sixteen = config_file("batch_size = 8", "eight.py"), config_file("batch_size = 16", "sixteen.py")
+    eight, sixteen = (
+        config_file("batch_size = 8", "eight.py"),
+        config_file("batch_size = 16", "sixteen.py"),
+    )
     assert value_of("batch_size", eight, sixteen) == 16
     assert value_of("batch_size", sixteen, eight) == 8
     assert value_of("batch_size", "--batch_size=1", eight) == 8
@@ -145,14 +148,20 @@ def test_what_is_read_left_to_right_later_wins(config_file):
 
 def test_names_do_not_pass_from_file_to_file(config_file, refused):
     first, second = config_file("_n = 8", "first.py"), config_file("batch_size = _n", "second.py")
-    assert refused(first, second) == [f"{second}:1: cannot work out batch_size: _n is not set above"]
+    assert refused(first, second) == [
+        f"{second}:1: cannot work out batch_size: _n is not set above"
+    ]
 
 
 def test_given_tells_where_every_option_was_set(config_file, capsys):
     path = config_file("_n = 8\n\nbatch_size = _n\ncompile = False")
-    config, given = read(path, "--compile=True", "--out_dir=x")
-    assert given == {"batch_size": f"{path}:3", "compile": "command line", "out_dir": "command line"}
-    print_overrides(config, given)
+    config, overrides = read(path, "--compile=True", "--out_dir=x")
+    assert overrides == {
+        "batch_size": f"{path}:3",
+        "compile": "command line",
+        "out_dir": "command line",
+    }
+    print_overrides(config, overrides)
     assert capsys.readouterr().out.splitlines() == [
         f"batch_size = 8  ({path}:3)",
         "compile = True  (command line)",
@@ -166,9 +175,9 @@ def test_a_value_equal_to_the_default_counts_as_given():
 
 def test_bare_arguments_fill_the_positional_fields_first(config_file):
     path = config_file("batch_size = 8")
-    config, given = read("some/model.bin", path, "--compile=False", positional=("out_dir",))
+    config, overrides = read("some/model.bin", path, "--compile=False", positional=("out_dir",))
     assert (config.out_dir, config.batch_size, config.compile) == ("some/model.bin", 8, False)
-    assert given["out_dir"] == "command line"
+    assert overrides["out_dir"] == "command line"
 
 
 def test_a_path_with_an_equals_sign_fills_a_positional_field():
@@ -185,16 +194,30 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(config_file, refused):
     ]
 
 
-WHOLE, NUMBER, BOOL, NULLABLE = "a whole number", "a number", "True or False", "a whole number or None"
+WHOLE, NUMBER, BOOL, NULLABLE = (
+    "a whole number",
+    "a number",
+    "True or False",
+    "a whole number or None",
+)
 DTYPES = "one of float32, bfloat16"
 
 
 @pytest.mark.parametrize(
     "argument, allowed",
     [
-        *((f"--batch_size={value}", WHOLE) for value in ("x", "1.5", "8.0", "1e3", "", "None", "True", "8 9")),
-        *((f"--learning_rate={value}", NUMBER) for value in ("x", "", "None", "nan", "inf", "-inf", "1e999", "1,5")),
-        *((f"--compile={value}", BOOL) for value in ("1", "0", "yes", "no", "", "TRUE", "None", "Falsch")),
+        *(
+            (f"--batch_size={value}", WHOLE)
+            for value in ("x", "1.5", "8.0", "1e3", "", "None", "True", "8 9")
+        ),
+        *(
+            (f"--learning_rate={value}", NUMBER)
+            for value in ("x", "", "None", "nan", "inf", "-inf", "1e999", "1,5")
+        ),
+        *(
+            (f"--compile={value}", BOOL)
+            for value in ("1", "0", "yes", "no", "", "TRUE", "None", "Falsch")
+        ),
         *((f"--dtype={value}", DTYPES) for value in ("float64", "", "Float32", "float")),
         *((f"--n_kv_heads={value}", NULLABLE) for value in ("x", "", "1.5", "none")),
         ("--multiplier=nan", "a number or None"),
@@ -215,7 +238,9 @@ def test_a_flag_of_the_wrong_type_is_refused_with_what_is_allowed(refused, argum
         *((f"n_kv_heads = {value}", NULLABLE) for value in ("'None'", "'4'", "1.5", "False")),
     ],
 )
-def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(config_file, refused, assignment, allowed):
+def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(
+    config_file, refused, assignment, allowed
+):
     path = config_file("\n\n" + assignment.replace("inf", "1e999"))
     assert refused(path) == [f"{path}:3: {assignment}: must be {allowed}"]
 
@@ -240,8 +265,14 @@ def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(config_file, 
         ("out_dir = f'{open(1)}'", "cannot work out out_dir: 'open(1)' is more than"),
         ("batch_size = 1 // 0", "cannot work out batch_size: integer "),
         ("batch_size = 1 + 'x'", "cannot work out batch_size: unsupported operand"),
-        ("batch_size = learning_rate", "cannot work out batch_size: learning_rate is not set above"),
-        ("_wide = 1\nbatch_size = _wied", "cannot work out batch_size: _wied is not set above, did you mean _wide?"),
+        (
+            "batch_size = learning_rate",
+            "cannot work out batch_size: learning_rate is not set above",
+        ),
+        (
+            "_wide = 1\nbatch_size = _wied",
+            "cannot work out batch_size: _wied is not set above, did you mean _wide?",
+        ),
         ("batch_size = = 8", "not a line of Python: "),
     ],
 )
@@ -274,20 +305,31 @@ def test_a_file_that_cannot_be_read_is_a_problem_like_others(tmp_path, refused, 
     assert other.startswith("--batch_size=x")
 
 
-@pytest.mark.parametrize("argument", ["--batch_size", "-batch_size=8", "batch_size=8", "-b", "--compile"])
+@pytest.mark.parametrize(
+    "argument", ["--batch_size", "-batch_size=8", "batch_size=8", "-b", "--compile"]
+)
 def test_an_option_written_another_way_is_told_how(refused, argument):
     (problem,) = refused(argument)
-    assert problem.startswith(f"{argument}: write options as --{argument.strip('-').partition('=')[0]}=")
+    assert problem.startswith(
+        f"{argument}: write options as --{argument.strip('-').partition('=')[0]}="
+    )
 
 
 def test_all_problems_are_told_at_once(config_file, refused):
     path = config_file("import os\nbatch_size = 'x'\nbatchsize = 1\nout_dir = 7\n")
     missing = path + ".missing"
     problems = refused(path, missing, "--dtype=int8", "--compile", "--learning_rate=nan")
-    starts = [f"{path}:{line}: " for line in range(1, 5)] + [f"{missing}: ", "--dtype=int8: ", "--compile: "]
+    starts = [f"{path}:{line}: " for line in range(1, 5)] + [
+        f"{missing}: ",
+        "--dtype=int8: ",
+        "--compile: ",
+    ]
     starts += ["--learning_rate=nan: "]
     assert len(problems) == len(starts)
-    assert all(problem.startswith(start) for problem, start in zip(sorted(problems), sorted(starts), strict=True))
+    assert all(
+        problem.startswith(start)
+        for problem, start in zip(sorted(problems), sorted(starts), strict=True)
+    )
 
 
 def test_what_the_class_finds_is_told_with_the_rest(refused):
@@ -305,7 +347,9 @@ def test_an_earlier_bad_value_is_refused_although_a_later_one_is_good(refused):
 SCRIPTS = [TrainConfig, SampleConfig, *(config_class for config_class, _ in STAGES.values())]
 
 
-@pytest.mark.parametrize("config_class", [Config, *SCRIPTS], ids=lambda config_class: config_class.__name__)
+@pytest.mark.parametrize(
+    "config_class", [Config, *SCRIPTS], ids=lambda config_class: config_class.__name__
+)
 def test_every_config_is_frozen(config_class):
     for field in dataclasses.fields(config_class):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -344,17 +388,21 @@ def test_help_has_a_comment_for_every_option_of_every_script(capsys, config_clas
     assert set(options) == {field.name for field in dataclasses.fields(config_class)}
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_preset_is_accepted_by_its_script(preset):
     config_class = Pretokenize if preset.stem.endswith("_data") else TrainConfig
-    _, given = read(str(preset), config_class=config_class)
-    assert given and all(source.startswith(f"{preset}:") for source in given.values())
+    _, overrides = read(str(preset), config_class=config_class)
+    assert overrides and all(source.startswith(f"{preset}:") for source in overrides.values())
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(run_script, config_file, script):
+def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
+    run_main, config_file, script
+):
     path = config_file("bacth_size = 8")
-    result = run_script(script, path, "--device")
+    result = run_main(script, path, "--device")
     assert result.returncode == 2 and result.stdout == ""
     first, second = result.stderr.splitlines()
     assert first.startswith(f"{script}: {path}:1: bacth_size = 8: there is no such option")
@@ -363,7 +411,7 @@ def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
 
 def test_refuse_prints_one_line_a_problem(capsys):
     with pytest.raises(SystemExit) as exit:
-        refuse("one", "two", program="x.py")
+        exit_with_errors("one", "two", program="x.py")
     assert exit.value.code == 2
     assert capsys.readouterr().err == "x.py: one\nx.py: two\n"
 
@@ -372,7 +420,11 @@ def test_refuse_prints_one_line_a_problem(capsys):
     "error, sentence, status",
     [
         (ValueError("--x=1: too small"), "--x=1: too small", 1),
-        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or directory", 1),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            "a.txt: No such file or directory",
+            1,
+        ),
         (OSError(28, "No space left on device"), "No space left on device", 1),
         (ConnectionError("gave up"), "gave up", 1),
         (KeyboardInterrupt(), "interrupted", 130),
@@ -384,12 +436,12 @@ def test_a_user_s_mistake_ends_with_one_sentence(monkeypatch, capsys, error, sen
 
     monkeypatch.setattr("sys.argv", ["/some/where/x.py"])
     with pytest.raises(SystemExit) as exit:
-        run_script(main)
+        run_main(main)
     assert exit.value.code == status
     assert capsys.readouterr().err == f"x.py: {sentence}\n"
     monkeypatch.setenv("CRIA_TRACEBACK", "1")
     with pytest.raises(type(error)):
-        run_script(main)
+        run_main(main)
 
 
 def test_an_error_of_the_program_itself_is_not_hidden():
@@ -397,11 +449,11 @@ def test_an_error_of_the_program_itself_is_not_hidden():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        run_script(main)
+        run_main(main)
 
 
 def test_hyphens_and_a_value_after_a_space_are_taken_as_well():
-    config, given = read("--batch-size", "8", "--learning_rate", "-1", "--compile=False")
+    config, overrides = read("--batch-size", "8", "--learning_rate", "-1", "--compile=False")
     assert (config.batch_size, config.learning_rate, config.compile) == (8, -1.0, False)
-    assert set(given) == {"batch_size", "learning_rate", "compile"}
+    assert set(overrides) == {"batch_size", "learning_rate", "compile"}
     assert read("--batch_size=8")[0] == read("--batch-size", "8")[0]

@@ -28,7 +28,9 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
     """A folder with a good run, its data, and everything that can be wrong with them."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(data_dir, place / "data")
-    result = run_script("train.py", *TINY, "--max_iters=2", f"--data_dir={place}/data", f"--out_dir={place}/out")
+    result = run_script(
+        "train.py", *TINY, "--max_iters=2", f"--data_dir={place}/data", f"--out_dir={place}/out"
+    )
     assert result.returncode == 0, result.stderr
     checkpoint, model = (place / "out/ckpt.pt").read_bytes(), (place / "out/model.bin").read_bytes()
     for kind, content in damaged(checkpoint).items():
@@ -37,7 +39,9 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
     for kind, content in damaged(model).items():
         (place / f"model-{kind}.bin").write_bytes(content)
     (place / "model-huge.bin").write_bytes(struct.pack("<7i", *[2**31 - 1] * 7) + model[28:])
-    (place / "model-negative.bin").write_bytes(struct.pack("<7i", -1, 2, 3, 4, 5, 6, 7) + model[28:])
+    (place / "model-negative.bin").write_bytes(
+        struct.pack("<7i", -1, 2, 3, 4, 5, 6, 7) + model[28:]
+    )
     (place / "model-zero.bin").write_bytes(bytes(28) + model[28:])
     other = torch.load(place / "out/ckpt.pt", weights_only=True) | {"tokenizer_hash": "0" * 64}
     (place / "stranger").mkdir()
@@ -73,7 +77,13 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
 
 TRAIN = ("train.py", *TINY, "--max_iters=2", "--data_dir=data", "--out_dir=new")
 RESUME = ("train.py", "--init_from=resume", "--out_dir=out")
-PRETOKENIZE = ("tinystories.py", "pretokenize", "--vocab_size=300", "--data_dir=made", "--num_workers=1")
+PRETOKENIZE = (
+    "tinystories.py",
+    "pretokenize",
+    "--vocab_size=300",
+    "--data_dir=made",
+    "--num_workers=1",
+)
 STRANGER = (*PRETOKENIZE, "--input=other.txt", "--data_dir=data")
 SAMPLE = ("sample.py", "--out_dir=out", "--max_new_tokens=4")
 
@@ -107,7 +117,10 @@ MISTAKES = [
     ((*TRAIN, "config-syntax.py"), "config-syntax.py:1"),
     (("tinystories.py", "pretokenise"), "be one of download, synthesize, train_vocab, pretokenize"),
     # data
-    ((*TRAIN, "--data_dir=nowhere"), "nowhere/tok512: no tokens here; run python tinystories.py pretokenize"),
+    (
+        (*TRAIN, "--data_dir=nowhere"),
+        "nowhere/tok512: no tokens here; run python tinystories.py pretokenize",
+    ),
     ((*TRAIN, "--vocab_size=4096"), "data/tok4096: no tokens here"),
     ((*TRAIN, "--data_dir=data-no-meta"), "no tokens here"),
     ((*TRAIN, "--data_dir=data-bad-meta"), "meta.json is damaged"),
@@ -123,13 +136,22 @@ MISTAKES = [
     ((*PRETOKENIZE, "--input=empty.txt"), "there is no text to learn from"),
     ((*PRETOKENIZE, "--input=latin1.txt"), "latin1.txt: not UTF-8 text"),
     ((*PRETOKENIZE, "--input=broken.json"), "broken.json: record 2 is not whole JSON"),
-    ((*PRETOKENIZE, "--input=fields.jsonl"), 'fields.jsonl: record 1 has no text under "story" or "text"'),
+    (
+        (*PRETOKENIZE, "--input=fields.jsonl"),
+        'fields.jsonl: record 1 has no text under "story" or "text"',
+    ),
     ((*PRETOKENIZE, "--input=short.txt"), "the largest that works is --vocab_size="),
     ((*PRETOKENIZE, "--vocab_size=100"), "--vocab_size=100: must be at least 260"),
     ((*PRETOKENIZE, "--val_fraction=2"), "must be above 0 and below 1"),
     ((*PRETOKENIZE, "--vocab_source=llama2"), "say where Llama 2's tokenizer.model is"),
-    ((*PRETOKENIZE, "--input=short.txt", "--tokenizer=tokenizer-512.model"), "has 512 tokens, not --vocab_size=300"),
-    (("tinystories.py", "download", "--url=http://127.0.0.1:9/x", "--data_dir=made"), "tinystories.py synthesize"),
+    (
+        (*PRETOKENIZE, "--input=short.txt", "--tokenizer=tokenizer-512.model"),
+        "has 512 tokens, not --vocab_size=300",
+    ),
+    (
+        ("tinystories.py", "download", "--url=http://127.0.0.1:9/x", "--data_dir=made"),
+        "tinystories.py synthesize",
+    ),
     (("tinystories.py", "synthesize", "--num_stories=0"), "--num_stories=0: must be at least 1"),
     # checkpoints
     ((*RESUME, "--out_dir=nowhere"), "nowhere/ckpt.pt: there is no checkpoint here"),
@@ -145,7 +167,10 @@ MISTAKES = [
     ((*TRAIN, "--batch_size=9999999999"), "out of memory: halve --batch_size"),
     ((*TRAIN, "--seed=99999999999999999999"), "must be at least 0 and below 2**63"),
     ((*TRAIN, "--out_dir="), "--out_dir= is empty"),
-    ((*STRANGER, "--tokenizer=tokenizer-512.model", "--vocab_size=512"), "holds the tokens of another text"),
+    (
+        (*STRANGER, "--tokenizer=tokenizer-512.model", "--vocab_size=512"),
+        "holds the tokens of another text",
+    ),
     (("export.py", "notes.md/x.bin"), "notes.md: File exists"),
     (("export.py", "x.bin", "--checkpoint=nowhere.pt"), "nowhere.pt: there is no such file"),
     (("export.py", "x.bin", "--checkpoint=notes.md"), "notes.md"),
@@ -153,7 +178,10 @@ MISTAKES = [
     ((*SAMPLE, "--out_dir=nowhere"), "there is no such file"),
     ((*SAMPLE, "--init_from=data"), "data: a folder without config.json"),
     *(((*SAMPLE, f"--init_from=model-{kind}.bin"), f"model-{kind}.bin") for kind in DAMAGES),
-    *(((*SAMPLE, f"--init_from=model-{kind}.bin"), "no model; it begins") for kind in ("huge", "negative", "zero")),
+    *(
+        ((*SAMPLE, f"--init_from=model-{kind}.bin"), "no model; it begins")
+        for kind in ("huge", "negative", "zero")
+    ),
     ((*SAMPLE, "--tokenizer=bad.model"), "bad.model: neither"),
     ((*SAMPLE, "--start=FILE:nowhere.txt"), "nowhere.txt: No such file or directory"),
     ((*SAMPLE, "--start=FILE:latin1.txt"), "not UTF-8 text"),
@@ -167,7 +195,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize(("command", "sentence"), MISTAKES, ids=lambda value: " ".join(value[-2:])[:60])
+@pytest.mark.parametrize(
+    ("command", "sentence"), MISTAKES, ids=lambda value: " ".join(value[-2:])[:60]
+)
 def test_a_mistake_costs_one_sentence(run_script, place, command, sentence):
     before = contents(place / "out") | contents(place / "data")
     result = run_script(*command, cwd=place)
@@ -184,7 +214,10 @@ def test_there_are_sixty_of_them():
 
 
 def test_a_flipped_weight_is_loaded_or_refused_but_never_crashes(run_script, place):
-    for command in ((*SAMPLE, "--init_from=model-flip.bin", "--tokenizer=out/tokenizer.model"), (*RESUME,)):
+    for command in (
+        (*SAMPLE, "--init_from=model-flip.bin", "--tokenizer=out/tokenizer.model"),
+        (*RESUME,),
+    ):
         result = run_script(*command, "--out_dir=ckpt-flip", cwd=place)
         assert "Traceback" not in result.stderr and result.returncode in (0, 1)
 
@@ -206,9 +239,18 @@ def small_disk(tmp_path):
     "command",
     [
         (*TRAIN, "--dim=64", "--out_dir={disk}"),
-        *(("export.py", "{disk}/model.bin", f"--format={target}", "--checkpoint=big/ckpt.pt") for target in FORMATS),
+        *(
+            ("export.py", "{disk}/model.bin", f"--format={target}", "--checkpoint=big/ckpt.pt")
+            for target in FORMATS
+        ),
         ("tinystories.py", "synthesize", "--num_stories=2000", "--data_dir={disk}"),
-        (*PRETOKENIZE, "--input=big.txt", "--data_dir={disk}", "--tokenizer=tokenizer-512.model", "--vocab_size=512"),
+        (
+            *PRETOKENIZE,
+            "--input=big.txt",
+            "--data_dir={disk}",
+            "--tokenizer=tokenizer-512.model",
+            "--vocab_size=512",
+        ),
     ],
     ids=lambda command: command[0] + command[2].partition("=")[2] * (command[0] == "export.py"),
 )

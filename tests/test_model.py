@@ -78,8 +78,12 @@ def in_transformers(model: Transformer) -> LlamaForCausalLM:
 @pytest.mark.parametrize("rope_theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_logits_equal_those_of_transformers_beyond_position_128(n_kv_heads, tied, rope_theta, attention):
-    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=rope_theta, max_seq_len=160)
+def test_logits_equal_those_of_transformers_beyond_position_128(
+    n_kv_heads, tied, rope_theta, attention
+):
+    model = random_model(
+        n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=rope_theta, max_seq_len=160
+    )
     tokens = random_tokens(2, 160)
     with torch.no_grad():
         ours, loss = model(tokens)
@@ -91,7 +95,9 @@ def test_logits_equal_those_of_transformers_beyond_position_128(n_kv_heads, tied
 def test_norm_eps_has_the_meaning_that_transformers_gives_it():
     model, tokens = random_model(norm_eps=0.1), random_tokens(2, 20)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens)[0], in_transformers(model)(tokens).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model(tokens)[0], in_transformers(model)(tokens).logits, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("changed", [1, 20, 39])
@@ -113,7 +119,9 @@ def test_logits_read_through_the_cache_in_any_pieces_equal_the_whole(seed, n_kv_
     cache = model.new_kv_cache(3, 40)
     with torch.no_grad():
         whole, _ = model(tokens)
-        pieces = [model(tokens[:, a:b], cache=cache, start_pos=a)[0] for a, b in itertools.pairwise(cuts)]
+        pieces = [
+            model(tokens[:, a:b], cache=cache, start_pos=a)[0] for a, b in itertools.pairwise(cuts)
+        ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -172,7 +180,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_logits():
     with torch.no_grad():
         logits, loss = model(tokens[:, :-1], targets)
         whole, _ = model(tokens[:, :-1])
-    expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    expected = torch.nn.functional.cross_entropy(
+        whole.flatten(0, 1), targets.flatten(), ignore_index=-1
+    )
     assert logits is None
     torch.testing.assert_close(loss, expected)
 
@@ -196,7 +206,9 @@ def test_dropout_acts_in_training_only(attention):
 
 def test_dropout_reaches_the_weights_of_attention(attention):
     layer = random_model(dropout=0.5).layers[0].attention
-    q, k, v = torch.randn(3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0))  # each (B, n_heads, T, head_dim)
+    q, k, v = torch.randn(
+        3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)
+    )  # each (B, n_heads, T, head_dim)
     assert torch.equal(layer.attend(q, k, v), layer.attend(q, k, v))
     layer.train()
     assert not torch.allclose(layer.attend(q, k, v), layer.attend(q, k, v), atol=1e-2)
@@ -206,7 +218,9 @@ def test_dropout_reaches_the_weights_of_attention(attention):
 def test_init_scales_wo_and_w2_by_depth_and_nothing_else(n_layers):
     """llama2.c #579: the scaled deviation landed on w3."""
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(dim=128, n_layers=n_layers, n_heads=4, n_kv_heads=2, vocab_size=512))
+    model = Transformer(
+        ModelArgs(dim=128, n_layers=n_layers, n_heads=4, n_kv_heads=2, vocab_size=512)
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
@@ -220,7 +234,9 @@ def test_init_scales_wo_and_w2_by_depth_and_nothing_else(n_layers):
 def test_an_untrained_model_finds_all_tokens_about_equally_likely():
     torch.manual_seed(0)
     model, tokens = Transformer(ModelArgs(**TINY)), random_tokens(4, 41)
-    assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(math.log(TINY["vocab_size"]), abs=0.05)
+    assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(
+        math.log(TINY["vocab_size"]), abs=0.05
+    )
 
 
 def loaded(model: Transformer) -> Transformer:
@@ -257,8 +273,14 @@ def test_untied_weights_are_two():
 @pytest.mark.parametrize(
     "name, shape",
     [
-        *((name, {name: 0}) for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")),
-        *((name, {name: -4}) for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")),
+        *(
+            (name, {name: 0})
+            for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")
+        ),
+        *(
+            (name, {name: -4})
+            for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")
+        ),
         ("n_kv_heads", dict(n_kv_heads=0)),
         ("n_kv_heads", dict(n_kv_heads=-2)),
         ("hidden_dim", dict(hidden_dim=0)),
@@ -298,7 +320,9 @@ def test_ffn_dim_is_the_published_one(published, shape):
     assert ModelArgs(**shape).ffn_dim == published
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(n_kv_heads=1), dict(n_layers=3, tie_embeddings=False)])
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(n_kv_heads=1), dict(n_layers=3, tie_embeddings=False)]
+)
 def test_flops_per_token_equal_the_counted_ones(overrides):
     """Exactly, with plain attention and the whole square of scores; the fused kernel's backward
     pass computes the scores a second time, which is no useful work and is not in the formula."""
@@ -311,7 +335,10 @@ def test_flops_per_token_equal_the_counted_ones(overrides):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_names_and_order_of_the_weights_are_those_of_llama2c(tied):
     parts = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
-    parts += [f"feed_forward.{name}" for name in ("w1", "w2", "w3")] + ["attention_norm", "ffn_norm"]
+    parts += [f"feed_forward.{name}" for name in ("w1", "w2", "w3")] + [
+        "attention_norm",
+        "ffn_norm",
+    ]
     layers = [f"layers.{layer}.{part}.weight" for layer in (0, 1) for part in parts]
     names = ["tok_embeddings.weight", *layers, "norm.weight", "output.weight"]
     model = random_model(tie_embeddings=tied)

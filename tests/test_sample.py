@@ -23,7 +23,9 @@ from textdata.tokenizer import load_tokenizer, train_sentencepiece
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=32))
+    model = Transformer(
+        ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=32)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
@@ -52,9 +54,19 @@ def text_of(output: str) -> str:
     return "\n".join(line for line in output.split("\n") if not line.endswith("  (command line)"))
 
 
-def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_dir, model, tokenizer):
-    arguments = (f"--out_dir={out_dir}", "--start=Zoë saw", "--temperature=0", "--max_new_tokens=60", "--device=cpu")
-    result = run_script("sample.py", *arguments, env={"PYTHONUTF8": "1", "PYTHONPROFILEIMPORTTIME": "1"})
+def test_the_command_prints_the_prompt_and_what_goes_on_from_it(
+    run_script, out_dir, model, tokenizer
+):
+    arguments = (
+        f"--out_dir={out_dir}",
+        "--start=Zoë saw",
+        "--temperature=0",
+        "--max_new_tokens=60",
+        "--device=cpu",
+    )
+    result = run_script(
+        "sample.py", *arguments, env={"PYTHONUTF8": "1", "PYTHONPROFILEIMPORTTIME": "1"}
+    )
     prompt = tokenizer.encode("Zoë saw", bos=True)
     stop = {tokenizer.bos_id, tokenizer.eos_id}
     tokens = continuation(model, prompt, stop, max_new_tokens=60, temperature=0)
@@ -62,8 +74,14 @@ def test_the_command_prints_the_prompt_and_what_goes_on_from_it(run_script, out_
     assert text_of(result.stdout) == tokenizer.decode([*prompt, *tokens]) + "\n"
     assert text_of(result.stdout).startswith("Zoë saw")
     assert "tokens/s on cpu" in result.stderr
-    imported = [line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
-    assert "torch" in imported and not {"torch._dynamo", "sympy"} & {*imported}  # a second that a person would wait
+    imported = [
+        line.split("|")[-1].strip()
+        for line in result.stderr.splitlines()
+        if line.startswith("import time:")
+    ]
+    assert "torch" in imported and not {"torch._dynamo", "sympy"} & {
+        *imported
+    }  # a second that a person would wait
 
 
 def test_a_character_that_the_terminal_lacks_ends_no_story(run_script, out_dir):
@@ -75,14 +93,20 @@ def test_a_character_that_the_terminal_lacks_ends_no_story(run_script, out_dir):
 
 
 def test_the_same_seed_tells_the_same_stories_and_another_seed_others(run_sample, out_dir):
-    told = [run_sample(f"--out_dir={out_dir}", "--start=Once", f"--seed={seed}")[1] for seed in (1, 1, 2)]
+    told = [
+        run_sample(f"--out_dir={out_dir}", "--start=Once", f"--seed={seed}")[1]
+        for seed in (1, 1, 2)
+    ]
     first, again, other = map(text_of, told)
     assert first == again != other
 
 
 def test_other_prompts_have_other_draws(tokenizer):
     stories = [Story(tokenizer, *what) for what in (("Once", 0), ("Tom", 0), ("Once", 1))]
-    assert len({story.sample for story in stories}) == 3 and Story(tokenizer, "Once").sample == stories[0].sample
+    assert (
+        len({story.sample for story in stories}) == 3
+        and Story(tokenizer, "Once").sample == stories[0].sample
+    )
 
 
 def test_several_samples_differ_and_each_begins_with_the_prompt(run_sample, out_dir):
@@ -109,13 +133,23 @@ def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir, sta
     arguments = (f"--out_dir={out_dir}", "--format=jsonl", "--num_samples=2")
     status, output, _ = run_sample(*arguments, "--start=-")
     told = records(output)
-    assert status == 0 and [record["prompt"] for record in told] == ["Once", "Once", "Zoë saw", "Zoë saw"]
+    assert status == 0 and [record["prompt"] for record in told] == [
+        "Once",
+        "Once",
+        "Zoë saw",
+        "Zoë saw",
+    ]
     assert told[:2] == records(run_sample(*arguments, "--start=Once")[1])
-    assert told[2:] == records(run_sample(*arguments, "--start=Zoë saw")[1])  # the seed says the same anywhere
+    assert told[2:] == records(
+        run_sample(*arguments, "--start=Zoë saw")[1]
+    )  # the seed says the same anywhere
 
 
 def test_standard_input_must_hold_text(run_sample, out_dir, standard_input):
-    for content, said in ((b"", "standard input is empty"), (b"\xff\xfe", "standard input: not UTF-8")):
+    for content, said in (
+        (b"", "standard input is empty"),
+        (b"\xff\xfe", "standard input: not UTF-8"),
+    ):
         standard_input(content)
         status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
         assert status == 1 and said in error and len(error.splitlines()) == 1
@@ -144,7 +178,10 @@ def test_jsonl_is_a_record_a_sample_and_nothing_else(run_sample, out_dir, tokeni
     told = text_of(run_sample(*arguments)[1]).removesuffix("\n").split("\n---------------\n")
     assert status == 0 and [record["prompt"] + record["text"] for record in found] == told
     for record in found:
-        assert tokenizer.decode([*tokenizer.encode("Once", bos=True), *record["tokens"]]) == "Once" + record["text"]
+        assert (
+            tokenizer.decode([*tokenizer.encode("Once", bos=True), *record["tokens"]])
+            == "Once" + record["text"]
+        )
         assert record["finish"] == ("length" if len(record["tokens"]) == 40 else "stop")
 
 
@@ -154,7 +191,11 @@ def test_stories_do_not_depend_on_how_many_are_told_at_once(run_sample, out_dir,
     for options in (["jsonl", 1], ["jsonl", 4], ["events", 4]):
         standard_input("Once\nZoë saw a dog and a cat\n\n".encode())
         arguments = (f"--out_dir={out_dir}", "--start=-", "--num_samples=2", "--stop=a|e")
-        told.append(records(run_sample(*arguments, f"--format={options[0]}", f"--batch_size={options[1]}")[1]))
+        told.append(
+            records(
+                run_sample(*arguments, f"--format={options[0]}", f"--batch_size={options[1]}")[1]
+            )
+        )
     assert told[0] == told[1] and len(told[0]) == 6
     texts, order = {}, []
     for piece in told[2]:
@@ -165,17 +206,35 @@ def test_stories_do_not_depend_on_how_many_are_told_at_once(run_sample, out_dir,
 
 
 def test_beams_print_the_likeliest_texts_with_their_scores(run_sample, out_dir, model, tokenizer):
-    arguments = (f"--out_dir={out_dir}", "--start=Once", "--num_beams=4", "--num_samples=3", "--max_new_tokens=9")
-    status, output, _ = run_sample(*arguments, "--format=jsonl", "--logprobs=True", "--length_penalty=0")
+    arguments = (
+        f"--out_dir={out_dir}",
+        "--start=Once",
+        "--num_beams=4",
+        "--num_samples=3",
+        "--max_new_tokens=9",
+    )
+    status, output, _ = run_sample(
+        *arguments, "--format=jsonl", "--logprobs=True", "--length_penalty=0"
+    )
     found = records(output)
-    expected = beam_search(model, tokenizer.encode("Once", bos=True), 4, 9, 0.0, tokenizer.stop_ids, 3)
-    assert status == 0 and [record["tokens"] for record in found] == [one.tokens for one in expected]
+    expected = beam_search(
+        model, tokenizer.encode("Once", bos=True), 4, 9, 0.0, tokenizer.stop_ids, 3
+    )
+    assert status == 0 and [record["tokens"] for record in found] == [
+        one.tokens for one in expected
+    ]
     scores = sorted((one.score for one in expected), reverse=True)
-    assert [record["score"] for record in found] == pytest.approx(scores, rel=1e-5)  # packed matrices sum otherwise
+    assert [record["score"] for record in found] == pytest.approx(
+        scores, rel=1e-5
+    )  # packed matrices sum otherwise
     for record in found:
         if record["finish"] == "length":
             assert sum(record["logprobs"]) == pytest.approx(record["score"], abs=1e-3)
-    text = text_of(run_sample(*arguments, "--length_penalty=0")[1]).removesuffix("\n").split("\n---------------\n")
+    text = (
+        text_of(run_sample(*arguments, "--length_penalty=0")[1])
+        .removesuffix("\n")
+        .split("\n---------------\n")
+    )
     assert text == ["Once" + record["text"] for record in found]
 
 
@@ -185,11 +244,15 @@ def test_beams_end_at_a_stop_string_with_their_tokens(run_sample, out_dir, token
     stop = whole["text"][8:11]
     (found,) = records(run_sample(*arguments, f"--stop={stop}")[1])
     assert found["text"] == whole["text"][: whole["text"].find(stop)] and found["finish"] == "stop"
-    assert found["tokens"] == whole["tokens"][: len(found["tokens"])] and len(found["tokens"]) < len(whole["tokens"])
+    assert found["tokens"] == whole["tokens"][: len(found["tokens"])] and len(
+        found["tokens"]
+    ) < len(whole["tokens"])
     assert stop in tokenizer.decode([*tokenizer.encode("Once", bos=True), *found["tokens"]])
 
 
-@pytest.mark.parametrize("options", [["--quantize=int8"], ["--compile=True"], ["--batch_size=1"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--quantize=int8"], ["--compile=True"], ["--batch_size=1"]], ids=str
+)
 def test_what_makes_it_fast_tells_stories_too(options, run_sample, out_dir):
     arguments = (f"--out_dir={out_dir}", "--start=Once", "--max_new_tokens=20", "--format=jsonl")
     plain, fast = (records(run_sample(*arguments, *more)[1])[0] for more in ([], options))
@@ -197,44 +260,67 @@ def test_what_makes_it_fast_tells_stories_too(options, run_sample, out_dir):
     assert options == ["--quantize=int8"] or plain == fast
 
 
-def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(run_sample, out_dir, standard_input):
+def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(
+    run_sample, out_dir, standard_input
+):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=12")
     standard_input(b"Once\n\n")
-    first, _ = text_of(run_sample(*arguments, "--interactive=True")[1]).removesuffix("\n").split("\n")
+    first, _ = (
+        text_of(run_sample(*arguments, "--interactive=True")[1]).removesuffix("\n").split("\n")
+    )
     stop = first[-3:]
     standard_input(b"Once\nthere\n")
-    shown, _ = text_of(run_sample(*arguments, "--interactive=True", f"--stop={stop}")[1]).split("\n", 1)
+    shown, _ = text_of(run_sample(*arguments, "--interactive=True", f"--stop={stop}")[1]).split(
+        "\n", 1
+    )
     assert shown == first[: first.find(stop, len("Once"))]
 
 
-def test_a_model_that_has_come_to_nothing_is_said_to(model, tokenizer, tokenizer_path, run_sample, tmp_path):
+def test_a_model_that_has_come_to_nothing_is_said_to(
+    model, tokenizer, tokenizer_path, run_sample, tmp_path
+):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.norm.weight.fill_(3e38)  # its products overflow
     llama2c.write(from_model(broken), str(tmp_path / "model.bin"))
     (tmp_path / "a.txt").write_text("Once upon a time")
     for more in (["--start=Once"], ["--num_beams=2"], [f"--score={tmp_path}/a.txt"]):
-        arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--format=jsonl")
+        arguments = (
+            f"--init_from={tmp_path}/model.bin",
+            f"--tokenizer={tokenizer_path}",
+            "--format=jsonl",
+        )
         status, output, error = run_sample(*arguments, *more)
         assert status == 1 and output == "" and "logits are not numbers" in error
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(prompts="Once"), dict(stop="the"), dict(bad_words=[""]), dict(num_samples=0), dict(temperature=-1)]
+    "wrong",
+    [
+        dict(prompts="Once"),
+        dict(stop="the"),
+        dict(bad_words=[""]),
+        dict(num_samples=0),
+        dict(temperature=-1),
+    ],
 )
 def test_impossible_arguments_of_the_library_are_refused(wrong, model, tokenizer):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         next(generate(model, tokenizer, **dict(prompts=["Once"]) | wrong))
 
 
-def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(run_sample, out_dir, standard_input):
+def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(
+    run_sample, out_dir, standard_input
+):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=8")
     standard_input("Zoë saw\n\na dog\n".encode())
     status, output, error = run_sample(*arguments, "--interactive=True")
     first, second, third = text_of(output).removesuffix("\n").split("\n")
     assert status == 0 and "24 tokens" in error
     assert first == text_of(run_sample(*arguments, "--start=Zoë saw")[1]).strip("\n")
-    longer = text_of(run_sample(*arguments[:-1], "--start=Zoë saw", "--max_new_tokens=16")[1]).strip("\n")
+    longer = text_of(
+        run_sample(*arguments[:-1], "--start=Zoë saw", "--max_new_tokens=16")[1]
+    ).strip("\n")
     assert first + second == longer and third.startswith(" a dog")
 
 
@@ -245,23 +331,46 @@ def test_a_stop_string_ends_a_story_and_is_not_shown(run_sample, out_dir):
     found = records(run_sample(*arguments, f"--stop=zzz|{stop}")[1])[0]
     assert found["text"] == whole[: whole.find(stop)] and found["finish"] == "stop"
     assert len(found["tokens"]) < 40
-    assert stop not in text_of(run_sample(*arguments, "--format=text", f"--stop={stop}")[1]).removeprefix("Once")
+    assert stop not in text_of(
+        run_sample(*arguments, "--format=text", f"--stop={stop}")[1]
+    ).removeprefix("Once")
 
 
 def test_bad_words_appear_in_no_story(run_sample, out_dir):
-    arguments = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", "--num_samples=5", "--top_k=0")
+    arguments = (
+        f"--out_dir={out_dir}",
+        "--start=Once",
+        "--format=jsonl",
+        "--num_samples=5",
+        "--top_k=0",
+    )
     free = "".join(record["text"] for record in records(run_sample(*arguments)[1]))
     words = [free[place : place + 2] for place in range(0, len(free) - 1, 5)]
-    words = [word for word in words if "|" not in word and "\\" not in word and "\ufffd" not in word][:5]
-    told = [record["text"] for record in records(run_sample(*arguments, f"--bad_words={'|'.join(words)}")[1])]
+    words = [
+        word for word in words if "|" not in word and "\\" not in word and "\ufffd" not in word
+    ][:5]
+    told = [
+        record["text"]
+        for record in records(run_sample(*arguments, f"--bad_words={'|'.join(words)}")[1])
+    ]
     assert words and len(told) == 5
     assert not [word for word in words if any(word in text for text in told)]
 
 
-def test_log_probabilities_of_a_story_are_the_score_of_its_text(run_sample, out_dir, model, tokenizer):
-    arguments = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", "--logprobs=True", "--max_new_tokens=60")
+def test_log_probabilities_of_a_story_are_the_score_of_its_text(
+    run_sample, out_dir, model, tokenizer
+):
+    arguments = (
+        f"--out_dir={out_dir}",
+        "--start=Once",
+        "--format=jsonl",
+        "--logprobs=True",
+        "--max_new_tokens=60",
+    )
     found = records(run_sample(*arguments)[1])[0]
-    tokens = [*tokenizer.encode("Once", bos=True), *found["tokens"]][:32]  # what the model sees at once
+    tokens = [*tokenizer.encode("Once", bos=True), *found["tokens"]][
+        :32
+    ]  # what the model sees at once
     with torch.no_grad():
         likely = model(torch.tensor([tokens[:-1]]))[0][0].log_softmax(-1)
     expected = likely.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
@@ -286,13 +395,18 @@ def test_a_text_is_scored_in_nats_and_bits(run_sample, out_dir, model, tokenizer
     assert (found["tokens"], found["bytes"]) == (count, len(text.encode()))
     assert found["loss"] == pytest.approx(loss, abs=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
-    assert found["bits_per_byte"] == pytest.approx(loss * count / math.log(2) / len(text.encode()), rel=1e-3)
+    assert found["bits_per_byte"] == pytest.approx(
+        loss * count / math.log(2) / len(text.encode()), rel=1e-3
+    )
     lines = text_of(run_sample(*arguments, "--logprobs=True")[1]).splitlines()
     assert f"loss {found['loss']:.4f}" in lines[0] and len(lines) == 1 + count
 
 
 def test_a_checkpoint_and_the_exported_file_tell_the_same_story(run_sample, out_dir):
-    told = [run_sample(f"--init_from={out_dir}/{name}", "--start=Once")[1] for name in ("ckpt.pt", "model.bin")]
+    told = [
+        run_sample(f"--init_from={out_dir}/{name}", "--start=Once")[1]
+        for name in ("ckpt.pt", "model.bin")
+    ]
     assert text_of(told[0]) == text_of(told[1])
 
 
@@ -301,9 +415,15 @@ def test_bfloat16_tells_a_story(run_sample, out_dir):
 
 
 @pytest.mark.parametrize("name", ["bos_id", "eos_id"])
-def test_a_story_ends_where_the_model_says_so(name, run_sample, tokenizer, tokenizer_path, tmp_path):
+def test_a_story_ends_where_the_model_says_so(
+    name, run_sample, tokenizer, tokenizer_path, tmp_path
+):
     """The likeliest token of this model is always the same."""
-    model = Transformer(ModelArgs(dim=4, n_layers=1, n_heads=1, vocab_size=512, max_seq_len=32, tie_embeddings=False))
+    model = Transformer(
+        ModelArgs(
+            dim=4, n_layers=1, n_heads=1, vocab_size=512, max_seq_len=32, tie_embeddings=False
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -311,7 +431,11 @@ def test_a_story_ends_where_the_model_says_so(name, run_sample, tokenizer, token
         model.norm.weight.fill_(1)
         model.output.weight[getattr(tokenizer, name)] = 1
     llama2c.write(from_model(model), str(tmp_path / "model.bin"))
-    arguments = (f"--init_from={tmp_path}/model.bin", f"--tokenizer={tokenizer_path}", "--temperature=0")
+    arguments = (
+        f"--init_from={tmp_path}/model.bin",
+        f"--tokenizer={tokenizer_path}",
+        "--temperature=0",
+    )
     status, output, error = run_sample(*arguments, "--start=The end")
     assert status == 0 and text_of(output) == "The end\n"
     assert "\n0 tokens" in error
@@ -323,13 +447,17 @@ def other_tokenizer(stories, tmp_path):
 
     def train(size: int) -> str:
         path = str(tmp_path / f"other{size}.model")
-        write_atomically(path, train_sentencepiece(["zebras quack"] + [text.upper() for text in stories], size))
+        write_atomically(
+            path, train_sentencepiece(["zebras quack"] + [text.upper() for text in stories], size)
+        )
         return path
 
     return train
 
 
-def test_a_tokenizer_of_another_size_is_refused_with_both_named(run_sample, out_dir, other_tokenizer):
+def test_a_tokenizer_of_another_size_is_refused_with_both_named(
+    run_sample, out_dir, other_tokenizer
+):
     """llama2.c #263: the wrong tokenizer tells gibberish."""
     path = other_tokenizer(300)
     for name in ("ckpt.pt", "model.bin"):
@@ -338,7 +466,9 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_named(run_sample, out_
         assert f"{path} has 300 tokens, but the model in {out_dir}/{name} has 512" in error
 
 
-def test_another_tokenizer_of_the_same_size_is_refused_with_both_named(run_sample, out_dir, other_tokenizer, tokenizer):
+def test_another_tokenizer_of_the_same_size_is_refused_with_both_named(
+    run_sample, out_dir, other_tokenizer, tokenizer
+):
     path = other_tokenizer(512)
     status, _, error = run_sample(f"--out_dir={out_dir}", f"--tokenizer={path}")
     assert status == 1 and len(error.splitlines()) == 1
@@ -346,7 +476,9 @@ def test_another_tokenizer_of_the_same_size_is_refused_with_both_named(run_sampl
         assert part in error
 
 
-def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, tokenizer, tmp_path):
+def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(
+    run_sample, out_dir, tokenizer, tmp_path
+):
     write_atomically(str(tmp_path / "vocabulary"), tokenizer.to_bin())
     told = [
         run_sample(f"--out_dir={out_dir}", "--start=Once upon", *more)
@@ -362,20 +494,52 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--out_dir={empty}"], 1, "{empty}/ckpt.pt: there is no such file"),
         (["--init_from={empty}"], 1, "{empty}: a folder without config.json"),
         (["--init_from={out_dir}/tokenizer.model"], 1, "{out_dir}/tokenizer.model: "),
-        (["--out_dir={out_dir}", "--tokenizer={empty}/t.model"], 1, "{empty}/t.model: No such file"),
-        (["--out_dir={out_dir}", "--tokenizer={out_dir}/model.bin"], 1, "{out_dir}/model.bin: neither"),
-        (["--out_dir={out_dir}", "--start=FILE:{empty}/start.txt"], 1, "{empty}/start.txt: No such file"),
+        (
+            ["--out_dir={out_dir}", "--tokenizer={empty}/t.model"],
+            1,
+            "{empty}/t.model: No such file",
+        ),
+        (
+            ["--out_dir={out_dir}", "--tokenizer={out_dir}/model.bin"],
+            1,
+            "{out_dir}/model.bin: neither",
+        ),
+        (
+            ["--out_dir={out_dir}", "--start=FILE:{empty}/start.txt"],
+            1,
+            "{empty}/start.txt: No such file",
+        ),
         (["--out_dir={out_dir}", "--start=FILE:{out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
         (["--out_dir={out_dir}", "--device=gpu"], 1, "--device=gpu: must be"),
         (["--num_samples=0"], 2, "--num_samples=0: must be at least 1"),
         (["--batch_size=0"], 2, "--batch_size=0: must be at least 1"),
         (["--max_new_tokens=0", "--min_new_tokens=0"], 2, "--max_new_tokens=0: must be at least 1"),
-        (["--num_beams=2", "--num_samples=3"], 2, "--num_samples=3: a search with --num_beams=2 finds no more"),
-        (["--num_beams=2", "--repetition_penalty=2"], 2, "--num_beams goes without --repetition_penalty"),
-        (["--interactive=True", "--format=jsonl"], 2, "--interactive is one story, from the terminal, as text"),
-        (["--length_penalty=1000"], 2, "--length_penalty=1000: must be at least -10 and at most 10"),
+        (
+            ["--num_beams=2", "--num_samples=3"],
+            2,
+            "--num_samples=3: a search with --num_beams=2 finds no more",
+        ),
+        (
+            ["--num_beams=2", "--repetition_penalty=2"],
+            2,
+            "--num_beams goes without --repetition_penalty",
+        ),
+        (
+            ["--interactive=True", "--format=jsonl"],
+            2,
+            "--interactive is one story, from the terminal, as text",
+        ),
+        (
+            ["--length_penalty=1000"],
+            2,
+            "--length_penalty=1000: must be at least -10 and at most 10",
+        ),
         (["--compile=True", "--num_beams=2"], 2, "--compile is for drawing stories"),
-        (["--quantize=int8", "--dtype=bfloat16"], 2, "--quantize=int8 and --dtype are two choices of one thing"),
+        (
+            ["--quantize=int8", "--dtype=bfloat16"],
+            2,
+            "--quantize=int8 and --dtype are two choices of one thing",
+        ),
         (["--format=events", "--logprobs=True"], 2, "--format=events goes without"),
         (["--temperature=-1"], 2, "--temperature=-1: must be 0 or more"),
         (["--temperature=nan"], 2, "--temperature=nan: must be a number"),
@@ -388,18 +552,28 @@ def test_a_tokenizer_bin_is_as_good_as_the_tokenizer_model(run_sample, out_dir, 
         (["--bad_words=\udcff"], 2, "not UTF-8 text"),
         (["--stop=\udcff"], 2, "not UTF-8 text"),
         (["--score=a.txt", "--start=a"], 2, "--score tells no story: leave out --start"),
-        (["--min_new_tokens=9", "--max_new_tokens=8"], 2, "--min_new_tokens=9: must be from 0 to max_new_tokens"),
+        (
+            ["--min_new_tokens=9", "--max_new_tokens=8"],
+            2,
+            "--min_new_tokens=9: must be from 0 to max_new_tokens",
+        ),
         (["--stop=a|"], 2, "--stop=a|: there is nothing before or after a |"),
         (["--bad_words=|a"], 2, "--bad_words=|a: there is nothing before or after a |"),
         (["--format=xml"], 2, "--format=xml: must be"),
         (["--out_dir={out_dir}", "--score={empty}/none.txt"], 1, "{empty}/none.txt: No such file"),
         (["--out_dir={out_dir}", "--score={out_dir}/ckpt.pt"], 1, "ckpt.pt: not UTF-8 text"),
-        (["--out_dir={out_dir}", "--score=/dev/null"], 1, "--score=/dev/null: there is no text in it"),
+        (
+            ["--out_dir={out_dir}", "--score=/dev/null"],
+            1,
+            "--score=/dev/null: there is no text in it",
+        ),
         (["--temprature=1"], 2, "did you mean temperature?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_refused_in_one_sentence(arguments, status, said, run_sample, out_dir, tmp_path):
+def test_a_mistake_is_refused_in_one_sentence(
+    arguments, status, said, run_sample, out_dir, tmp_path
+):
     places = dict(empty=tmp_path, out_dir=out_dir)
     ended, _, error = run_sample(*(argument.format(**places) for argument in arguments))
     assert ended == status
@@ -410,7 +584,9 @@ def test_without_a_tokenizer_beside_the_model_one_must_be_named(run_sample, mode
     llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     status, _, error = run_sample(f"--init_from={tmp_path}/model.bin")
     assert status == 1 and len(error.splitlines()) == 1
-    assert f"no tokenizer.model beside {tmp_path}/model.bin" in error and "--tokenizer=PATH" in error
+    assert (
+        f"no tokenizer.model beside {tmp_path}/model.bin" in error and "--tokenizer=PATH" in error
+    )
 
 
 def test_the_command_ends_with_status_1_and_one_sentence_where_there_is_no_model(run_script):

@@ -23,8 +23,20 @@ from textdata.token_shards import read_meta
 from textdata.tokenizer import load_tokenizer
 from tinystories import ARCHIVE, STORIES, main
 
-SMALL_MODEL = ("--dim=32", "--n_layers=1", "--n_heads=2", "--batch_size=2", "--max_seq_len=32", "--device=cpu")
-SHORT_RUN = ("--max_iters=2", "--eval_iters=2", "--gradient_accumulation_steps=1", "--compile=False")
+SMALL_MODEL = (
+    "--dim=32",
+    "--n_layers=1",
+    "--n_heads=2",
+    "--batch_size=2",
+    "--max_seq_len=32",
+    "--device=cpu",
+)
+SHORT_RUN = (
+    "--max_iters=2",
+    "--eval_iters=2",
+    "--gradient_accumulation_steps=1",
+    "--compile=False",
+)
 
 
 @pytest.fixture
@@ -48,22 +60,35 @@ def texts(tmp_path, stories):
     """Three files of stories in a folder: a.txt, b.json and c.jsonl."""
     folder = tmp_path / "texts"
     write_stories(folder / "b.json", stories[100:200])
-    (folder / "a.txt").write_text("\n\n\n".join(story.replace("\n\n", "\n") for story in stories[:100]))
-    (folder / "c.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories[200:]))
+    (folder / "a.txt").write_text(
+        "\n\n\n".join(story.replace("\n\n", "\n") for story in stories[:100])
+    )
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps({"text": story}) + "\n" for story in stories[200:])
+    )
     return folder
 
 
 @pytest.fixture
 def own(texts, tokenizer_path):
     """The options that make tokens in tok512 of the folder out from these files."""
-    return f"--input={texts}", "--data_dir=out", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}"
+    return (
+        f"--input={texts}",
+        "--data_dir=out",
+        f"--tokenizer={tokenizer_path}",
+        f"--vocab_size={VOCAB_SIZE}",
+    )
 
 
 def tokens_of(folder) -> list[np.ndarray]:
     """The tokens of every shard, which must be exactly the files that meta.json names."""
     meta = read_meta(str(folder))
-    assert {shard["file"] for shard in meta["shards"]} == {name for name in os.listdir(folder) if name.endswith(".bin")}
-    shards = [np.fromfile(os.path.join(folder, shard["file"]), meta["dtype"]) for shard in meta["shards"]]
+    assert {shard["file"] for shard in meta["shards"]} == {
+        name for name in os.listdir(folder) if name.endswith(".bin")
+    }
+    shards = [
+        np.fromfile(os.path.join(folder, shard["file"]), meta["dtype"]) for shard in meta["shards"]
+    ]
     assert [len(tokens) for tokens in shards] == [shard["tokens"] for shard in meta["shards"]]
     return shards
 
@@ -72,7 +97,10 @@ def documents_of(tokens: np.ndarray, tokenizer) -> list[str]:
     begins = np.flatnonzero(tokens == tokenizer.bos_id).tolist()
     assert begins[:1] == [0]
     ends = [*begins[1:], len(tokens)]
-    return [tokenizer.decode(tokens[begin:end].tolist()) for begin, end in zip(begins, ends, strict=True)]
+    return [
+        tokenizer.decode(tokens[begin:end].tolist())
+        for begin, end in zip(begins, ends, strict=True)
+    ]
 
 
 def content_of(folder) -> dict[str, bytes]:
@@ -81,7 +109,11 @@ def content_of(folder) -> dict[str, bytes]:
 
 def versions_of(folder) -> dict[str, int]:
     """Which file is behind each shard's name: a shard written anew is another."""
-    return {name: (folder / name).stat().st_ino for name in sorted(os.listdir(folder)) if name.endswith(".bin")}
+    return {
+        name: (folder / name).stat().st_ino
+        for name in sorted(os.listdir(folder))
+        if name.endswith(".bin")
+    }
 
 
 def lines_of(result) -> list[str]:
@@ -106,12 +138,16 @@ def packed(members: dict[str, bytes]) -> bytes:
 def story_shards(stories) -> dict[str, bytes]:
     """Three shards as TinyStories has them."""
     return {
-        f"data{number:02d}.json": json.dumps([{"story": story} for story in stories[number::3]]).encode()
+        f"data{number:02d}.json": json.dumps(
+            [{"story": story} for story in stories[number::3]]
+        ).encode()
         for number in range(3)
     }
 
 
-def test_download_unpacks_the_archive_and_then_leaves_it_alone(run_script, stage, server, story_shards, tmp_path):
+def test_download_unpacks_the_archive_and_then_leaves_it_alone(
+    run_script, stage, server, story_shards, tmp_path
+):
     server.content[ARCHIVE], server.statuses, server.cuts = packed(story_shards), [503], [100]
     options = "--data_dir=data", f"--url={server.url(ARCHIVE)}"
     result = run_script("tinystories.py", "download", *options, cwd=tmp_path)
@@ -127,17 +163,24 @@ def test_download_unpacks_the_archive_and_then_leaves_it_alone(run_script, stage
 
 def test_a_download_that_fails_says_what_to_do_instead(run_script, server, tmp_path):
     url = server.url(ARCHIVE)
-    result = run_script("tinystories.py", "download", "--data_dir=data", f"--url={url}", cwd=tmp_path)
+    result = run_script(
+        "tinystories.py", "download", "--data_dir=data", f"--url={url}", cwd=tmp_path
+    )
     (line,) = lines_of(result)
     assert result.returncode == 1
-    assert line.startswith(f"tinystories.py: cannot download {url} (404 ") and "tinystories.py synthesize" in line
+    assert (
+        line.startswith(f"tinystories.py: cannot download {url} (404 ")
+        and "tinystories.py synthesize" in line
+    )
     assert os.listdir(tmp_path / "data") == [".lock"]
 
 
 def test_a_download_that_is_given_up_keeps_what_it_has(stage, server, story_shards, monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0)
     server.content[ARCHIVE], server.statuses = packed(story_shards), [503] * 5
-    with pytest.raises(ValueError, match=rf"cannot download {server.url(ARCHIVE)} .* after 5 attempts"):
+    with pytest.raises(
+        ValueError, match=rf"cannot download {server.url(ARCHIVE)} .* after 5 attempts"
+    ):
         stage("download", f"--url={server.url(ARCHIVE)}")
     assert STORIES not in os.listdir("data") and ARCHIVE not in os.listdir("data")
     stage("download", f"--url={server.url(ARCHIVE)}")
@@ -145,7 +188,9 @@ def test_a_download_that_is_given_up_keeps_what_it_has(stage, server, story_shar
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "not an archive", "evil"])
-def test_an_archive_that_does_not_unpack_leaves_no_stories(stage, server, story_shards, tmp_path, damage):
+def test_an_archive_that_does_not_unpack_leaves_no_stories(
+    stage, server, story_shards, tmp_path, damage
+):
     content = packed(story_shards)
     server.content[ARCHIVE] = {
         "cut": content[:-20],
@@ -153,7 +198,9 @@ def test_an_archive_that_does_not_unpack_leaves_no_stories(stage, server, story_
         "not an archive": b"<html>Please log in</html>",
         "evil": packed(story_shards | {"../evil.json": b"[]"}),
     }[damage]
-    with pytest.raises(ValueError, match=rf"{ARCHIVE} does not unpack \(.+\); delete it and download again"):
+    with pytest.raises(
+        ValueError, match=rf"{ARCHIVE} does not unpack \(.+\); delete it and download again"
+    ):
         stage("download", f"--url={server.url(ARCHIVE)}")
     assert sorted(os.listdir("data")) == [".lock", ARCHIVE]
     assert not (tmp_path / "evil.json").exists()
@@ -163,7 +210,9 @@ def test_an_archive_that_does_not_unpack_leaves_no_stories(stage, server, story_
 
 
 def test_synthesized_stories_are_the_same_for_the_same_seed(run_script, stage, tmp_path):
-    result = run_script("tinystories.py", "synthesize", "--num_stories=200", "--data_dir=one", cwd=tmp_path)
+    result = run_script(
+        "tinystories.py", "synthesize", "--num_stories=200", "--data_dir=one", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "next: python tinystories.py pretokenize --input=one" in result.stdout
     stage("synthesize", "--num_stories=200", "--data_dir=two")
@@ -176,13 +225,17 @@ def test_synthesized_stories_are_marked_synthetic(stage, tmp_path):
     stage("synthesize", "--num_stories=50")
     records = json.loads((tmp_path / "data" / "synthetic" / "synthetic00.json").read_text())
     assert len(records) == 50
-    assert all(set(record) == {"story", "source"} and "synthetic" in record["source"] for record in records)
+    assert all(
+        set(record) == {"story", "source"} and "synthetic" in record["source"] for record in records
+    )
 
 
 def test_every_shard_of_synthesized_stories_is_other(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(tinystories, "STORIES_PER_SHARD", 100)
     stage("synthesize", "--num_stories=250", "--data_dir=some")
-    shards = [json.loads((tmp_path / "some" / f"synthetic{n:02d}.json").read_text()) for n in range(3)]
+    shards = [
+        json.loads((tmp_path / "some" / f"synthetic{n:02d}.json").read_text()) for n in range(3)
+    ]
     assert [len(shard) for shard in shards] == [100, 100, 50]
     assert len({record["story"] for shard in shards for record in shard}) == 250
 
@@ -194,7 +247,10 @@ def test_fewer_synthesized_stories_than_before_leave_none_of_the_old(stage, tmp_
     (tmp_path / "some" / "mine.json").write_text("[]")
     stage("synthesize", "--num_stories=250", "--data_dir=some")
     stage("synthesize", "--num_stories=100", "--data_dir=some")
-    assert {name for name in os.listdir("some") if name.endswith(".json")} == {"synthetic00.json", "mine.json"}
+    assert {name for name in os.listdir("some") if name.endswith(".json")} == {
+        "synthetic00.json",
+        "mine.json",
+    }
 
 
 # train_vocab
@@ -221,18 +277,28 @@ def test_a_vocabulary_learns_from_the_beginning_of_every_file(stage, tmp_path, m
 
 def test_a_small_text_gets_a_clear_message_unattended(run_script, tmp_path):
     """llama2.c prints Done, and older versions of SentencePiece ask on standard input."""
-    (tmp_path / "small.txt").write_text("Once upon a time there was a baby llama. It ate grass. " * 180)  # 10 KB
+    (tmp_path / "small.txt").write_text(
+        "Once upon a time there was a baby llama. It ate grass. " * 180
+    )  # 10 KB
     result = run_script("tinystories.py", "pretokenize", "--input=small.txt", cwd=tmp_path)
     (line,) = (line for line in lines_of(result) if line.startswith("tinystories.py: "))
     assert result.returncode == 1
-    assert re.search(r"--vocab_size=4096: the text is too short .* the largest that works is --vocab_size=\d+$", line)
-    assert "next:" not in result.stdout and not (tmp_path / "data" / "small" / "tok4096.model").exists()
+    assert re.search(
+        r"--vocab_size=4096: the text is too short .* the largest that works is --vocab_size=\d+$",
+        line,
+    )
+    assert (
+        "next:" not in result.stdout
+        and not (tmp_path / "data" / "small" / "tok4096.model").exists()
+    )
 
 
 # pretokenize
 
 
-def test_one_s_own_text_is_trained_on_with_the_commands_that_are_printed(run_script, tmp_path, stories):
+def test_one_s_own_text_is_trained_on_with_the_commands_that_are_printed(
+    run_script, tmp_path, stories
+):
     (tmp_path / "my.book.txt").write_text("\n\n".join(stories), encoding="utf-8")
     options = "--input=my.book.txt", f"--vocab_size={VOCAB_SIZE}"
     result = run_script("tinystories.py", "pretokenize", *options, cwd=tmp_path)
@@ -247,7 +313,9 @@ def test_one_s_own_text_is_trained_on_with_the_commands_that_are_printed(run_scr
 def test_the_shards_hold_the_documents_each_behind_its_bos(stage, own, texts, tokenizer, stories):
     stage("pretokenize", *own)
     first, second, third = tokens_of("out/tok512")
-    assert documents_of(first, tokenizer) == [story.replace("\n\n", "\n") for story in stories[:100]]
+    assert documents_of(first, tokenizer) == [
+        story.replace("\n\n", "\n") for story in stories[:100]
+    ]
     assert documents_of(second, tokenizer) == stories[100:200]
     assert documents_of(third, tokenizer) == stories[200:]
 
@@ -255,14 +323,24 @@ def test_the_shards_hold_the_documents_each_behind_its_bos(stage, own, texts, to
 def test_meta_says_what_the_tokens_are(stage, own, tokenizer):
     stage("pretokenize", *own)
     meta, shards = read_meta("out/tok512"), tokens_of("out/tok512")
-    assert (meta["vocab_source"], meta["vocab_size"], meta["dtype"]) == ("custom", VOCAB_SIZE, "<u2")
-    assert meta["tokenizer_hash"] == load_tokenizer("out/tok512/tokenizer.model").hash == tokenizer.hash
+    assert (meta["vocab_source"], meta["vocab_size"], meta["dtype"]) == (
+        "custom",
+        VOCAB_SIZE,
+        "<u2",
+    )
+    assert (
+        meta["tokenizer_hash"]
+        == load_tokenizer("out/tok512/tokenizer.model").hash
+        == tokenizer.hash
+    )
     assert sum(meta["tokens"].values()) == sum(map(len, shards))
     assert [shard["file"] for shard in meta["shards"]] == ["00000.bin", "00001.bin", "00002.bin"]
 
 
 @pytest.mark.parametrize("characters", [1, 300, 2**20])
-def test_how_much_is_tokenized_at_a_time_makes_no_difference(stage, own, tmp_path, monkeypatch, characters):
+def test_how_much_is_tokenized_at_a_time_makes_no_difference(
+    stage, own, tmp_path, monkeypatch, characters
+):
     stage("pretokenize", *own)
     expected = [tokens.tolist() for tokens in tokens_of("out/tok512")]
     shutil.rmtree("out")
@@ -271,15 +349,24 @@ def test_how_much_is_tokenized_at_a_time_makes_no_difference(stage, own, tmp_pat
     assert [tokens.tolist() for tokens in tokens_of("out/tok512")] == expected
 
 
-def test_a_document_cut_for_its_length_has_one_bos_and_the_same_tokens(stage, tmp_path, monkeypatch, tokenizer_path):
+def test_a_document_cut_for_its_length_has_one_bos_and_the_same_tokens(
+    stage, tmp_path, monkeypatch, tokenizer_path
+):
     tokenizer = load_tokenizer(tokenizer_path)
     long = " ".join(["Tom saw a big red ball and was happy."] * 100)
     (tmp_path / "long.txt").write_text(f"{long}\n\nThe end.")
     monkeypatch.setattr(corpus, "BLOCK", 100)
     monkeypatch.setattr(corpus, "LONGEST_PIECE", 500)
-    stage("pretokenize", "--input=long.txt", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
+    stage(
+        "pretokenize",
+        "--input=long.txt",
+        f"--tokenizer={tokenizer_path}",
+        f"--vocab_size={VOCAB_SIZE}",
+    )
     (tokens,) = tokens_of("data/long/tok512")
-    assert tokens.tolist() == tokenizer.encode(long, bos=True) + tokenizer.encode("The end.", bos=True)
+    assert tokens.tolist() == tokenizer.encode(long, bos=True) + tokenizer.encode(
+        "The end.", bos=True
+    )
 
 
 def test_every_file_keeps_its_end_for_validation_from_a_document_on(stage, own):
@@ -302,7 +389,9 @@ def test_the_first_shard_of_tinystories_validates(stage, story_shards, tmp_path,
     assert len(others) == 2 and all(shard["train"] == [0, shard["tokens"]] for shard in others)
 
 
-def test_a_single_shard_of_tinystories_trains_and_validates(stage, story_shards, tmp_path, tokenizer_path):
+def test_a_single_shard_of_tinystories_trains_and_validates(
+    stage, story_shards, tmp_path, tokenizer_path
+):
     (tmp_path / "data" / STORIES).mkdir(parents=True)
     (tmp_path / "data" / STORIES / "data00.json").write_bytes(story_shards["data00.json"])
     stage("pretokenize", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
@@ -329,7 +418,10 @@ def test_llama_2_s_vocabulary_has_a_folder_of_its_own(run_script, tmp_path, text
     assert result.returncode == 0, result.stderr
     meta = read_meta(str(tmp_path / "data" / "texts" / "llama2"))
     assert (meta["vocab_source"], meta["vocab_size"]) == ("llama2", VOCAB_SIZE)
-    assert f"--data_dir=data/texts {source} --vocab_size={VOCAB_SIZE}" in result.stdout.splitlines()[-1]
+    assert (
+        f"--data_dir=data/texts {source} --vocab_size={VOCAB_SIZE}"
+        in result.stdout.splitlines()[-1]
+    )
 
 
 def test_the_real_llama_2_vocabulary_gives_sentencepiece_s_tokens(stage, shared, tmp_path, stories):
@@ -337,7 +429,9 @@ def test_the_real_llama_2_vocabulary_gives_sentencepiece_s_tokens(stage, shared,
     write_stories(tmp_path / "some.json", stories[:20])
     stage("pretokenize", "--vocab_source=llama2", f"--tokenizer={path}", "--input=some.json")
     (tokens,) = tokens_of("data/some/llama2")
-    encoded = sentencepiece.SentencePieceProcessor(model_file=path).encode(stories[:20], add_bos=True)
+    encoded = sentencepiece.SentencePieceProcessor(model_file=path).encode(
+        stories[:20], add_bos=True
+    )
     assert tokens.tolist() == list(itertools.chain(*encoded))
 
 
@@ -345,7 +439,12 @@ def test_real_tinystories_are_told_in_full(stage, shared, tmp_path, tokenizer_pa
     source = shared("data/TinyStories_all_data/data00.json")
     with open(source, encoding="utf-8") as file:
         told = [record["story"].strip() for record in json.load(file)]
-    stage("pretokenize", f"--input={source}", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
+    stage(
+        "pretokenize",
+        f"--input={source}",
+        f"--tokenizer={tokenizer_path}",
+        f"--vocab_size={VOCAB_SIZE}",
+    )
     (tokens,) = tokens_of("data/data00/tok512")
     assert documents_of(tokens, tokenizer) == told
 
@@ -358,13 +457,18 @@ def test_ids_of_a_vocabulary_above_65536_take_four_bytes(stage, tmp_path, tokeni
     (tmp_path / "in.txt").write_text("a zq\n\nand zq zq")
     stage("pretokenize", "--input=in.txt", "--tokenizer=large.model", "--vocab_size=70000")
     (tokens,) = tokens_of("data/in/tok70000")
-    assert read_meta("data/in/tok70000")["dtype"] == "<u4" and os.path.getsize("data/in/tok70000/00000.bin") % 4 == 0
+    assert (
+        read_meta("data/in/tok70000")["dtype"] == "<u4"
+        and os.path.getsize("data/in/tok70000/00000.bin") % 4 == 0
+    )
     assert (tokens == 69_999).sum() == 3
     assert documents_of(tokens, load_tokenizer("large.model")) == ["a zq", "and zq zq"]
 
 
 def test_a_vocabulary_of_another_size_is_refused_with_the_right_one(stage, texts, tokenizer_path):
-    with pytest.raises(ValueError, match="has 512 tokens, not --vocab_size=4096; give --vocab_size=512"):
+    with pytest.raises(
+        ValueError, match="has 512 tokens, not --vocab_size=4096; give --vocab_size=512"
+    ):
         stage("pretokenize", f"--input={texts}", f"--tokenizer={tokenizer_path}")
 
 
@@ -442,7 +546,9 @@ def test_a_damaged_shard_is_done_again(stage, own, tmp_path):
     assert content_of(folder) == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"dtype": "<u2", "shards": [{}]}', '{"dtype": 5, "shards": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"dtype": "<u2", "shards": [{}]}', '{"dtype": 5, "shards": []}']
+)
 def test_a_damaged_meta_does_everything_again(stage, own, tmp_path, content):
     folder = tmp_path / "out" / "tok512"
     stage("pretokenize", *own)
@@ -486,7 +592,10 @@ def test_a_failing_worker_ends_the_run_with_the_file_and_training_refuses_the_fo
     assert re.search(r"texts/b\.json: record \d+ is not whole JSON", line)
     result = run_script("train.py", "--data_dir=out", f"--vocab_size={VOCAB_SIZE}", cwd=tmp_path)
     (line,) = lines_of(result)
-    assert result.returncode == 1 and "tok512: pretokenizing has not finished; run python tinystories.py" in line
+    assert (
+        result.returncode == 1
+        and "tok512: pretokenizing has not finished; run python tinystories.py" in line
+    )
     with pytest.raises(ValueError, match=r"texts/b\.json: record \d+ is not whole JSON"):
         stage("pretokenize", *own)  # in one process
     (texts / "b.json").write_text(whole)
@@ -518,7 +627,9 @@ def test_a_run_that_is_killed_or_interrupted_fails_and_can_go_on(
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(SIGNAL_WHERE_A_FILE_IS_OPENED.format(signal=signal))
     options = *own, f"--num_workers={num_workers}"
-    result = run_script("tinystories.py", "pretokenize", *options, cwd=tmp_path, env={"PYTHONPATH": str(hooks)})
+    result = run_script(
+        "tinystories.py", "pretokenize", *options, cwd=tmp_path, env={"PYTHONPATH": str(hooks)}
+    )
     assert result.returncode == status
     assert f"tinystories.py: {sentence}" in lines_of(result)
     folder = tmp_path / "out" / "tok512"
@@ -526,7 +637,9 @@ def test_a_run_that_is_killed_or_interrupted_fails_and_can_go_on(
     with pytest.raises(ValueError, match="pretokenizing has not finished"):
         read_meta(str(folder))
     stage("pretokenize", *own)
-    assert len(tokens_of(folder)) == 3 and not [name for name in os.listdir(folder) if name.endswith(".partial")]
+    assert len(tokens_of(folder)) == 3 and not [
+        name for name in os.listdir(folder) if name.endswith(".partial")
+    ]
 
 
 def test_an_interrupted_run_keeps_the_files_it_has_done(stage, own, monkeypatch):
@@ -552,13 +665,19 @@ def test_while_one_run_writes_another_is_refused(stage, own):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ([], r"data/TinyStories_all_data is not there: run python tinystories\.py download, or synthesize"),
+        (
+            [],
+            r"data/TinyStories_all_data is not there: run python tinystories\.py download, or synthesize",
+        ),
         (["--input=missing.txt"], r"missing\.txt: there is no such file or folder"),
         (["--input=book.pdf"], r"book\.pdf: give a file that ends in \.txt, \.json, \.jsonl"),
         (["--input=empty"], r"empty: no file here ends in \.txt, \.json, \.jsonl"),
         (["--input=blank.txt"], r"--vocab_size=4096: there is no text to learn from"),
         (["--input=latin.txt"], r"latin\.txt: not UTF-8 text"),
-        (["--input=blank.txt", "--tokenizer=book.pdf"], r"book\.pdf: neither a SentencePiece model"),
+        (
+            ["--input=blank.txt", "--tokenizer=book.pdf"],
+            r"book\.pdf: neither a SentencePiece model",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_name(stage, tmp_path, arguments, reason):
@@ -573,14 +692,29 @@ def test_what_cannot_be_read_is_told_with_its_name(stage, tmp_path, arguments, r
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        (["pretoken"], ": pretoken: the stage must come first and be one of download, synthesize, train_vocab, pretok"),
+        (
+            ["pretoken"],
+            ": pretoken: the stage must come first and be one of download, synthesize, train_vocab, pretok",
+        ),
         (["--num_workers=2", "pretokenize"], ": --num_workers=2: the stage must come first"),
         (["synthesize", "--num_stories=0"], " synthesize: --num_stories=0: must be at least 1"),
-        (["train_vocab", "--vocab_size=259"], " train_vocab: --vocab_size=259: must be at least 260"),
-        (["pretokenize", "--val_fraction=0"], " pretokenize: --val_fraction=0.0: must be above 0 and below 1"),
-        (["pretokenize", "--val_fraction=1"], " pretokenize: --val_fraction=1.0: must be above 0 and below 1"),
+        (
+            ["train_vocab", "--vocab_size=259"],
+            " train_vocab: --vocab_size=259: must be at least 260",
+        ),
+        (
+            ["pretokenize", "--val_fraction=0"],
+            " pretokenize: --val_fraction=0.0: must be above 0 and below 1",
+        ),
+        (
+            ["pretokenize", "--val_fraction=1"],
+            " pretokenize: --val_fraction=1.0: must be above 0 and below 1",
+        ),
         (["pretokenize", "--num_workers=-1"], " pretokenize: --num_workers=-1: must be 0 or more"),
-        (["pretokenize", "--vocab_source=llama2"], " pretokenize: --vocab_source=llama2: say where Llama 2's"),
+        (
+            ["pretokenize", "--vocab_source=llama2"],
+            " pretokenize: --vocab_source=llama2: say where Llama 2's",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_with_status_2(monkeypatch, capsys, arguments, problem):
@@ -599,14 +733,24 @@ def test_help_names_the_stages(monkeypatch, capsys, arguments):
     assert all(f"python tinystories.py {stage}" in out for stage in tinystories.STAGES)
 
 
-def test_processes_of_torchrun_divide_the_files_and_leave_the_same_tokens(tmp_path, stories, tokenizer_path):
+def test_processes_of_torchrun_divide_the_files_and_leave_the_same_tokens(
+    tmp_path, stories, tokenizer_path
+):
     texts = tmp_path / "stories"
     for number in range(5):
         write_stories(texts / f"data{number:02d}.json", stories[number::5])
-    script = [str(ROOT / "tinystories.py"), "pretokenize", f"--input={texts}", f"--tokenizer={tokenizer_path}"]
+    script = [
+        str(ROOT / "tinystories.py"),
+        "pretokenize",
+        f"--input={texts}",
+        f"--tokenizer={tokenizer_path}",
+    ]
     script += [f"--vocab_size={VOCAB_SIZE}", "--num_workers=1"]
     found = []
-    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+    for name, start in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+    ):
         command = [sys.executable, *start, *script, f"--data_dir={tmp_path / name}"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0 and result.stdout.count("5 shard(s)") == 1, result.stderr

@@ -28,8 +28,20 @@ from train import check_against_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
-    *("--vocab_size=512", "--dim=32", "--n_layers=2", "--n_heads=4", "--n_kv_heads=2", "--max_seq_len=32"),
-    *("--batch_size=2", "--gradient_accumulation_steps=4", "--learning_rate=1e-2", "--warmup_iters=2"),
+    *(
+        "--vocab_size=512",
+        "--dim=32",
+        "--n_layers=2",
+        "--n_heads=4",
+        "--n_kv_heads=2",
+        "--max_seq_len=32",
+    ),
+    *(
+        "--batch_size=2",
+        "--gradient_accumulation_steps=4",
+        "--learning_rate=1e-2",
+        "--warmup_iters=2",
+    ),
     *("--eval_interval=20", "--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32"),
 )
 
@@ -71,14 +83,27 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "a story after 40 steps" in result.stdout
     assert records(tmp_path, "val_loss")[-1] < records(tmp_path, "val_loss")[0] - 1
-    assert all(math.isfinite(loss) for loss in records(tmp_path, "loss")) and len(records(tmp_path, "loss")) == 40
+    assert (
+        all(math.isfinite(loss) for loss in records(tmp_path, "loss"))
+        and len(records(tmp_path, "loss")) == 40
+    )
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    left = {"ckpt.pt", "ckpt_000020.pt", "best.pt", "model.bin", "metrics.jsonl", "loss.png", ".lock"}
+    left = {
+        "ckpt.pt",
+        "ckpt_000020.pt",
+        "best.pt",
+        "model.bin",
+        "metrics.jsonl",
+        "loss.png",
+        ".lock",
+    }
     left |= {"tokenizer.model", "tokenizer.bin"}
     assert set(os.listdir(tmp_path)) == left
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
     assert checkpoint["best_val_loss"] == min(records(tmp_path, "val_loss"))
-    assert same_tensors(best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict())
+    assert same_tensors(
+        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict()
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +130,10 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
     whole = ("--batch_size=8", "--gradient_accumulation_steps=1")
     assert train(*options, *whole, f"--out_dir={runs['whole']}").returncode == 0
     train_on(2, *options, f"--out_dir={runs['two processes']}")
-    losses, norms = ({name: records(folder, key) for name, folder in runs.items()} for key in ("loss", "grad_norm"))
+    losses, norms = (
+        {name: records(folder, key) for name, folder in runs.items()}
+        for key in ("loss", "grad_norm")
+    )
     assert len(losses["whole"]) == 20
     for name in ("whole", "two processes"):
         assert losses[name] == pytest.approx(losses["accumulated"], abs=1e-5)
@@ -118,13 +146,19 @@ def test_muon_trains_alike_on_any_number_of_processes(train, data_dir, tmp_path)
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
     train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
     assert records(tmp_path / "one", "loss")[-1] < records(tmp_path / "one", "loss")[0] - 1
-    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-2)
+    assert records(tmp_path / "two", "loss") == pytest.approx(
+        records(tmp_path / "one", "loss"), abs=1e-2
+    )
 
 
 def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_path):
     assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     result = train("--init_from=resume", "--optimizer=muon", f"--out_dir={tmp_path}")
-    assert result.returncode == 1 and "are adamw's" in result.stderr and "--init_from=" in result.stderr
+    assert (
+        result.returncode == 1
+        and "are adamw's" in result.stderr
+        and "--init_from=" in result.stderr
+    )
     assert train("--init_from=resume", "--optimizer=adamw", f"--out_dir={tmp_path}").returncode == 0
 
 
@@ -132,18 +166,24 @@ def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_pat
     options = (*TINY, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
     train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
-    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), abs=1e-5)
+    assert records(tmp_path / "two", "loss") == pytest.approx(
+        records(tmp_path / "one", "loss"), abs=1e-5
+    )
 
 
 def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_path):
-    for result in run_together("train.py", 3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"):
+    for result in run_together(
+        "train.py", 3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
+    ):
         assert result.returncode == 1 and "give a multiple of 3" in result.stderr
 
 
 def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
     assert train(*TINY, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
     blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False", "--max_iters=60")
-    result = train("--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--checkpoint_interval=1")
+    result = train(
+        "--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--checkpoint_interval=1"
+    )
     assert result.returncode == 1 and "ckpt.pt of step 2" in result.stderr
     kept = load_checkpoint(str(tmp_path / "ckpt.pt"))
     assert all(weight.isfinite().all() for weight in kept["model"].values())
@@ -174,7 +214,13 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir,
 
 def interrupt(out_dir: Path, data_dir, number: signal.Signals, step: int):
     """Let a run of 120 steps begin, or go on, and interrupt it at this step."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=120", "--checkpoint_interval=0"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *TINY,
+        "--max_iters=120",
+        "--checkpoint_interval=0",
+    ]
     process = subprocess.Popen(
         [*command, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--init_from=auto"],
         stdout=subprocess.PIPE,
@@ -195,10 +241,26 @@ def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
     ours = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     theirs = {key: ours[key] for key in ("optimizer", "model_args", "iter_num", "best_val_loss")}
     theirs["model"] = {f"_orig_mod.{name}": weight for name, weight in ours["model"].items()}
-    known = ("data_dir", "batch_size", "max_seq_len", "vocab_source", "vocab_size", "gradient_accumulation_steps")
-    theirs["config"] = {name: ours["config"][name] for name in known} | {"device": "cuda", "wandb_log": False}
+    known = (
+        "data_dir",
+        "batch_size",
+        "max_seq_len",
+        "vocab_source",
+        "vocab_size",
+        "gradient_accumulation_steps",
+    )
+    theirs["config"] = {name: ours["config"][name] for name in known} | {
+        "device": "cuda",
+        "wandb_log": False,
+    }
     torch.save(theirs, tmp_path / "ckpt.pt")
-    result = train("--init_from=resume", "--max_iters=5", "--compile=False", "--eval_iters=1", f"--out_dir={tmp_path}")
+    result = train(
+        "--init_from=resume",
+        "--max_iters=5",
+        "--compile=False",
+        "--eval_iters=1",
+        f"--out_dir={tmp_path}",
+    )
     assert result.returncode == 0, result.stderr
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 5
 
@@ -206,7 +268,9 @@ def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
 def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words(train, tmp_path):
     assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     result = train("--init_from=resume", "--dim=64", "--n_kv_heads=4", f"--out_dir={tmp_path}")
-    assert result.returncode == 1 and "--dim=64" in result.stderr and "--n_kv_heads=4" in result.stderr
+    assert (
+        result.returncode == 1 and "--dim=64" in result.stderr and "--n_kv_heads=4" in result.stderr
+    )
     same = ("--dim=32", "--hidden_dim=96", "--max_iters=3")
     assert train("--init_from=resume", *same, f"--out_dir={tmp_path}").returncode == 0
 
@@ -224,7 +288,10 @@ def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path)
     assert train(*TINY, *everything, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = train("--init_from=resume", "--eval_only=True", f"--out_dir={tmp_path}")
-    assert result.returncode == 0 and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
+    assert (
+        result.returncode == 0
+        and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -239,7 +306,9 @@ def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, 
         return recompute(block, *inputs, **how)
 
     monkeypatch.setattr(model_module, "checkpoint", count)
-    status, _, errors = run_here(train_module, *options, "--activation_checkpointing=True", f"--out_dir={recomputed}")
+    status, _, errors = run_here(
+        train_module, *options, "--activation_checkpointing=True", f"--out_dir={recomputed}"
+    )
     assert status == 0, errors
     assert len(blocks) == 3 * 4 * 2  # steps, micro-batches, blocks
     assert same_state(kept / "ckpt.pt", recomputed / "ckpt.pt")
@@ -256,7 +325,10 @@ def test_a_compiled_run_saves_plain_names_and_trains_alike(train, tmp_path):
 
 
 def test_a_machine_that_cannot_compile_trains_all_the_same(train, tmp_path):
-    without_compiler = {"CXX": "/nonexistent/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    without_compiler = {
+        "CXX": "/nonexistent/compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
     options = (*TINY, "--max_iters=2", "--compile=True", f"--out_dir={tmp_path / 'out'}")
     result = train(*options, env=without_compiler)
     assert result.returncode == 0 and result.stdout.count("cannot compile here") == 1
@@ -282,6 +354,14 @@ def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, 
             return self
 
     model = Model(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=512, max_seq_len=16))
-    run = SimpleNamespace(model=model, device="cpu", val_windows=TokenDataset(token_folder, "val", 16, include_partial=True))
-    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="where the CPU computes"):
+    run = SimpleNamespace(
+        model=model,
+        device="cpu",
+        val_windows=TokenDataset(token_folder, "val", 16, include_partial=True),
+    )
+    with (
+        contextlib.nullcontext()
+        if is_right
+        else pytest.raises(ValueError, match="where the CPU computes")
+    ):
         check_against_cpu(run)

@@ -29,7 +29,9 @@ def find_files(path: str) -> list[str]:
     """The file itself, or all text files below the folder, sorted. Raises ValueError for none."""
     if os.path.isfile(path):
         if not path.endswith(SUFFIXES):
-            raise ValueError(f"{path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of them")
+            raise ValueError(
+                f"{path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of them"
+            )
         return [path]
     if not os.path.isdir(path):
         raise ValueError(f"{path}: there is no such file or folder")
@@ -40,7 +42,9 @@ def find_files(path: str) -> list[str]:
     return files
 
 
-def read_documents(path: str, separator: str = "", progress=lambda position: None) -> Iterator[DocumentChunk]:
+def read_documents(
+    path: str, separator: str = "", progress=lambda position: None
+) -> Iterator[DocumentChunk]:
     """Yield the file's documents, stripped of space around them, the empty ones left out.
 
     progress is called with the bytes read so far. Raises ValueError, naming the file, for what
@@ -58,7 +62,9 @@ def read_documents(path: str, separator: str = "", progress=lambda position: Non
                 if text := piece.text.strip():
                     yield DocumentChunk(text, piece.starts_document)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it, with iconv say") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason}); convert it, with iconv say"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -35,7 +35,9 @@ def download(url: str, path: str):
         else:
             reason = OSError("the connection closed before the end")
         if attempt == ATTEMPTS:
-            raise ConnectionError(f"gave up on {url} after {ATTEMPTS} attempts: {plain_reason(reason)}")
+            raise ConnectionError(
+                f"gave up on {url} after {ATTEMPTS} attempts: {plain_reason(reason)}"
+            )
         tqdm.write(f"{plain_reason(reason)}; trying again ({attempt + 1} of {ATTEMPTS})")
         time.sleep(PAUSE * 2 ** (attempt - 1))
     os.replace(partial, path)
@@ -51,14 +53,29 @@ def fetch(url: str, partial: str, tag_path: str) -> bool:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # nothing after what we have
-            return str(have) == response.headers.get("Content-Range", "").rpartition("/")[2] or restart(partial)
+            return str(have) == response.headers.get("Content-Range", "").rpartition("/")[
+                2
+            ] or restart(partial)
         response.raise_for_status()
         have = have if response.status_code == 206 else 0
-        total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        total = (
+            have + int(response.headers["Content-Length"])
+            if "Content-Length" in response.headers
+            else None
+        )
         tag = response.headers.get("ETag", "W/")
-        with open(tag_path, "w", encoding="utf-8") as file:  # a weak tag may not be used with ranges
+        with open(
+            tag_path, "w", encoding="utf-8"
+        ) as file:  # a weak tag may not be used with ranges
             file.write(response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag)
-        bar = tqdm(disable=None, total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(url))
+        bar = tqdm(
+            disable=None,
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=os.path.basename(url),
+        )
         with open(partial, "ab" if have else "wb") as file, bar:
             for block in response.iter_content(2**16):
                 bar.update(file.write(block))
@@ -92,7 +109,13 @@ def unpack(archive: str, folder: str):
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        bar = tqdm(disable=None, total=os.path.getsize(archive), unit="B", unit_scale=True, desc="unpacking")
+        bar = tqdm(
+            disable=None,
+            total=os.path.getsize(archive),
+            unit="B",
+            unit_scale=True,
+            desc="unpacking",
+        )
         with bar, open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:gz") as tar:
             for member in tar:
                 tar.extract(member, partial, filter="data")

@@ -57,7 +57,9 @@ class Encoder:
         by_word = [self.encode_words(text) for text in texts]
         others = [text for text, ids in zip(texts, by_word, strict=True) if ids is None]
         encoded = iter(self.tokenizer.encode_batch(others, num_threads))
-        return [np.array(next(encoded), self.dtype).tobytes() if ids is None else ids for ids in by_word]
+        return [
+            np.array(next(encoded), self.dtype).tobytes() if ids is None else ids for ids in by_word
+        ]
 
     def encode_words(self, text: str) -> bytes | None:
         """None where words do not do: spaces side by side may be one token, and ▁ is one of them."""

@@ -64,14 +64,18 @@ def dropout_seed(seed: int, position: int) -> int:
     return splitmix64(splitmix64(seed) + position)
 
 
-def training_batches(windows: TokenDataset, seed: int, batch_size: int, positions: Iterable[int]) -> Iterator:
+def training_batches(
+    windows: TokenDataset, seed: int, batch_size: int, positions: Iterable[int]
+) -> Iterator:
     """One (inputs, targets) for every position, which is where its first sequence stands in the run."""
     for position in positions:
         indices = training_indices(windows, seed, batch_size, position)
         yield collate([windows[i] for i in indices], batch_size, windows.seq_len)
 
 
-def evaluation_batches(windows: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1):
+def evaluation_batches(
+    windows: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1
+):
     """This rank's share of num_batches batches spread evenly over the split, 0 for all of it: the same
     windows at every evaluation. Every rank gets as many, of which the last may have no targets."""
     wanted = min(num_batches * batch_size or len(windows), len(windows))

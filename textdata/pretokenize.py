@@ -24,7 +24,7 @@ from textdata.tokenizer import load_tokenizer
 BATCH_CHARACTERS = 2**20  # of text handed to SentencePiece at a time
 
 
-def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, world: DistContext):
+def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, dist_ctx: DistContext):
     """Run the jobs that are not done yet, each process its share of them, recording each as it ends;
     meta.json is complete only after the last."""
     done = {json.dumps(shard["job"]): shard for shard in finished_shards(folder)}
@@ -32,9 +32,11 @@ def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, wor
     waiting = [job for job in jobs if json.dumps(job) not in done]
     others = {shard["job"]["source"] for shard in done.values()} - {job["source"] for job in jobs}
     if others and len(others) == len(done):
-        raise ValueError(f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir")
-    world.barrier()  # until all know what is done
-    if world.is_main:
+        raise ValueError(
+            f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir"
+        )
+    dist_ctx.barrier()  # until all know what is done
+    if dist_ctx.is_main:
         if finished:
             print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
         write_meta(folder, meta | {"shards": finished})
@@ -42,15 +44,15 @@ def pretokenize(jobs: list[dict], folder: str, meta: dict, num_workers: int, wor
 
     def record(shard):
         own.append(shard)
-        if world.is_main:
+        if dist_ctx.is_main:
             write_meta(folder, meta | {"shards": finished + own})
         else:
             part = json.dumps({"dtype": meta["dtype"], "shards": own})
-            write_atomically(os.path.join(folder, f"part{world.rank}.json"), part.encode())
+            write_atomically(os.path.join(folder, f"part{dist_ctx.rank}.json"), part.encode())
 
-    run_jobs(waiting[world.rank :: world.size], folder, num_workers, record, world.is_main)
-    world.barrier()
-    if world.is_main:
+    run_jobs(waiting[dist_ctx.rank :: dist_ctx.size], folder, num_workers, record, dist_ctx.is_main)
+    dist_ctx.barrier()
+    if dist_ctx.is_main:
         recorded = {json.dumps(shard["job"]): shard for shard in finished_shards(folder)}
         finalize_metadata(folder, meta, [recorded[json.dumps(job)] for job in jobs])
 
@@ -64,7 +66,9 @@ def finalize_metadata(folder: str, meta: dict, shards: list[dict]):
     write_meta(folder, meta | {"shards": shards, "complete": True, "tokens": tokens})
     for path in rank_metadata_files(folder):
         os.remove(path)
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(shards)} shard(s)")
+    print(
+        f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, {len(shards)} shard(s)"
+    )
 
 
 def rank_metadata_files(folder: str) -> list[str]:
@@ -102,7 +106,11 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: boo
         if workers < 2:
             for job in jobs:
                 init_worker(bytes_read)
-                record(tokenize_file(job, folder, threads, lambda: bar.update(bytes_read.value - bar.n)))
+                record(
+                    tokenize_file(
+                        job, folder, threads, lambda: bar.update(bytes_read.value - bar.n)
+                    )
+                )
             return
         pool = ProcessPoolExecutor(workers, context, init_worker, (bytes_read, True))
         stack.callback(pool.shutdown, cancel_futures=True)
@@ -118,7 +126,9 @@ def run_jobs(jobs: list[dict], folder: str, num_workers: int, record, shows: boo
                 try:
                     record(future.result())
                 except BrokenProcessPool:
-                    raise ValueError("a worker was killed (out of memory?); try fewer with --num_workers=1") from None
+                    raise ValueError(
+                        "a worker was killed (out of memory?); try fewer with --num_workers=1"
+                    ) from None
 
 
 def init_worker(counter, in_worker: bool = False):
@@ -156,7 +166,13 @@ def tokenize_file(job: dict, folder: str, num_threads: int, on_progress=lambda: 
                 batch, characters = [], 0
         write_batch(writer, encoder, batch, num_threads)
     cut = train_val_cut(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
-    return {"file": job["file"], "tokens": writer.tokens, "train": [0, cut], "val": [cut, writer.tokens], "job": job}
+    return {
+        "file": job["file"],
+        "tokens": writer.tokens,
+        "train": [0, cut],
+        "val": [cut, writer.tokens],
+        "job": job,
+    }
 
 
 def write_batch(writer: ShardWriter, encoder: Encoder, batch: list, num_threads: int):

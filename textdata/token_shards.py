@@ -65,7 +65,11 @@ def read_meta(folder: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        is_sound = meta["dtype"] in ("<u2", "<u4") and meta["vocab_size"] > 0 and bool(meta["tokenizer_hash"])
+        is_sound = (
+            meta["dtype"] in ("<u2", "<u4")
+            and meta["vocab_size"] > 0
+            and bool(meta["tokenizer_hash"])
+        )
         for shard in meta["shards"]:
             (train_start, train_stop), (val_start, val_stop) = shard["train"], shard["val"]
             is_sound &= 0 == train_start <= train_stop == val_start <= val_stop == shard["tokens"]
@@ -74,11 +78,17 @@ def read_meta(folder: str) -> dict:
         if not is_sound:
             raise ValueError("its numbers contradict each other")
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no tokens here; run python tinystories.py pretokenize first") from None
+        raise ValueError(
+            f"{folder}: no tokens here; run python tinystories.py pretokenize first"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; delete it and run python tinystories.py pretokenize again") from error
+        raise ValueError(
+            f"{path} is damaged; delete it and run python tinystories.py pretokenize again"
+        ) from error
     if not is_complete:
-        raise ValueError(f"{folder}: pretokenizing has not finished; run python tinystories.py pretokenize again")
+        raise ValueError(
+            f"{folder}: pretokenizing has not finished; run python tinystories.py pretokenize again"
+        )
     return meta
 
 
@@ -92,7 +102,11 @@ class TokenDataset:
 
     def __init__(self, folder: str, split: str, seq_len: int, include_partial: bool = False):
         meta = read_meta(folder)
-        self.seq_len, self.dtype, self.vocab_size = seq_len, np.dtype(meta["dtype"]), meta["vocab_size"]
+        self.seq_len, self.dtype, self.vocab_size = (
+            seq_len,
+            np.dtype(meta["dtype"]),
+            meta["vocab_size"],
+        )
         self.shards, counts = [], []
         for shard in meta["shards"]:
             path, (start, stop) = os.path.join(folder, shard["file"]), shard[split]
@@ -106,7 +120,11 @@ class TokenDataset:
             need = 2 if include_partial else seq_len + 1
             raise ValueError(
                 f"{folder}: the longest {split} shard has {longest} tokens, but one window takes {need}; "
-                + ("raise --val_fraction or add text" if include_partial else "lower --max_seq_len or add text")
+                + (
+                    "raise --val_fraction or add text"
+                    if include_partial
+                    else "lower --max_seq_len or add text"
+                )
             )
 
     @property
@@ -118,7 +136,11 @@ class TokenDataset:
     def check_size(self, path: str, tokens: int):
         size = os.path.getsize(path) if os.path.exists(path) else None
         if size != tokens * self.dtype.itemsize:
-            found = "is missing" if size is None else f"has {size} bytes, not {tokens * self.dtype.itemsize}"
+            found = (
+                "is missing"
+                if size is None
+                else f"has {size} bytes, not {tokens * self.dtype.itemsize}"
+            )
             raise ValueError(f"{path} {found}; run python tinystories.py pretokenize again")
 
     def __len__(self) -> int:
@@ -136,5 +158,7 @@ class TokenDataset:
         path, first, count = self.locate(index)
         tokens = np.fromfile(path, self.dtype, count, offset=first * self.dtype.itemsize)
         if len(tokens) != count or tokens.max() >= self.vocab_size:
-            raise ValueError(f"{path} changed or is damaged; run python tinystories.py pretokenize again")
+            raise ValueError(
+                f"{path} changed or is damaged; run python tinystories.py pretokenize again"
+            )
         return tokens.astype(np.int64)

@@ -27,7 +27,9 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece has them
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
+    1, 7
+)  # kinds of pieces, as SentencePiece has them
 LARGEST_FILE = 1 << 28  # bytes of a vocabulary
 MAX_TRAINING_LINE = 4096  # bytes; SentencePiece leaves out longer lines, so we cut them
 
@@ -81,7 +83,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self.processor.eos_id()
         self.stop_ids = frozenset({self.bos_id, self.eos_id})
         # SentencePiece puts a space before each text, so that a first word is spelled like any other.
-        self.has_dummy_prefix = self.processor.id_to_piece(self.processor.encode("a")[0]).startswith("▁")
+        self.has_dummy_prefix = self.processor.id_to_piece(
+            self.processor.encode("a")[0]
+        ).startswith("▁")
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
@@ -113,8 +117,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def hash(self) -> str:
-        further = b"" if self.has_dummy_prefix else b"no prefix"  # what tokenizer.bin takes for granted
-        return hashlib.sha256(self.pieces_as_bin() + further + (b"" if self.is_bpe else b"no BPE")).hexdigest()
+        further = (
+            b"" if self.has_dummy_prefix else b"no prefix"
+        )  # what tokenizer.bin takes for granted
+        return hashlib.sha256(
+            self.pieces_as_bin() + further + (b"" if self.is_bpe else b"no BPE")
+        ).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.processor.encode(text)
@@ -126,9 +134,13 @@ class SentencePieceTokenizer(Tokenizer):
         """The content of llama2.c's tokenizer.bin. Raises ValueError for a vocabulary that its readers
         would take for another."""
         if not self.is_bpe:
-            raise ValueError("tokenizer.bin is read as byte-pair encoding, and this vocabulary is of another kind")
+            raise ValueError(
+                "tokenizer.bin is read as byte-pair encoding, and this vocabulary is of another kind"
+            )
         if not self.has_dummy_prefix or (self.bos_id, self.eos_id) != (BOS_ID, EOS_ID):
-            raise ValueError("tokenizer.bin's readers begin a text with a space and with token 1, and end it with 2")
+            raise ValueError(
+                "tokenizer.bin's readers begin a text with a space and with token 1, and end it with 2"
+            )
         return self.pieces_as_bin()
 
     def pieces_as_bin(self) -> bytes:
@@ -136,8 +148,14 @@ class SentencePieceTokenizer(Tokenizer):
         of text as \\n<s>\\n and \\n</s>\\n."""
         sp = self.processor
         special = {self.bos_id: "\n<s>\n", self.eos_id: "\n</s>\n"}
-        pieces = [special.get(i, sp.id_to_piece(i)).replace("▁", " ").encode() for i in range(self.vocab_size)]
-        tokens = (struct.pack("<fI", sp.get_score(i), len(piece)) + piece for i, piece in enumerate(pieces))
+        pieces = [
+            special.get(i, sp.id_to_piece(i)).replace("▁", " ").encode()
+            for i in range(self.vocab_size)
+        ]
+        tokens = (
+            struct.pack("<fI", sp.get_score(i), len(piece)) + piece
+            for i, piece in enumerate(pieces)
+        )
         return struct.pack("<I", max(map(len, pieces))) + b"".join(tokens)
 
 
@@ -148,7 +166,12 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_NUM_SPECIAL = 256
 LLAMA3_NAMED_SPECIAL = {  # places after the last rank; all other special tokens are reserved
-    **{0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>"},
+    **{
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        4: "<|finetune_right_pad_id|>",
+        6: "<|start_header_id|>",
+    },
     **{7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>"},
 }
 LLAMA3_LONGEST_RUN = 25_000  # the encoder's time and stack grow with the square of an unbroken run
@@ -157,7 +180,10 @@ LLAMA3_LONGEST_RUN = 25_000  # the encoder's time and stack grow with the square
 def llama3_special_tokens() -> list[str]:
     numbers = itertools.count()
     named = LLAMA3_NAMED_SPECIAL
-    return [named.get(i) or f"<|reserved_special_token_{next(numbers)}|>" for i in range(LLAMA3_NUM_SPECIAL)]
+    return [
+        named.get(i) or f"<|reserved_special_token_{next(numbers)}|>"
+        for i in range(LLAMA3_NUM_SPECIAL)
+    ]
 
 
 class Llama3Tokenizer(Tokenizer):
@@ -192,7 +218,9 @@ class Llama3Tokenizer(Tokenizer):
     @functools.cached_property
     def content(self) -> bytes:
         """A line for each rank: the token in base 64, and its number."""
-        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks))
+        return b"".join(
+            base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks)
+        )
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
@@ -200,7 +228,9 @@ class Llama3Tokenizer(Tokenizer):
 
     @functools.cached_property
     def hash(self) -> str:
-        return hashlib.sha256(self.content + repr(self.special).encode() * self.has_custom_special_tokens).hexdigest()
+        return hashlib.sha256(
+            self.content + repr(self.special).encode() * self.has_custom_special_tokens
+        ).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of the text. The name of a special token in it is text like any other."""
@@ -223,7 +253,11 @@ class Llama3Tokenizer(Tokenizer):
 
     def header(self, role: str) -> list[int]:
         return [
-            *(self.special_id("<|start_header_id|>"), *self.encode(role), self.special_id("<|end_header_id|>")),
+            *(
+                self.special_id("<|start_header_id|>"),
+                *self.encode(role),
+                self.special_id("<|end_header_id|>"),
+            ),
             *self.encode("\n\n"),
         ]
 
@@ -234,7 +268,9 @@ class Llama3Tokenizer(Tokenizer):
         return len(self.ranks) + self.special.index(name)
 
     def to_bin(self) -> bytes:
-        raise ValueError("tokenizer.bin has no place for a Llama 3 vocabulary; use --format=hf or gguf")
+        raise ValueError(
+            "tokenizer.bin has no place for a Llama 3 vocabulary; use --format=hf or gguf"
+        )
 
 
 def split_long_runs(text: str) -> Iterator[str]:
@@ -251,7 +287,9 @@ def split_long_runs(text: str) -> Iterator[str]:
 def load_tokenizer(path: str) -> Tokenizer:
     """Read a tokenizer.model or tokenizer.bin, told apart by their content. Raises ValueError
     for a file that is neither, OSError for one that cannot be read."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a folder; or a device, which would never end
+    if os.path.exists(path) and not os.path.isfile(
+        path
+    ):  # a folder; or a device, which would never end
         raise ValueError(f"{path}: not a file; name a tokenizer.model or tokenizer.bin")
     if os.path.exists(path) and os.path.getsize(path) > LARGEST_FILE:
         raise ValueError(f"{path}: too large for a vocabulary")
@@ -261,7 +299,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         ranks = parse_ranks(content)
         tokenizer = tokenizer_from(content) if ranks is None else Llama3Tokenizer(ranks)
     except (DecodeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks") from error
+        raise ValueError(
+            f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks"
+        ) from error
     try:
         return require_bos_eos(tokenizer)
     except ValueError as error:
@@ -271,7 +311,9 @@ def load_tokenizer(path: str) -> Tokenizer:
 def require_bos_eos(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer. Raises ValueError where it has no tokens to begin and end a text."""
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
-        raise ValueError("this vocabulary has no begin and end of text, so it cannot mark documents")
+        raise ValueError(
+            "this vocabulary has no begin and end of text, so it cannot mark documents"
+        )
     return tokenizer
 
 
@@ -317,16 +359,24 @@ def parse_tokenizer_bin(content: bytes) -> list[tuple[float, bytes]] | None:
 
 def proto_from_bin(bin_pieces: list[tuple[float, bytes]]) -> bytes:
     """A SentencePiece byte-pair model that encodes as llama2.c does with a tokenizer.bin."""
-    pieces, names = [], {UNKNOWN_ID: ("<unk>", UNKNOWN), BOS_ID: ("<s>", CONTROL), EOS_ID: ("</s>", CONTROL)}
+    pieces, names = (
+        [],
+        {UNKNOWN_ID: ("<unk>", UNKNOWN), BOS_ID: ("<s>", CONTROL), EOS_ID: ("</s>", CONTROL)},
+    )
     for i, (score, content) in enumerate(bin_pieces):
         text = content.decode("utf-8").replace(" ", "▁")
-        piece, kind = names.get(i, (text, BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else NORMAL))
+        piece, kind = names.get(
+            i, (text, BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else NORMAL)
+        )
         pieces.append((piece, score, kind))
     return proto_from_pieces(pieces)
 
 
 def proto_from_pieces(
-    pieces: list[tuple[str, float, int]], bos: str = "<s>", eos: str = "</s>", has_dummy_prefix: bool = True
+    pieces: list[tuple[str, float, int]],
+    bos: str = "<s>",
+    eos: str = "</s>",
+    has_dummy_prefix: bool = True,
 ) -> bytes:
     """The tokenizer.model of a byte-pair vocabulary that takes text as it is, from each token's
     piece, score and kind, and the pieces that begin and end a text."""
@@ -367,7 +417,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"--vocab_size={vocab_size}: {explain_training_failure(str(error))}") from error
+        raise ValueError(
+            f"--vocab_size={vocab_size}: {explain_training_failure(str(error))}"
+        ) from error
     return model.getvalue()
 
 

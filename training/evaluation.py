@@ -25,7 +25,16 @@ class EvalResult(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, windows: TokenDataset, byte_counts, batch_size: int, num_batches: int, device, dtype, world=SINGLE_PROCESS):
+def evaluate(
+    model,
+    windows: TokenDataset,
+    byte_counts,
+    batch_size: int,
+    num_batches: int,
+    device,
+    dtype,
+    dist_ctx=SINGLE_PROCESS,
+):
     """The Quality of a model over num_batches batches spread over the split, 0 for all of it,
     shared among the processes. byte_counts (V,): bytes of text behind each token.
 
@@ -33,7 +42,9 @@ def evaluate(model, windows: TokenDataset, byte_counts, batch_size: int, num_bat
     was_training = model.training
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
-    for inputs, targets in evaluation_batches(windows, batch_size, num_batches, world.rank, world.size):
+    for inputs, targets in evaluation_batches(
+        windows, batch_size, num_batches, dist_ctx.rank, dist_ctx.size
+    ):
         with autocast(device, dtype):
             _, loss = model(inputs.to(device), targets.to(device))
         predicted = targets[targets != -1]
@@ -41,7 +52,9 @@ def evaluate(model, windows: TokenDataset, byte_counts, batch_size: int, num_bat
         tokens += len(predicted)
         # The space before a text, which is none of it, is in the token that follows BOS.
         before = inputs[targets != -1].numpy()
-        text_bytes += int(byte_counts[predicted.numpy()].clip(min=0).sum() + byte_counts[before].clip(max=0).sum())
+        text_bytes += int(
+            byte_counts[predicted.numpy()].clip(min=0).sum() + byte_counts[before].clip(max=0).sum()
+        )
     model.train(was_training)
-    nats, tokens, text_bytes = world.all_reduce_sum([nats, tokens, text_bytes])
+    nats, tokens, text_bytes = dist_ctx.all_reduce_sum([nats, tokens, text_bytes])
     return EvalResult(nats / tokens, nats / math.log(2) / max(1, text_bytes))

@@ -24,12 +24,16 @@ def show_step(run: Run, step: int):
             f"only the next step, {run.iter_num}, is known"
         )
     first = run.position + (step - run.iter_num) * config.sequences_per_step
-    print(f"step {step} reads sequences {first} to {first + config.sequences_per_step - 1} of the run's order;")
+    print(
+        f"step {step} reads sequences {first} to {first + config.sequences_per_step - 1} of the run's order;"
+    )
     print(f"losses and gradients are those of the weights of step {run.iter_num}")
     total = 0.0
     for position in range(first, first + config.sequences_per_step, config.batch_size):
         total += show_micro_batch(run, position) / config.gradient_accumulation_steps
-    norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
+    norms = {
+        name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None
+    }
     norm = math.hypot(*norms.values())
     print(f"loss {total:.6f}, norm of the gradient {norm:.6f}; largest:")
     unusual_first = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))

@@ -83,7 +83,11 @@ class MetricsLogger:
             ("train_loss", "training, fixed windows", dict(marker=".")),
             ("val_loss", "validation", dict(marker="o")),
         ):
-            points = [(record["iter"], record[key]) for record in self.records if record.get(key) is not None]
+            points = [
+                (record["iter"], record[key])
+                for record in self.records
+                if record.get(key) is not None
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
@@ -105,4 +109,8 @@ def read_records(path: str) -> list[dict]:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("iter"), int)]
+    return [
+        record
+        for record in records
+        if isinstance(record, dict) and isinstance(record.get("iter"), int)
+    ]

@@ -24,19 +24,23 @@ def skips(run: Run, norm) -> bool:
         run.late_norms = [*run.late_norms, norm.item()][-MOST_NORMS:]
     is_spike = norm.item() > run.config.skip_spikes * usual
     if is_spike:
-        run.say(f"step {run.iter_num}: skipped, its gradient has norm {norm.item():.4g}, the usual one is {usual:.4g}")
+        run.say(
+            f"step {run.iter_num}: skipped, its gradient has norm {norm.item():.4g}, the usual one is {usual:.4g}"
+        )
     return is_spike
 
 
 def tell_spikes(run: Run, **figures):
     """Say where a figure is far above what it was of late."""
-    for name, value in figures.items() if run.world.is_main else ():
+    for name, value in figures.items() if run.dist_ctx.is_main else ():
         if not math.isfinite(value):
             continue  # in float16 an overflow, which the scaler sees to
         late = [record[name] for record in run.metrics.records[-MOST_NORMS:] if record.get(name)]
         usual = statistics.median(late) if len(late) >= FEWEST_NORMS else math.inf
         if value > SPIKE * usual:
-            run.say(f"step {run.iter_num}: {name} {value:.4g} is {value / usual:.0f} times what is usual")
+            run.say(
+                f"step {run.iter_num}: {name} {value:.4g} is {value / usual:.0f} times what is usual"
+            )
 
 
 def remember_bad(run: Run, norm):
@@ -56,7 +60,11 @@ def check_finite(run: Run, step: int, loss: float, norm: float):
     run.keeper.join()  # which may just be writing one
     if not run.scaler.is_enabled() and 0 <= int(run.first_bad) < step:
         step = int(run.first_bad)  # it is noticed only where the loss is reported
-    kept = "nothing is saved yet" if run.saved_at is None else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
+    kept = (
+        "nothing is saved yet"
+        if run.saved_at is None
+        else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
+    )
     raise ValueError(
         f"step {step}, which reads from sequence {run.position + (step - run.iter_num) * run.config.sequences_per_step}"
         f" on: the loss is {loss} and the norm of the gradient {norm}; {kept}. Lower --learning_rate or raise "

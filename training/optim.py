@@ -9,12 +9,17 @@ import torch
 from runtime.distributed import shard_like
 
 
-def make_optimizer(model, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float):
+def make_optimizer(
+    model, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float
+):
     """adamw: fused AdamW (arXiv 1711.05101). muon: Muon for the matrices inside the blocks, and AdamW
     for the rest. Matrices decay towards zero; norms' gains do not, nothing is gained by making them
     small. Among AdamW's the order of the groups and of the parameters is llama2.c's."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    is_muon = [name == "muon" and "layers." in n and p.dim() == 2 for n, p in zip(names, parameters, strict=True)]
+    is_muon = [
+        name == "muon" and "layers." in n and p.dim() == 2
+        for n, p in zip(names, parameters, strict=True)
+    ]
     hidden = [p for p, muon in zip(parameters, is_muon, strict=True) if muon]
     others = [p for p, muon in zip(parameters, is_muon, strict=True) if not muon]
     groups = [
@@ -24,7 +29,9 @@ def make_optimizer(model, name: str, learning_rate: float, betas: tuple[float, f
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
     return CombinedOptimizer(muon, adamw)
 
 
@@ -52,7 +59,10 @@ class CombinedOptimizer:
         for part, first in zip(self.parts, self.param_offsets(), strict=True):
             own = part.state_dict()
             state |= {number + first: moments for number, moments in own["state"].items()}
-            groups += [group | {"params": [n + first for n in group["params"]]} for group in own["param_groups"]]
+            groups += [
+                group | {"params": [n + first for n in group["params"]]}
+                for group in own["param_groups"]
+            ]
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, saved: dict):
@@ -60,8 +70,14 @@ class CombinedOptimizer:
         for part, first in zip(self.parts, self.param_offsets(), strict=True):
             own = [next(groups) for _ in part.param_groups]
             numbers = [number for group in own for number in group["params"]]
-            state = {number - first: saved["state"][number] for number in numbers if number in saved["state"]}
-            own = [group | {"params": [number - first for number in group["params"]]} for group in own]
+            state = {
+                number - first: saved["state"][number]
+                for number in numbers
+                if number in saved["state"]
+            }
+            own = [
+                group | {"params": [number - first for number in group["params"]]} for group in own
+            ]
             part.load_state_dict({"state": state, "param_groups": own})
 
     def param_offsets(self) -> list[int]:
@@ -75,7 +91,10 @@ def load_optimizer(optimizer, state: dict, path: str):
     the checkpoint, where the state belongs to another model."""
     try:
         ours = optimizer.state_dict()["param_groups"]
-        groups = [{**mine, "params": saved["params"]} for mine, saved in zip(ours, state["param_groups"], strict=True)]
+        groups = [
+            {**mine, "params": saved["params"]}
+            for mine, saved in zip(ours, state["param_groups"], strict=True)
+        ]
         known = {number for group in groups for number in group["params"]}
         if state["state"] and state["state"].keys() != known:
             raise ValueError("it has no moments for some of the parameters")
@@ -85,7 +104,10 @@ def load_optimizer(optimizer, state: dict, path: str):
             for parameter, number in zip(mine["params"], saved["params"], strict=True):
                 check_moments(state["state"].get(number), moments, parameter)
                 if number in state["state"]:
-                    shared = {name: shard_like(state["state"][number][name], parameter) for name in moments}
+                    shared = {
+                        name: shard_like(state["state"][number][name], parameter)
+                        for name in moments
+                    }
                     own[number] = state["state"][number] | shared
         optimizer.load_state_dict({"state": own, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -97,11 +119,19 @@ def check_moments(saved: dict | None, names: tuple[str, ...], parameter):
     for name in names if saved is not None else ():
         if saved[name].shape != parameter.shape or not saved[name].is_floating_point():
             found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
-            raise ValueError(f"a moment is {found}, not {tuple(parameter.shape)} of floating-point numbers")
+            raise ValueError(
+                f"a moment is {found}, not {tuple(parameter.shape)} of floating-point numbers"
+            )
 
 
 def lr_at_step(
-    step: int, peak: float, floor: float, warmup_steps: int, total_steps: int, kind: str = "cosine", cooldown=0.2
+    step: int,
+    peak: float,
+    floor: float,
+    warmup_steps: int,
+    total_steps: int,
+    kind: str = "cosine",
+    cooldown=0.2,
 ) -> float:
     """The rate of update number step, counted from 0: rising in a line over warmup_steps, of which
     the first already moves, and reaching floor at total_steps. cosine: down half a cosine (arXiv
@@ -111,7 +141,9 @@ def lr_at_step(
         return peak * (step + 1) / warmup_steps
     if kind == "constant":
         return peak
-    decay_from = warmup_steps if kind == "cosine" else max(warmup_steps, round(total_steps * (1 - cooldown)))
+    decay_from = (
+        warmup_steps if kind == "cosine" else max(warmup_steps, round(total_steps * (1 - cooldown)))
+    )
     progress = min(1.0, max(0.0, (step - decay_from) / max(1, total_steps - decay_from)))
     share = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - math.sqrt(progress)
     return floor + (peak - floor) * share

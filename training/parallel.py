@@ -22,7 +22,9 @@ def shard(model: Transformer, device: str, processes: int, dtype: str):
     mesh = init_device_mesh(device.partition(":")[0], (processes,))
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":  # what flows between the blocks stays float32, as with autocast alone
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # what is in no block, a tied classifier among it

@@ -22,7 +22,7 @@ ARCHITECTURE = (
 LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
 
 
-def resume(config, given: dict) -> tuple[object, tuple[str, dict] | None]:
+def resume(config, overrides: dict) -> tuple[object, tuple[str, dict] | None]:
     """The options, and the path and content of the checkpoint to go on from: the newest in OUT_DIR that
     is whole. None if there is none at all, and init_from is auto."""
     is_main = os.environ.get("RANK", "0") == "0"
@@ -33,23 +33,31 @@ def resume(config, given: dict) -> tuple[object, tuple[str, dict] | None]:
         path = os.path.join(config.out_dir, "ckpt.pt")
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
     path, checkpoint = found
-    return resumed_config(dataclasses.replace(config, init_from="resume"), given, checkpoint, path), found
+    return resumed_config(
+        dataclasses.replace(config, init_from="resume"), overrides, checkpoint, path
+    ), found
 
 
-def fine_tune(config, given: dict) -> tuple[object, LazyModel]:
+def fine_tune(config, overrides: dict) -> tuple[object, LazyModel]:
     """The options for a new run with the weights of a model in any format, and that model. Its
     architecture is the file's; only another context may be asked for."""
-    if os.path.realpath(config.init_from).startswith(os.path.join(os.path.realpath(config.out_dir), "")):
-        raise ValueError(f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}; name another --out_dir")
-    max_seq_len = config.max_seq_len if "max_seq_len" in given else None
+    if os.path.realpath(config.init_from).startswith(
+        os.path.join(os.path.realpath(config.out_dir), "")
+    ):
+        raise ValueError(
+            f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}; name another --out_dir"
+        )
+    max_seq_len = config.max_seq_len if "max_seq_len" in overrides else None
     pretrained = open_model(config.init_from, config.tokenizer, max_seq_len)
     if pretrained.args.max_seq_len > LONGEST_UNASKED and max_seq_len is None:
         raise ValueError(
             f"{config.init_from} has a context of {pretrained.args.max_seq_len} tokens; say how long the sequences "
             "to train on are to be with --max_seq_len"
         )
-    check_architecture(config, given, pretrained.args, config.init_from)
-    options = {name: getattr(pretrained.args, name) for name in ARCHITECTURE if name not in given}
+    check_architecture(config, overrides, pretrained.args, config.init_from)
+    options = {
+        name: getattr(pretrained.args, name) for name in ARCHITECTURE if name not in overrides
+    }
     return dataclasses.replace(config, **options), pretrained
 
 
@@ -59,36 +67,51 @@ def keeps_architecture(args: ModelArgs, name: str, value) -> bool:
         asked = dataclasses.replace(args, **{name: value})
     except ValueError:
         return False
-    effective = {"n_kv_heads": "kv_heads", "hidden_dim": "ffn_dim", "ffn_dim_multiplier": "ffn_dim"}.get(name, name)
+    effective = {
+        "n_kv_heads": "kv_heads",
+        "hidden_dim": "ffn_dim",
+        "ffn_dim_multiplier": "ffn_dim",
+    }.get(name, name)
     return getattr(asked, effective) == getattr(args, effective) and asked.ffn_dim == args.ffn_dim
 
 
-def check_architecture(config, given: dict, args: ModelArgs, path: str):
+def check_architecture(config, overrides: dict, args: ModelArgs, path: str):
     """Raise ValueError where an option that was given asks for another model than the file's."""
     problems = []
-    for name in filter(given.__contains__, ARCHITECTURE):
+    for name in filter(overrides.__contains__, ARCHITECTURE):
         if not keeps_architecture(args, name, getattr(config, name)):
-            problems.append(f"--{name}={getattr(config, name)}: {path} has {name}={getattr(args, name)}")
+            problems.append(
+                f"--{name}={getattr(config, name)}: {path} has {name}={getattr(args, name)}"
+            )
     if problems:
-        raise ValueError("; ".join(problems) + "; leave the option out, or train a new model in another --out_dir")
+        raise ValueError(
+            "; ".join(problems)
+            + "; leave the option out, or train a new model in another --out_dir"
+        )
 
 
-def resumed_config(config, given: dict, checkpoint: dict, path: str):
+def resumed_config(config, overrides: dict, checkpoint: dict, path: str):
     """The checkpoint's options, except those given now. Raises ValueError where one that was
     given would make it another model."""
     saved_args = checkpoint["model_args"]
-    check_architecture(config, given, saved_args, path)
-    of_this_call = {"out_dir", "init_from", "eval_only", "debug_step", *given}
+    check_architecture(config, overrides, saved_args, path)
+    of_this_call = {"out_dir", "init_from", "eval_only", "debug_step", *overrides}
     if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
         of_this_call |= {"device", "compile"}
-    types = {field.name: field.type for field in dataclasses.fields(config) if field.name not in of_this_call}
+    types = {
+        field.name: field.type
+        for field in dataclasses.fields(config)
+        if field.name not in of_this_call
+    }
     saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in types}
     for name, value in saved.items():
         try:
             saved[name] = parse(types[name], value, from_file=True)
         except ValueError as error:
-            raise ValueError(f"{path}: its option {name} is {value!r}, not {error}; give --{name}") from None
-    saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in given}
+            raise ValueError(
+                f"{path}: its option {name} is {value!r}, not {error}; give --{name}"
+            ) from None
+    saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in overrides}
     resumed = dataclasses.replace(config, **saved)
     trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")
     if resumed.optimizer != trained_with:
@@ -96,7 +119,7 @@ def resumed_config(config, given: dict, checkpoint: dict, path: str):
             f"--optimizer={resumed.optimizer}: the moments in {path} are {trained_with}'s; leave the option out, or "
             f"begin a new run with these weights: --init_from={path} and another --out_dir"
         )
-    if problems := list(resumed.problems()):
+    if problems := list(resumed.validate()):
         raise ValueError("; ".join(problems))
     return resumed
 
@@ -125,7 +148,9 @@ def restore(run: Run, checkpoint: dict, path: str):
         raise ValueError(f"{path}: its late_norms are no numbers") from None
     saved = checkpoint.get("config", {})
     measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
-    if all(saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure):
+    if all(
+        saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure
+    ):
         try:
             run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
         except (TypeError, ValueError, RuntimeError):

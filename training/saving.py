@@ -41,7 +41,9 @@ def state_of(run: Run) -> dict:
     """All that the run needs to go on: llama2.c's keys, then ours."""
     weights = run.model.state_dict()
     if run.model.args.tie_embeddings:
-        weights["output.weight"] = weights["tok_embeddings.weight"]  # the same object, so that it is copied once
+        weights["output.weight"] = weights[
+            "tok_embeddings.weight"
+        ]  # the same object, so that it is copied once
     return {
         "model": weights,
         "optimizer": run.optimizer.state_dict(),
@@ -53,7 +55,11 @@ def state_of(run: Run) -> dict:
         "position": run.position,
         "late_norms": run.late_norms,
         "tokenizer_hash": run.tokenizer.hash,
-        "versions": {"format": FORMAT, "torch": str(torch.__version__), "python": sys.version.split()[0]},
+        "versions": {
+            "format": FORMAT,
+            "torch": str(torch.__version__),
+            "python": sys.version.split()[0],
+        },
     }
 
 
@@ -62,7 +68,7 @@ def save(run: Run, best: bool = False):
     they are asked for, and as the best. The main process writes all of it, or each its share."""
     if is_sharded(run.model):
         save_shares(run, best)
-    elif run.world.is_main:
+    elif run.dist_ctx.is_main:
         save_files(run, best)
 
 
@@ -101,8 +107,10 @@ def save_shares(run: Run, best: bool):
 
     run.keeper.wait()
     run.keeper.pending.clear()
-    is_gone = run.world.any_rank(run.world.is_main and not os.path.exists(run.path("tokenizer.model")))
-    if is_gone and run.world.is_main:
+    is_gone = run.dist_ctx.any_rank(
+        run.dist_ctx.is_main and not os.path.exists(run.path("tokenizer.model"))
+    )
+    if is_gone and run.dist_ctx.is_main:
         run.metrics.mark_missing()
     run.owes_best |= best or is_gone  # until one is written; a later one then stands in for it
     shares, rest = split_sharded(state_of(run))
@@ -147,7 +155,9 @@ def write_best_of_shares(run: Run, folder: str):
 def put_aside(run: Run, name: str, step: int):
     """Make way for a checkpoint of this step."""
     if run.saved_at is not None:
-        put_older_aside(run.config.out_dir, run.saved_at, name, step, keeps=run.config.keep_checkpoints > 0)
+        put_older_aside(
+            run.config.out_dir, run.saved_at, name, step, keeps=run.config.keep_checkpoints > 0
+        )
 
 
 def finish_saving(run: Run):
@@ -159,11 +169,15 @@ def finish_saving(run: Run):
             finish()
         except ValueError as error:
             problems.append(str(error))
-    if not run.world.any_rank(bool(problems)):
+    if not run.dist_ctx.any_rank(bool(problems)):
         return
-    if not run.world.is_main:
+    if not run.dist_ctx.is_main:
         raise SystemExit(1)
-    newest = "no checkpoint" if run.saved_at is None else f"the newest checkpoint is of step {run.saved_at}"
+    newest = (
+        "no checkpoint"
+        if run.saved_at is None
+        else f"the newest checkpoint is of step {run.saved_at}"
+    )
     raise ValueError("; ".join([*problems, newest]))
 
 
@@ -172,16 +186,25 @@ def tokenizer_writes(run: Run) -> dict:
     contents = {"tokenizer.model": run.tokenizer.content}
     with contextlib.suppress(ValueError):  # a vocabulary that tokenizer.bin cannot say
         contents["tokenizer.bin"] = run.tokenizer.to_bin()
-    return {run.path(name): partial(write_atomically, run.path(name), content) for name, content in contents.items()}
+    return {
+        run.path(name): partial(write_atomically, run.path(name), content)
+        for name, content in contents.items()
+    }
 
 
 def set_aside(out_dir: str):
     """Keep what an earlier run left here: a new one may not write over it."""
     found = glob.glob(os.path.join(glob.escape(out_dir), "*"))
-    found = [path for path in found if re.fullmatch(rf"{OURS}|ckpt\.damaged(\.dcp)?", os.path.basename(path))]
+    found = [
+        path
+        for path in found
+        if re.fullmatch(rf"{OURS}|ckpt\.damaged(\.dcp)?", os.path.basename(path))
+    ]
     if not any(path.endswith((".pt", ".dcp")) for path in found):
         return
-    number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f"previous{n}")))
+    number = next(
+        n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f"previous{n}"))
+    )
     folder = os.path.join(out_dir, f"previous{number}")
     os.makedirs(folder)
     for path in found:
@@ -208,7 +231,9 @@ def open_out_dir(run: Run, resumed_from: str):
     for name in os.listdir(config.out_dir):  # of a run that was killed; others may be at work
         if left := re.fullmatch(rf"(?P<final>{OURS})\.\d+\.partial(?P<old>\.old)?", name):
             if left["old"] and not os.path.exists(run.path(left["final"])):
-                os.rename(run.path(name), run.path(left["final"]))  # it was to give way, and nothing came
+                os.rename(
+                    run.path(name), run.path(left["final"])
+                )  # it was to give way, and nothing came
             else:
                 remove(run.path(name))
     for path in map(run.path, NEWEST):
@@ -219,10 +244,16 @@ def open_out_dir(run: Run, resumed_from: str):
         write()
     if is_sharded(run.model):
         best = run.path("best.dcp")
-        print(f"each process saves its share; join the shares with: python export.py model.bin --from={best}")
+        print(
+            f"each process saves its share; join the shares with: python export.py model.bin --from={best}"
+        )
     elif refusal := llama2c.unsupported_reason(run.model.args):
         print(f"no model.bin will be written: {refusal}")
     if config.wandb_log:
         import wandb
 
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=dataclasses.asdict(config))
+        wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or None,
+            config=dataclasses.asdict(config),
+        )

@@ -22,17 +22,23 @@ from training.resume import restore
 from training.state import Run
 
 
-def set_up(config, found: tuple[str, dict] | None, pretrained: LazyModel | None, world: DistContext, device: str) -> Run:
+def set_up(
+    config,
+    found: tuple[str, dict] | None,
+    pretrained: LazyModel | None,
+    dist_ctx: DistContext,
+    device: str,
+) -> Run:
     """Everything a run needs: new, from the checkpoint found, or with the weights of another model."""
     path, checkpoint = found or ("", None)
-    if config.gradient_accumulation_steps % world.size:
+    if config.gradient_accumulation_steps % dist_ctx.size:
         raise ValueError(
             f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
-            f"{world.size} processes; give a multiple of {world.size}"
+            f"{dist_ctx.size} processes; give a multiple of {dist_ctx.size}"
         )
-    check_agreement(config, checkpoint, world)
+    check_agreement(config, checkpoint, dist_ctx)
     data = open_data(config)
-    if checkpoint and "shares" in checkpoint and not in_shares(config, world):
+    if checkpoint and "shares" in checkpoint and not in_shares(config, dist_ctx):
         from checkpoints.sharded import gather_full_state
 
         checkpoint = gather_full_state(checkpoint)
@@ -40,12 +46,14 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: LazyModel | None,
         check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
     elif pretrained:
         expected = hash_of_tokenizer(pretrained)
-        if expected is None and world.is_main:
-            print(f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?")
+        if expected is None and dist_ctx.is_main:
+            print(
+                f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?"
+            )
         check_tokenizer(data[0], expected, pretrained.path, config)
     torch.manual_seed(config.seed)
     args, weights = first_weights(config, checkpoint, pretrained)
-    run = equip(config, world, device, data, args)
+    run = equip(config, dist_ctx, device, data, args)
     load_weights(run.model, weights)
     if run.train_windows.unused > 0.1:
         run.say(
@@ -58,42 +66,60 @@ def set_up(config, found: tuple[str, dict] | None, pretrained: LazyModel | None,
     return run
 
 
-def check_agreement(config, checkpoint: dict | None, world: DistContext):
+def check_agreement(config, checkpoint: dict | None, dist_ctx: DistContext):
     """Raise ValueError, in all processes, unless they begin with the same checkpoint and the same options."""
-    step, is_sharded_checkpoint = (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
-    if not world.all_equal(2 * step + is_sharded_checkpoint):
+    step, is_sharded_checkpoint = (
+        (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
+    )
+    if not dist_ctx.all_equal(2 * step + is_sharded_checkpoint):
         raise ValueError(
             f"this process would begin at step {step}, others elsewhere: --out_dir={config.out_dir} must be one folder "
             "that all machines see and can read"
         )
     options = dataclasses.asdict(config) | dict(out_dir="", data_dir="", tokenizer="", device="")
-    if not world.all_equal(zlib.crc32(repr(options).encode())):
-        raise ValueError("the processes were given different options: start train.py with the same ones everywhere")
+    if not dist_ctx.all_equal(zlib.crc32(repr(options).encode())):
+        raise ValueError(
+            "the processes were given different options: start train.py with the same ones everywhere"
+        )
 
 
-def in_shares(config, world: DistContext) -> bool:
+def in_shares(config, dist_ctx: DistContext) -> bool:
     """Whether each process has a share of the model, and not all of it."""
-    return config.parallel == "fsdp" and world.size > 1
+    return config.parallel == "fsdp" and dist_ctx.size > 1
 
 
-def equip(config, world: DistContext, device: str, data: tuple, args: ModelArgs) -> Run:
+def equip(config, dist_ctx: DistContext, device: str, data: tuple, args: ModelArgs) -> Run:
     """A run of a model on the device, its weights still to be set, with what it takes to train it."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
     dtype, model = pick_dtype(config.dtype, device), Transformer.on_meta(args)
     model.activation_checkpointing = config.activation_checkpointing
-    if shares := in_shares(config, world):
-        shard(model, device, world.size, dtype)
+    if shares := in_shares(config, dist_ctx):
+        shard(model, device, dist_ctx.size, dtype)
     model.materialize(device)
     betas = (config.beta1, config.beta2)
-    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, betas, config.weight_decay)
+    optimizer = make_optimizer(
+        model, config.optimizer, config.learning_rate, betas, config.weight_decay
+    )
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    run = Run(config, world, device, dtype, *data, model, optimizer, scaler, keeper=Keeper(alone=not shares))
+    run = Run(
+        config,
+        dist_ctx,
+        device,
+        dtype,
+        *data,
+        model,
+        optimizer,
+        scaler,
+        keeper=Keeper(alone=not shares),
+    )
     run.first_bad = torch.tensor(-1, device=device)
-    run.saving_mesh = world.new_cpu_mesh(config.timeout) if shares else None
+    run.saving_mesh = dist_ctx.new_cpu_mesh(config.timeout) if shares else None
     return run
 
 
-def first_weights(config, checkpoint: dict | None, pretrained: LazyModel | None) -> tuple[ModelArgs, Iterable]:
+def first_weights(
+    config, checkpoint: dict | None, pretrained: LazyModel | None
+) -> tuple[ModelArgs, Iterable]:
     """The model to begin with: the checkpoint's, the pretrained one, or a new one; and its weights, one at a
     time. Those of a checkpoint in shares come later: each process reads its own."""
     if not checkpoint and not pretrained:
@@ -103,7 +129,9 @@ def first_weights(config, checkpoint: dict | None, pretrained: LazyModel | None)
     if pretrained:
         weights = ((name, pretrained.read(name)) for name in names)
     else:
-        weights = () if "shares" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+        weights = (
+            () if "shares" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+        )
     return dataclasses.replace(args, dropout=config.dropout), weights
 
 
@@ -139,6 +167,12 @@ def open_data(config) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
             f"(hash {meta['tokenizer_hash'][:12]}, {meta['vocab_size']} tokens); pretokenize again or name that one"
         )
     if config.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}")
+        raise ValueError(
+            f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}"
+        )
     train_windows = TokenDataset(folder, "train", config.max_seq_len)
-    return tokenizer, train_windows, TokenDataset(folder, "val", config.max_seq_len, include_partial=True)
+    return (
+        tokenizer,
+        train_windows,
+        TokenDataset(folder, "val", config.max_seq_len, include_partial=True),
+    )

@@ -14,7 +14,14 @@ import bench
 from benchmarks import decoding as bench_sample
 from benchmarks.baselines import PlainLlama
 from benchmarks.data import TO_LEARN_FROM, DataBench, distinct_stories, take
-from benchmarks.decoding import TOKENS, made_up_tokenizer, random_model, report, seconds_to_first_token, write_files
+from benchmarks.decoding import (
+    TOKENS,
+    made_up_tokenizer,
+    random_model,
+    report,
+    seconds_to_first_token,
+    write_files,
+)
 from benchmarks.timing import Measured, Variant, measure
 from formats.registry import load_model
 from model import ModelArgs, Transformer
@@ -61,7 +68,9 @@ def test_the_plain_model_is_the_same_model(shape):
     torch.testing.assert_close(ours, theirs)
     ours.backward()
     theirs.backward()
-    torch.testing.assert_close(model.layers[0].feed_forward.w2.weight.grad, plain.blocks[0].down.weight.grad)
+    torch.testing.assert_close(
+        model.layers[0].feed_forward.w2.weight.grad, plain.blocks[0].down.weight.grad
+    )
     torch.testing.assert_close(model.tok_embeddings.weight.grad, plain.embedding.weight.grad)
 
 
@@ -77,10 +86,19 @@ def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench.train_variants
     chosen = ("plain", "ours")  # each takes seconds to start
     assert {*chosen, "plain, compiled"} <= {variant.name for variant in variants([], "cpu")}
-    monkeypatch.setattr(bench, "train_variants", lambda *args: [v for v in variants(*args) if v.name in chosen])
+    monkeypatch.setattr(
+        bench, "train_variants", lambda *args: [v for v in variants(*args) if v.name in chosen]
+    )
     monkeypatch.setattr(bench, "pick_dtype", lambda name, device: "float32")
     monkeypatch.setitem(bench.PRESETS, "260K", [*bench.PRESETS["260K"], "--compile=False"])
-    options = ("--preset=260K", "--rounds=2", "--seconds=0.01", "--batch_size=1", "--device=cpu", f"--json={path}")
+    options = (
+        "--preset=260K",
+        "--rounds=2",
+        "--seconds=0.01",
+        "--batch_size=1",
+        "--device=cpu",
+        f"--json={path}",
+    )
     status, told, error = run_here(bench, "train", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
@@ -88,15 +106,22 @@ def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
     for name, record in records.items():
         assert record["preset"] == "260K" and record["tokens_per_second"] > 0
         assert record["peak_memory_bytes"] > 50 * 2**20
-        assert f"| {name} | {record['tokens_per_second']:,.0f} | {record['ratio_to_plain']:.2f} |" in told
+        assert (
+            f"| {name} | {record['tokens_per_second']:,.0f} | {record['ratio_to_plain']:.2f} |"
+            in told
+        )
     assert records["plain"]["ratio_to_plain"] == 1.0
     assert 0 < records["ours"]["share_of_ceiling"] < 1
 
 
 def test_the_data_bench_reports_what_it_measured(run_here, monkeypatch, tmp_path):
     path = tmp_path / "data.json"
-    monkeypatch.setitem(bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"])
-    monkeypatch.setattr(bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01))
+    monkeypatch.setitem(
+        bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"]
+    )
+    monkeypatch.setattr(
+        bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01)
+    )
     options = ("--megabytes=1", "--rounds=1", "--vocab_size=512", f"--json={path}")
     status, _, error = run_here(bench, "data", *options)
     assert status == 0, error
@@ -125,7 +150,11 @@ def test_the_data_bench_reports_what_it_measured(run_here, monkeypatch, tmp_path
 )
 def test_a_mistake_is_one_sentence(run_script, arguments, sentence):
     result = run_script("bench.py", *arguments)
-    assert result.returncode in (1, 2) and sentence in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode in (1, 2)
+        and sentence in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def sleeper(device: str, milliseconds: float):
@@ -200,7 +229,9 @@ def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_our_stories_do_not_end_early(kind):
-    step = bench_sample.ours(TINY, "cpu", torch.get_num_threads(), batch_size=3, kind=kind, compile=False)
+    step = bench_sample.ours(
+        TINY, "cpu", torch.get_num_threads(), batch_size=3, kind=kind, compile=False
+    )
     assert [step(), step()] == [3 * TOKENS] * 2
 
 
@@ -218,13 +249,22 @@ def test_all_tell_with_the_same_random_model(tmp_path):
     torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
     assert tokenizer.vocab_size == TINY.vocab_size
     if (tmp_path / "float32.gguf").exists():  # where llama.cpp is installed
-        torch.testing.assert_close(load_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict())
+        torch.testing.assert_close(
+            load_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict()
+        )
 
 
 def test_the_made_up_vocabulary_spells_any_text():
     tokenizer = made_up_tokenizer(bench_sample.VOCAB_SIZE)
-    assert tokenizer.vocab_size == len({piece for piece, _, _ in tokenizer.pieces}) == bench_sample.VOCAB_SIZE
-    assert tokenizer.decode(tokenizer.encode("Once upon a time, a café 🦙")) == "Once upon a time, a café 🦙"
+    assert (
+        tokenizer.vocab_size
+        == len({piece for piece, _, _ in tokenizer.pieces})
+        == bench_sample.VOCAB_SIZE
+    )
+    assert (
+        tokenizer.decode(tokenizer.encode("Once upon a time, a café 🦙"))
+        == "Once upon a time, a café 🦙"
+    )
     assert len(tokenizer.encode("upon a time")) < len("upon a time")
 
 
@@ -233,7 +273,10 @@ def test_who_is_compared(monkeypatch):
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "bfloat16")
 
     def names(batch, threads, device="cpu"):
-        return {variant.name for variant in bench_sample.variants(TINY, device, batch, threads, "folder")}
+        return {
+            variant.name
+            for variant in bench_sample.variants(TINY, device, batch, threads, "folder")
+        }
 
     ours, alone = {"float32", "bfloat16", "int8"}, {"float32, not compiled", "int8, not compiled"}
     assert names(64, 1) == names(4, 2) == ours
@@ -262,15 +305,27 @@ def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
 def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench_sample.variants
     chosen = ("plain", "float32, not compiled")  # each takes seconds to start
-    monkeypatch.setattr(bench_sample, "variants", lambda *args: [v for v in variants(*args) if v.name in chosen])
+    monkeypatch.setattr(
+        bench_sample, "variants", lambda *args: [v for v in variants(*args) if v.name in chosen]
+    )
     monkeypatch.setattr(bench_sample, "RUNS", 1)
     monkeypatch.setattr(bench_sample, "VOCAB_SIZE", 300)
     monkeypatch.setitem(bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4"])
     monkeypatch.setattr(bench, "find_spec", lambda package: None)
-    options = ("--preset=15M", "--batch=1", "--threads=2", "--rounds=2", "--seconds=0.01", "--device=cpu")
+    options = (
+        "--preset=15M",
+        "--batch=1",
+        "--threads=2",
+        "--rounds=2",
+        "--seconds=0.01",
+        "--device=cpu",
+    )
     status, told, error = run_here(bench, "sample", *options, f"--json={path}")
     assert status == 0, error
-    assert told.startswith("cpu: ") and "note: llama.cpp is left out, as xllamacpp is not installed" in told
+    assert (
+        told.startswith("cpu: ")
+        and "note: llama.cpp is left out, as xllamacpp is not installed" in told
+    )
     *records, first = json.loads(path.read_text())
     assert [record["variant"] for record in records] == [*chosen]
     for record in [*records, first]:
@@ -284,16 +339,30 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
 def test_saving_is_measured_with_what_is_saved(run_here, monkeypatch, tmp_path):
     path, steps, saved = tmp_path / "bench.json", [], []
     training_step, save_checkpoint = bench.train.training_step, saving.save_checkpoint
-    monkeypatch.setattr(bench.train, "training_step", lambda *run: steps.append(training_step(*run)))
-    monkeypatch.setattr(saving, "save_checkpoint", lambda *what: saved.append(save_checkpoint(*what)))
-    monkeypatch.setitem(bench.PRESETS, "260K", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"])
-    options = ("--preset=260K", "--checkpoint_interval=4", "--rounds=3", "--device=cpu", f"--json={path}")
+    monkeypatch.setattr(
+        bench.train, "training_step", lambda *run: steps.append(training_step(*run))
+    )
+    monkeypatch.setattr(
+        saving, "save_checkpoint", lambda *what: saved.append(save_checkpoint(*what))
+    )
+    monkeypatch.setitem(
+        bench.PRESETS, "260K", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"]
+    )
+    options = (
+        "--preset=260K",
+        "--checkpoint_interval=4",
+        "--rounds=3",
+        "--device=cpu",
+        f"--json={path}",
+    )
     status, told, error = run_here(bench, "save", *options)
     assert status == 0, error
     assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
     (record,) = json.loads(path.read_text())
     assert record["ratio_min"] <= record["ratio"] <= record["ratio_max"]
-    assert f"| one in 4 steps | {record['tokens_per_second']:,.0f} | {record['ratio']:.3f} |" in told
+    assert (
+        f"| one in 4 steps | {record['tokens_per_second']:,.0f} | {record['ratio']:.3f} |" in told
+    )
 
 
 def event(token: int | None) -> str:

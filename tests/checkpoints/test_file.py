@@ -13,8 +13,19 @@ from model import ModelArgs, Transformer
 from runtime import atomic_files as atomic
 from tests.conftest import load_model
 
-TINY = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6)
-LLAMA2C_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout"}
+TINY = dict(
+    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6
+)
+LLAMA2C_KEYS = {
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "multiple_of",
+    "max_seq_len",
+    "dropout",
+}
 
 
 def random_model(**overrides) -> Transformer:
@@ -53,14 +64,28 @@ def llama2c_checkpoint(prefix: str) -> dict:
         shapes |= {f"{block}.attention.{name}": (16, 16) for name in ("wq", "wo")}
         shapes |= {f"{block}.attention.{name}": (8, 16) for name in ("wk", "wv")}
         shapes |= {f"{block}.feed_forward.{name}": (48, 16) for name in ("w1", "w3")}
-        shapes |= {f"{block}.feed_forward.w2": (16, 48), f"{block}.attention_norm": (16,), f"{block}.ffn_norm": (16,)}
-    model = {f"{prefix}{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        shapes |= {
+            f"{block}.feed_forward.w2": (16, 48),
+            f"{block}.attention_norm": (16,),
+            f"{block}.ffn_norm": (16,),
+        }
+    model = {
+        f"{prefix}{name}.weight": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
     model[f"{prefix}output.weight"] = model[f"{prefix}tok_embeddings.weight"]
     return {
         "model": model,
         "optimizer": {"state": {}, "param_groups": []},
         "model_args": dict(
-            dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6, dropout=0.0
+            dim=16,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            vocab_size=19,
+            multiple_of=8,
+            max_seq_len=6,
+            dropout=0.0,
         ),
         "iter_num": 1000,
         "best_val_loss": torch.tensor(1.25),
@@ -68,7 +93,9 @@ def llama2c_checkpoint(prefix: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
     """nanoGPT #325: what was compiled or trained by several processes did not load."""
     theirs = llama2c_checkpoint(prefix)
@@ -89,7 +116,11 @@ def test_what_is_saved_loads_bit_for_bit(tied, path):
     save_checkpoint(path, checkpoint_of(model))
     again, checkpoint = load_model(path)
     state = model.state_dict()
-    assert again.args.ffn_dim == 33 and again.args.rope_theta == 500000.0 and again.args.norm_eps == 1e-6
+    assert (
+        again.args.ffn_dim == 33
+        and again.args.rope_theta == 500000.0
+        and again.args.norm_eps == 1e-6
+    )
     assert list(state) == list(again.state_dict()) and checkpoint["iter_num"] == 7
     assert all(torch.equal(state[name], weight) for name, weight in again.state_dict().items())
     assert (again.output.weight is again.tok_embeddings.weight) == tied
@@ -101,7 +132,9 @@ def test_what_is_saved_is_plain_for_any_reader(good, path):
     assert plain["model_args"] == TINY | dict(dropout=0.0)
 
 
-@pytest.mark.parametrize("shape", [{}, TINY, TINY | dict(n_kv_heads=None), TINY | dict(dropout=0.1)])
+@pytest.mark.parametrize(
+    "shape", [{}, TINY, TINY | dict(n_kv_heads=None), TINY | dict(dropout=0.1)]
+)
 def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
     assert set(LLAMA2C_MODEL_ARGS) == LLAMA2C_KEYS
     args = ModelArgs(**shape)
@@ -142,9 +175,15 @@ def changed(state: dict, **changes) -> dict:
         (dict(layers__1__attention__wk__weight=None), r"no layers\.1\.attention\.wk\.weight"),
         (dict(layers__1__ffn_norm__weight=None), r"no layers\.1\.ffn_norm\.weight"),
         (dict(lm_head__weight=torch.zeros(19, 16)), r"unexpected lm_head\.weight"),
-        (dict(layers__2__ffn_norm__weight=torch.ones(16)), r"unexpected layers\.2\.ffn_norm\.weight"),
+        (
+            dict(layers__2__ffn_norm__weight=torch.ones(16)),
+            r"unexpected layers\.2\.ffn_norm\.weight",
+        ),
         (dict(norm__weight=torch.ones(17)), r"norm\.weight is \(17,\), not \(16,\)"),
-        (dict(layers__0__attention__wk__weight=torch.ones(16, 8)), r"wk\.weight is \(16, 8\), not \(8, 16\)"),
+        (
+            dict(layers__0__attention__wk__weight=torch.ones(16, 8)),
+            r"wk\.weight is \(16, 8\), not \(8, 16\)",
+        ),
         (dict(output__weight=torch.zeros(19, 16)), "classifier differs from its embedding"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -159,7 +198,15 @@ def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
 @pytest.mark.parametrize(
     "saved",
     [
-        dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, bias=False, vocab_size=50304, dropout=0.0),  # nanoGPT
+        dict(
+            n_layer=12,
+            n_head=12,
+            n_embd=768,
+            block_size=1024,
+            bias=False,
+            vocab_size=50304,
+            dropout=0.0,
+        ),  # nanoGPT
         TINY | dict(n_experts=8),
         TINY | dict(n_kv_heads=3),
         TINY | dict(dim="16"),
@@ -176,7 +223,9 @@ def test_args_that_no_llama_has_are_refused(saved, path):
         load_model(path)
 
 
-@pytest.mark.parametrize("lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str)
+@pytest.mark.parametrize(
+    "lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
+)
 def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, path):
     save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | lie))
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
@@ -212,7 +261,10 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(errno.EIO, os.strerror(errno.EIO))],
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+    ],
     ids=["memory", "input"],
 )
 def test_what_says_nothing_of_the_file_is_not_called_damage(error, good, path, monkeypatch):
@@ -263,7 +315,9 @@ def test_a_truncated_checkpoint_is_refused(twentieth, good, path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, b"PK\3\4" + b"x" * 5000, b"Once upon a time " * 300])
+@pytest.mark.parametrize(
+    "content", [b"\0" * 5000, b"PK\3\4" + b"x" * 5000, b"Once upon a time " * 300]
+)
 def test_what_is_no_checkpoint_at_all_is_refused(content, path):
     with open(path, "wb") as file:
         file.write(content)
@@ -281,7 +335,9 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good
     model = random_model()
     with torch.no_grad():
         model.layers[1].feed_forward.w3.weight[-1, -1] = value
-    with pytest.raises(ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"):
+    with pytest.raises(
+        ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"
+    ):
         save_checkpoint(path, checkpoint_of(model))
     assert only_the_old_file_is_there(path, good)
 
@@ -295,14 +351,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path
             return super().write(data)
 
     assert len(good) > room
-    monkeypatch.setattr(atomic, "open", lambda path, mode: io.BufferedWriter(FullDisk(path, mode), 64), raising=False)
+    monkeypatch.setattr(
+        atomic,
+        "open",
+        lambda path, mode: io.BufferedWriter(FullDisk(path, mode), 64),
+        raising=False,
+    )
     with pytest.raises(OSError, match=r"ckpt\.pt|No space left"):
         save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
     assert only_the_old_file_is_there(path, good)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else(call, good, path, monkeypatch):
+def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else(
+    call, good, path, monkeypatch
+):
     def fail(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

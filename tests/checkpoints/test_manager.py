@@ -11,7 +11,14 @@ import torch
 
 from checkpoints import manager as keeper_module
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import Keeper, load_latest, numbered_checkpoints, put_older_aside, remove_oldest, snapshot
+from checkpoints.manager import (
+    Keeper,
+    load_latest,
+    numbered_checkpoints,
+    put_older_aside,
+    remove_oldest,
+    snapshot,
+)
 from runtime.atomic_files import run_lock
 from tests.checkpoints.test_file import checkpoint_of, random_model
 from tests.conftest import wait_for
@@ -56,8 +63,14 @@ def test_a_snapshot_is_of_its_moment_and_keeps_what_is_tied():
 
 def test_the_last_few_older_checkpoints_stay(tmp_path):
     save_steps(tmp_path, [5, 10, 15, 20, 20, 25], count=2)
-    assert [os.path.basename(path) for path in numbered_checkpoints(str(tmp_path))] == ["ckpt_000020.pt", "ckpt_000015.pt"]
-    assert [load_checkpoint(path)["iter_num"] for path in numbered_checkpoints(str(tmp_path))] == [20, 15]
+    assert [os.path.basename(path) for path in numbered_checkpoints(str(tmp_path))] == [
+        "ckpt_000020.pt",
+        "ckpt_000015.pt",
+    ]
+    assert [load_checkpoint(path)["iter_num"] for path in numbered_checkpoints(str(tmp_path))] == [
+        20,
+        15,
+    ]
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 25
 
 
@@ -82,7 +95,11 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, tmp_pat
     said = []
     path, checkpoint = load_latest(str(tmp_path), said.append)
     assert checkpoint["iter_num"] == 10 and path == str(tmp_path / "ckpt_000010.pt")
-    assert len(said) == 1 and f"going on from {path}, which is of step 10" in said[0] and "ckpt.pt" in said[0]
+    assert (
+        len(said) == 1
+        and f"going on from {path}, which is of step 10" in said[0]
+        and "ckpt.pt" in said[0]
+    )
 
 
 def test_where_all_are_damaged_the_newest_is_named_and_where_none_is_there_none_is_found(tmp_path):
@@ -124,7 +141,9 @@ def test_what_fails_is_told_once_and_tried_again_until_it_is_written(tmp_path, m
 def test_what_cannot_be_written_in_the_end_is_an_error(tmp_path):
     keeper = Keeper()
     keeper.keep({str(tmp_path / "ckpt.pt"): failing([99], [])})
-    with pytest.raises(ValueError, match=r"ckpt\.pt: No space left on device; not written: .*ckpt\.pt"):
+    with pytest.raises(
+        ValueError, match=r"ckpt\.pt: No space left on device; not written: .*ckpt\.pt"
+    ):
         keeper.finish()
 
 
@@ -148,7 +167,9 @@ def test_what_cannot_be_written_is_in_nobody_s_way(tmp_path):
 
 def test_a_later_state_takes_the_place_of_one_that_could_not_be_written(tmp_path):
     keeper, done = Keeper(), []
-    keeper.keep({str(tmp_path / "a"): failing([1], []), str(tmp_path / "b"): lambda: done.append("b")})
+    keeper.keep(
+        {str(tmp_path / "a"): failing([1], []), str(tmp_path / "b"): lambda: done.append("b")}
+    )
     keeper.keep({str(tmp_path / "a"): lambda: done.append("a")})
     keeper.finish()
     assert done == ["b", "a"]
@@ -164,7 +185,13 @@ def start():
 
 
 def begin(out_dir, data_dir, *options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={out_dir}", *TINY]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--data_dir={data_dir}",
+        f"--out_dir={out_dir}",
+        *TINY,
+    ]
     command += ["--checkpoint_interval=1", "--max_iters=1000000", "--decay_lr=False", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, " | loss ")
@@ -182,7 +209,9 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp
     assert process.returncode == 0 and "Traceback" not in errors, errors
     step = load_checkpoint(str(tmp_path / "out/ckpt.pt"))["iter_num"]
     assert f"stopped after step {step}" in said and len(records(tmp_path / "out", "loss")) == step
-    assert {"tokenizer.model", "tokenizer.bin", "best.pt", "model.bin"} <= set(os.listdir(tmp_path / "out"))
+    assert {"tokenizer.model", "tokenizer.bin", "best.pt", "model.bin"} <= set(
+        os.listdir(tmp_path / "out")
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
@@ -190,23 +219,47 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
     """Files may not grow beyond what a checkpoint takes, as on a full disk."""
     import resource
 
-    command = [sys.executable, str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path}",
+        *TINY,
+    ]
     command += ["--checkpoint_interval=1", "--max_iters=30"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "the run goes on, and tries to save again" in result.stdout and len(records(tmp_path, "loss")) == 30
+    assert (
+        "the run goes on, and tries to save again" in result.stdout
+        and len(records(tmp_path, "loss")) == 30
+    )
     assert "no checkpoint" in result.stderr.splitlines()[-1] and "ckpt.pt" in result.stderr
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial"))]
 
 
 def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, data_dir):
     with run_lock(str(tmp_path)):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += [str(ROOT / "train.py"), f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+        ]
+        command += [
+            str(ROOT / "train.py"),
+            f"--data_dir={data_dir}",
+            f"--out_dir={tmp_path}",
+            *TINY,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    ours = result.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0]  # then torchrun's own
-    assert "rank 0: " in ours and "another process is writing here" in ours and "Traceback" not in ours
+    ours = result.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[
+        0
+    ]  # then torchrun's own
+    assert (
+        "rank 0: " in ours and "another process is writing here" in ours and "Traceback" not in ours
+    )
 
 
 def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_path, data_dir):
@@ -217,12 +270,20 @@ def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_
     cut(hurt / "ckpt.pt")
     os.remove(hurt / "best.pt")  # of the same step
     result = run_script("train.py", f"--out_dir={hurt}", "--init_from=auto")
-    assert result.returncode == 0 and f"going on from {hurt}/ckpt_000025.pt, which is of step 25" in result.stdout
+    assert (
+        result.returncode == 0
+        and f"going on from {hurt}/ckpt_000025.pt, which is of step 25" in result.stdout
+    )
     assert same_state(straight / "ckpt.pt", hurt / "ckpt.pt") and (hurt / "ckpt.damaged").exists()
 
 
 def test_auto_begins_a_run_and_goes_on_with_it(run_script, tmp_path, data_dir):
-    options = ("--init_from=auto", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=3")
+    options = (
+        "--init_from=auto",
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=3",
+    )
     for _ in range(2):
         result = run_script("train.py", *options, *TINY)
         assert result.returncode == 0, result.stderr

@@ -37,7 +37,9 @@ def trained_state(step: int) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
-    return checkpoint_of(model, iter_num=step, optimizer=optimizer.state_dict(), late_norms=[0.5, 1.5])
+    return checkpoint_of(
+        model, iter_num=step, optimizer=optimizer.state_dict(), late_norms=[0.5, 1.5]
+    )
 
 
 @pytest.fixture
@@ -53,9 +55,15 @@ def folder(file, tmp_path) -> str:
 
 
 def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
-    assert run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0] == 0
+    assert (
+        run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0]
+        == 0
+    )
     assert same_state(file, tmp_path / "again.pt")
-    assert run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0] == 0
+    assert (
+        run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0]
+        == 0
+    )
     again = gather_full_state(open_sharded(str(tmp_path / "more.dcp")))
     assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
 
@@ -82,7 +90,9 @@ def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp
             part.write(content[: len(content) * 2 // 3] if damage == "cut" else content)
     with pytest.raises(ValueError, match=rf"{re.escape(folder)}: damaged"):
         open_sharded(folder)
-    status, _, errors = run_here(export, str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True")
+    status, _, errors = run_here(
+        export, str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True"
+    )
     assert status == 1 and folder in errors and not os.path.exists(tmp_path / "joined.pt")
 
 
@@ -102,7 +112,10 @@ def with_table(folder: str, table):
         pickle.dump(table, file)
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
     rest["files"][".metadata"] = sharded.file_sha256(os.path.join(folder, ".metadata"))
-    torch.save({key: value for key, value in rest.items() if key != "sha256"}, os.path.join(folder, "run.pt"))
+    torch.save(
+        {key: value for key, value in rest.items() if key != "sha256"},
+        os.path.join(folder, "run.pt"),
+    )
 
 
 def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
@@ -137,17 +150,25 @@ def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
     assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
     said = []
-    assert load_latest(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt") and len(said) == 1
+    assert (
+        load_latest(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt")
+        and len(said) == 1
+    )
 
 
 def test_weights_drawn_one_at_a_time_are_a_new_model_s():
-    for args in (ModelArgs(64, 2, 4, vocab_size=96), ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False)):
+    for args in (
+        ModelArgs(64, 2, 4, vocab_size=96),
+        ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False),
+    ):
         torch.manual_seed(5)
         weights = dict(iter_initial_weights(args))
         torch.manual_seed(5)
         model = Transformer(args)
         assert weights.keys() == dict(model.named_parameters()).keys()
-        assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+        assert all(
+            torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()
+        )
 
 
 def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch):
@@ -199,18 +220,22 @@ def alone():
 @pytest.fixture
 def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
     """A run in shares, of which one process has all; each call takes a step and saves."""
-    monkeypatch.setattr(run_module, "in_shares", lambda config, world: True)
+    monkeypatch.setattr(run_module, "in_shares", lambda config, dist_ctx: True)
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     config = train.TrainConfig(**ARGS, out_dir=str(out_dir), dtype="float32", keep_checkpoints=1)
-    run = run_module.equip(config, DistContext(), "cpu", (tokenizer, None, None), config.model_args())
+    run = run_module.equip(
+        config, DistContext(), "cpu", (tokenizer, None, None), config.model_args()
+    )
     load_weights(run.model, iter_initial_weights(config.model_args()))
     run.metrics = MetricsLogger(str(out_dir), 0)
     (out_dir / "tokenizer.model").write_bytes(tokenizer.content)
 
     def save(step: int, best: bool = False) -> Path:
         run.iter_num = step
-        run.model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
+        run.model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[
+            1
+        ].backward()
         run.optimizer.step()
         saving.save(run, best)
         run.keeper.wait()
@@ -221,7 +246,9 @@ def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
 
 
 def steps_in(out_dir: Path) -> dict[str, int]:
-    names = [name for name in os.listdir(out_dir) if name.endswith((".dcp", ".pt", ".partial", ".old"))]
+    names = [
+        name for name in os.listdir(out_dir) if name.endswith((".dcp", ".pt", ".partial", ".old"))
+    ]
     return {name: open_checkpoint(str(out_dir / name))["iter_num"] for name in sorted(names)}
 
 
@@ -235,10 +262,16 @@ def test_shares_are_kept_as_files_are(sharded_run):
     sharded_run(15)  # of the same step again, as before an evaluation and after it
     assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 15, "ckpt_000010.dcp": 10}
     weights = gather_full_state(open_sharded(str(out_dir / "ckpt.dcp")))["model"]
-    assert all(torch.equal(weights[name], p.full_tensor()) for name, p in sharded_run.run.model.named_parameters())
+    assert all(
+        torch.equal(weights[name], p.full_tensor())
+        for name, p in sharded_run.run.model.named_parameters()
+    )
     os.truncate(out_dir / "ckpt.dcp" / "__0_0.distcp", 1000)
     said = []
-    assert load_latest(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp") and len(said) == 1
+    assert (
+        load_latest(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp")
+        and len(said) == 1
+    )
 
 
 def test_without_older_ones_there_is_the_newest_alone(sharded_run):
@@ -268,7 +301,10 @@ def test_what_stands_in_the_way_of_the_best_holds_up_nothing_else(sharded_run):
     out_dir = sharded_run(5, best=True)
     (out_dir / "best.dcp" / "mine").mkdir()
     sharded_run(10, best=True)
-    assert "holds other things (mine)" in sharded_run.run.keeper.news()[0] and steps_in(out_dir)["ckpt.dcp"] == 10
+    assert (
+        "holds other things (mine)" in sharded_run.run.keeper.news()[0]
+        and steps_in(out_dir)["ckpt.dcp"] == 10
+    )
     (out_dir / "best.dcp" / "mine").rmdir()
     sharded_run.run.keeper.finish()
     assert steps_in(out_dir)["best.dcp"] == 10
@@ -278,7 +314,10 @@ def test_a_folder_that_is_deleted_is_made_again(sharded_run):
     out_dir = sharded_run(5, best=True)
     shutil.rmtree(out_dir)
     sharded_run(10)
-    assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10} and (out_dir / "tokenizer.model").exists()
+    assert (
+        steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10}
+        and (out_dir / "tokenizer.model").exists()
+    )
 
 
 def test_a_best_that_was_to_give_way_to_nothing_comes_back(sharded_run):

@@ -54,7 +54,16 @@ def logits_of(model: Transformer) -> torch.Tensor:
 
 def same_args(a: ModelArgs, b: ModelArgs) -> bool:
     """Whether two architectures are the same, be it in other words."""
-    effective = ("ffn_dim", "kv_heads", "dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
+    effective = (
+        "ffn_dim",
+        "kv_heads",
+        "dim",
+        "n_layers",
+        "n_heads",
+        "vocab_size",
+        "norm_eps",
+        "rope_theta",
+    )
     effective += ("rope_scaling", "max_seq_len", "tie_embeddings")
     return all(getattr(a, name) == getattr(b, name) for name in effective)
 
@@ -122,7 +131,9 @@ def test_half_precision_is_kept_and_rounds_once(target, dtype, tokenizer, tmp_pa
     assert open_model(str(tmp_path / "second")).dtype == again.dtype
 
 
-@pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0, 1.0, 4.0, 64)])
+@pytest.mark.parametrize(
+    "scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0, 1.0, 4.0, 64)]
+)
 @pytest.mark.parametrize("target", ["ckpt", "hf", "gguf"])
 def test_rope_scaling_comes_back(target, scaling, tokenizer, tmp_path):
     again = through(target, tmp_path, random_model(rope_scaling=scaling), tokenizer)
@@ -139,7 +150,9 @@ def test_rope_scaling_comes_back(target, scaling, tokenizer, tmp_path):
         ("meta", "RopeScaling", dict(rope_scaling=RopeScaling("linear", 8.0))),
     ],
 )
-def test_what_a_format_cannot_say_is_refused_by_name_with_what_can(target, said, overrides, tokenizer, tmp_path):
+def test_what_a_format_cannot_say_is_refused_by_name_with_what_can(
+    target, said, overrides, tokenizer, tmp_path
+):
     """llama2.c #403: what had no place in the file was left out, and the model ran wrong."""
     with pytest.raises(ValueError, match=rf"{said}.*--format=hf"):
         through(target, tmp_path, random_model(**overrides), tokenizer)
@@ -152,7 +165,9 @@ def test_weights_that_are_no_numbers_are_written_to_no_format(target, value, tok
     model = random_model()
     with torch.no_grad():
         model.layers[1].feed_forward.w3.weight[-1, -1] = value
-    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w3\.weight has values that are no numbers"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.feed_forward\.w3\.weight has values that are no numbers"
+    ):
         through(target, tmp_path, model, tokenizer)
     assert list(tmp_path.iterdir()) == []
 
@@ -179,7 +194,9 @@ def test_writing_twice_gives_the_same_bytes(target, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_format_is_known_by_content_and_nothing_else_takes_it_for_its_own(target, tokenizer, tmp_path):
+def test_a_format_is_known_by_content_and_nothing_else_takes_it_for_its_own(
+    target, tokenizer, tmp_path
+):
     path = through(target, tmp_path, random_model(), tokenizer).path
     os.rename(path, tmp_path / "anything.xyz")
     assert target in detect_format(str(tmp_path / "anything.xyz")).DTYPES
@@ -275,7 +292,11 @@ def test_the_tokenizer_comes_along(place, run_export, tokenizer):
     assert run_export("h", "--from=c/x.bin")[0] == 0
     assert (place / "h" / "tokenizer.json").exists()
     assert run_export("d/x.pt", "--from=h")[0] == 0
-    assert open_model("d/x.pt").own_tokenizer().hash == open_model("d/x.pt").tokenizer_hash == tokenizer.hash
+    assert (
+        open_model("d/x.pt").own_tokenizer().hash
+        == open_model("d/x.pt").tokenizer_hash
+        == tokenizer.hash
+    )
 
 
 def test_another_models_tokenizer_is_neither_taken_nor_overwritten(place, run_export, shared):
@@ -283,13 +304,21 @@ def test_another_models_tokenizer_is_neither_taken_nor_overwritten(place, run_ex
     with open(other, "rb") as file:
         (place / "tokenizer.bin").write_bytes(file.read())
     status, _, error = run_export("x.bin")
-    assert status == 1 and "tokenizer.bin: is another model's" in error and not (place / "x.bin").exists()
+    assert (
+        status == 1
+        and "tokenizer.bin: is another model's" in error
+        and not (place / "x.bin").exists()
+    )
     status, _, error = run_export("y", f"--tokenizer={other}")
     assert status == 1 and "is not the tokenizer that" in error and not (place / "y").exists()
     os.remove("out/tokenizer.model")
     (place / "out" / "tokenizer.bin").write_bytes((place / "tokenizer.bin").read_bytes())
     status, output, _ = run_export("y")
-    assert status == 0 and "note: the tokenizer beside" in output and not (place / "y" / "tokenizer.json").exists()
+    assert (
+        status == 0
+        and "note: the tokenizer beside" in output
+        and not (place / "y" / "tokenizer.json").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,19 +376,37 @@ def test_a_file_that_was_exported_is_replaced(target, place, run_export):
 def test_sample_tells_the_same_story_from_every_format(target, run_script, tokenizer, tmp_path):
     model = random_model(n_kv_heads=2)
     path = through(target, tmp_path, model, tokenizer).path
-    result = run_script("sample.py", f"--init_from={path}", "--temperature=0", "--max_new_tokens=30", "--start=Once")
+    result = run_script(
+        "sample.py", f"--init_from={path}", "--temperature=0", "--max_new_tokens=30", "--start=Once"
+    )
     assert result.returncode == 0, result.stderr
     if target in EXACT:
         prompt = tokenizer.encode("Once", bos=True)
-        tokens = [*prompt, *continuation(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0)]
+        tokens = [
+            *prompt,
+            *continuation(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0),
+        ]
         assert result.stdout.strip().endswith(tokenizer.decode(tokens).strip())
 
 
 @pytest.mark.parametrize("target", ["v2", "hf", "gguf"])
-def test_training_goes_on_from_the_weights_of_every_format(target, run_script, data_dir, tokenizer, tmp_path):
+def test_training_goes_on_from_the_weights_of_every_format(
+    target, run_script, data_dir, tokenizer, tmp_path
+):
     path = through(target, tmp_path, random_model(n_kv_heads=2), tokenizer).path
-    options = ["--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1", "--compile=False"]
-    options += [f"--data_dir={data_dir}", "--out_dir=run", "--max_iters=2", "--learning_rate=0", "--dtype=float32"]
+    options = [
+        "--batch_size=2",
+        "--gradient_accumulation_steps=1",
+        "--eval_iters=1",
+        "--compile=False",
+    ]
+    options += [
+        f"--data_dir={data_dir}",
+        "--out_dir=run",
+        "--max_iters=2",
+        "--learning_rate=0",
+        "--dtype=float32",
+    ]
     options += ["--weight_decay=0", "--max_seq_len=32"]
     result = run_script("train.py", f"--init_from={path}", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -371,7 +418,9 @@ def test_training_goes_on_from_the_weights_of_every_format(target, run_script, d
     assert f"--dim=64: {path} has dim=48" in refused.stderr
 
 
-def test_training_refuses_data_of_another_vocabulary_than_the_models(run_script, data_dir, shared, tmp_path):
+def test_training_refuses_data_of_another_vocabulary_than_the_models(
+    run_script, data_dir, shared, tmp_path
+):
     """llama2.c #263: the wrong tokenizer for a model."""
     path = shared("models/stories260K.bin")
     (tmp_path / "model.bin").write_bytes(open(path, "rb").read())
@@ -417,12 +466,20 @@ def test_files_that_came_meanwhile_are_not_lost(place):
     source.tensors[first] = LazyTensor(tensor.shape, tensor.dtype, read)
     with pytest.raises(ValueError, match=r"holds other things \(thesis\.tex\)"):
         write_model(source, "folder", "hf")
-    assert (place / "folder" / "thesis.tex").read_text() == "42" and sorted(os.listdir()) == ["folder", "out"]
+    assert (place / "folder" / "thesis.tex").read_text() == "42" and sorted(os.listdir()) == [
+        "folder",
+        "out",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "magic alone", "a link", "a folder in the folder"])
 def test_what_only_looks_like_a_model_of_the_format_does_not_give_way(kind, place, run_export):
-    target = {"tokens": "x.bin", "magic alone": "x.gguf", "a link": "x.bin", "a folder in the folder": "x"}[kind]
+    target = {
+        "tokens": "x.bin",
+        "magic alone": "x.gguf",
+        "a link": "x.bin",
+        "a folder in the folder": "x",
+    }[kind]
     if kind == "tokens":
         torch.tensor([45, 12, 900, 14] * 100, dtype=torch.int32).numpy().tofile(target)
     elif kind == "magic alone":
@@ -432,14 +489,20 @@ def test_what_only_looks_like_a_model_of_the_format_does_not_give_way(kind, plac
     else:
         (place / "x" / "config.json").mkdir(parents=True)
     status, _, error = run_export(target)
-    assert status == 1 and len(error.splitlines()) == 1 and error.startswith(f"export.py: {target}: ")
+    assert (
+        status == 1 and len(error.splitlines()) == 1 and error.startswith(f"export.py: {target}: ")
+    )
     assert os.path.lexists(target) and not os.path.exists("tokenizer.bin")
 
 
 def test_fine_tuning_into_the_models_own_folder_is_refused(run_script, data_dir, place):
     before = (place / "out" / "ckpt.pt").read_bytes()
-    result = run_script("train.py", "--init_from=out/ckpt.pt", "--out_dir=out", f"--data_dir={data_dir}", cwd=place)
-    assert result.returncode == 1 and "--init_from=out/ckpt.pt: lies in --out_dir=out" in result.stderr
+    result = run_script(
+        "train.py", "--init_from=out/ckpt.pt", "--out_dir=out", f"--data_dir={data_dir}", cwd=place
+    )
+    assert (
+        result.returncode == 1 and "--init_from=out/ckpt.pt: lies in --out_dir=out" in result.stderr
+    )
     assert (place / "out" / "ckpt.pt").read_bytes() == before
 
 
@@ -454,4 +517,8 @@ def test_a_model_of_unknown_vocabulary_is_not_put_beside_a_tokenizer(place, run_
     assert run_export("d/a.bin")[0] == 0
     os.remove("out/tokenizer.model")
     status, _, error = run_export("d/b.bin")
-    assert status == 1 and "d/tokenizer.bin: may be another model's" in error and not (place / "d" / "b.bin").exists()
+    assert (
+        status == 1
+        and "d/tokenizer.bin: may be another model's" in error
+        and not (place / "d" / "b.bin").exists()
+    )

@@ -18,7 +18,9 @@ GOOD = b"good, " * 50
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system sets no alarms"),
-    pytest.mark.filterwarnings("ignore:Duplicate name"),  # an archive with a record twice is one of the damages
+    pytest.mark.filterwarnings(
+        "ignore:Duplicate name"
+    ),  # an archive with a record twice is one of the damages
 ]
 
 
@@ -26,8 +28,12 @@ def test_damaged_files_are_refused_in_a_sentence_or_read_right():
     verdicts = list(fuzz(READERS, range(FILES)))
     failures = [verdict for verdict in verdicts if verdict.outcome == "failed"]
     assert not failures, explain(failures)
-    assert Counter(verdict.reader for verdict in verdicts) == {reader.name: FILES for reader in READERS}
-    assert {verdict.reader for verdict in verdicts if verdict.outcome == "refused"} == {r.name for r in READERS}
+    assert Counter(verdict.reader for verdict in verdicts) == {
+        reader.name: FILES for reader in READERS
+    }
+    assert {verdict.reader for verdict in verdicts if verdict.outcome == "refused"} == {
+        r.name for r in READERS
+    }
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
@@ -108,11 +114,19 @@ BAD_READERS = {
 
 def test_bad_readers_are_found_out():
     readers = [
-        Reader(fault.__name__, write_good, ("tokenizer",), "tokenizer", read=partial(bad_read, fault=fault))
+        Reader(
+            fault.__name__,
+            write_good,
+            ("tokenizer",),
+            "tokenizer",
+            read=partial(bad_read, fault=fault),
+        )
         for fault in BAD_READERS
     ]
     verdicts = list(fuzz(readers, range(2), limit=2))
-    assert [(v.reader, v.number) for v in verdicts] == [(fault.__name__, n) for fault in BAD_READERS for n in (0, 1)]
+    assert [(v.reader, v.number) for v in verdicts] == [
+        (fault.__name__, n) for fault in BAD_READERS for n in (0, 1)
+    ]
     for verdict, cause in zip(verdicts[::2], BAD_READERS.values(), strict=True):
         assert verdict.outcome == "failed" and verdict.cause.startswith(cause)
 
@@ -129,5 +143,7 @@ def test_weights_that_the_damage_does_not_explain_are_found_out(tmp_path):
     one[0], two[:2], nan[0] = 1.5, 1.5, torch.nan
     assert wrong(weight) == wrong(one) == ""
     assert "more values" in wrong(two) and "another shape" in wrong(nan)
-    assert "another shape" in wrong(weight.view(torch.int32)) and "another shape" in wrong(weight[1:])
+    assert "another shape" in wrong(weight.view(torch.int32)) and "another shape" in wrong(
+        weight[1:]
+    )
     assert "vocabulary" in bench.compare(good._replace(tokenizer_hash="another"), damaged)[1]

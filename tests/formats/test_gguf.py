@@ -37,7 +37,9 @@ def llama_cpp():
         servers.append(server)
 
         def ask(command, **request):
-            answer = requests.post(f"{server.listening_address}/{command}", json=request, timeout=60)
+            answer = requests.post(
+                f"{server.listening_address}/{command}", json=request, timeout=60
+            )
             answer.raise_for_status()
             return answer.json()
 
@@ -66,7 +68,9 @@ def test_llama_cpp_tells_the_same_story(dtype, shared, llama_cpp, tmp_path):
     source = published(shared)
     path = exported(tmp_path, source, dtype)
     ask = llama_cpp(path)
-    told = ask("completion", prompt=[1], n_predict=200, temperature=0, ignore_eos=True, return_tokens=True)
+    told = ask(
+        "completion", prompt=[1], n_predict=200, temperature=0, ignore_eos=True, return_tokens=True
+    )
     ours = greedy(open_model(path).model(), source.own_tokenizer(), 200)
     assert told["tokens"] == ours == greedy(source.model(), source.own_tokenizer(), 200)
 
@@ -75,7 +79,14 @@ def log_probabilities(ask, tokens: list[int]) -> list[dict[int, float]]:
     """llama.cpp's log-probabilities of the tokens that may follow each beginning of tokens."""
     tables = []
     for length in range(1, len(tokens)):
-        answer = ask("completion", prompt=tokens[:length], n_predict=1, temperature=1, n_probs=512, samplers=[])
+        answer = ask(
+            "completion",
+            prompt=tokens[:length],
+            n_predict=1,
+            temperature=1,
+            n_probs=512,
+            samplers=[],
+        )
         (choice,) = answer["completion_probabilities"]
         tables.append({entry["id"]: entry["logprob"] for entry in choice["top_logprobs"]})
     return tables
@@ -104,16 +115,24 @@ def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tm
     ask, tokenizer = llama_cpp(exported(tmp_path, source, "q8_0")), source.own_tokenizer()
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
         for piece in slices_of(file.read()):
-            assert ask("tokenize", content=piece, add_special=False, parse_special=False)["tokens"] == (
-                tokenizer.encode(piece)
-            )
+            assert ask("tokenize", content=piece, add_special=False, parse_special=False)[
+                "tokens"
+            ] == (tokenizer.encode(piece))
 
 
-def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(tokenizer, stories, llama_cpp, tmp_path):
-    ask = llama_cpp(exported(tmp_path, from_model(random_model(dim=64), tokenizer=tokenizer), "float16"))
+def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(
+    tokenizer, stories, llama_cpp, tmp_path
+):
+    ask = llama_cpp(
+        exported(tmp_path, from_model(random_model(dim=64), tokenizer=tokenizer), "float16")
+    )
     for piece in slices_of("\n\n".join(stories), 300):
-        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
-    assert ask("tokenize", content="Once", add_special=True)["tokens"] == tokenizer.encode("Once", bos=True)
+        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(
+            piece
+        )
+    assert ask("tokenize", content="Once", add_special=True)["tokens"] == tokenizer.encode(
+        "Once", bos=True
+    )
 
 
 @pytest.mark.parametrize("extra", [{}, LLAMA3], ids=["plain", "llama3"])
@@ -122,7 +141,13 @@ def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(tokenizer, stori
 def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path):
     """The rotary layout and its scaling show at late positions."""
     tokenizer = small_llama3()
-    args = dict(dim=64, hidden_dim=100, vocab_size=tokenizer.vocab_size, n_kv_heads=n_kv_heads, tie_embeddings=tied)
+    args = dict(
+        dim=64,
+        hidden_dim=100,
+        vocab_size=tokenizer.vocab_size,
+        n_kv_heads=n_kv_heads,
+        tie_embeddings=tied,
+    )
     model = random_model(**args, **extra)
     ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
     tokens = [(7 * i) % 250 for i in range(150)]
@@ -142,7 +167,9 @@ def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, t
     model = random_model(dim=32, vocab_size=tokenizer.vocab_size)
     ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
     for piece in [*slices_of("\n\n".join(stories), 300), "naïve 🦙", "1234567", " \n\n \t x"]:
-        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(piece)
+        assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(
+            piece
+        )
     chat = "<|start_header_id|>user<|end_header_id|>\n\nthe<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     tokens = ask("tokenize", content=chat, add_special=True, parse_special=True)["tokens"]
     assert tokens == tokenizer.encode_chat([("user", "the")])
@@ -201,7 +228,9 @@ def test_q8_0_blocks_are_those_of_the_definition(tokenizer, tmp_path):
     expected = b""
     for block in model.layers[0].feed_forward.w3.weight.detach().double().reshape(-1, 32).tolist():
         scale = float(np.float16(np.float32(max(map(abs, block))) / np.float32(127)))
-        expected += struct.pack("<e32b", scale, *(max(-127, min(127, round(value / scale))) for value in block))
+        expected += struct.pack(
+            "<e32b", scale, *(max(-127, min(127, round(value / scale))) for value in block)
+        )
     assert tensor.data.tobytes() == expected
 
 
@@ -264,7 +293,9 @@ def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokeni
 def test_a_llama_3_vocabulary_comes_back(tmp_path):
     tokenizer = small_llama3()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
-    again = open_model(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float16")).own_tokenizer()
+    again = open_model(
+        exported(tmp_path, from_model(model, tokenizer=tokenizer), "float16")
+    ).own_tokenizer()
     assert again.hash == tokenizer.hash and again.special == tokenizer.special
 
 

@@ -54,7 +54,9 @@ def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
         tokens = torch.tensor([source.own_tokenizer().encode(file.read(2000), bos=True)[:200]])
-    with torch.no_grad():  # its logits reach 20, where transformers' own two attention kernels differ by 2.2e-5
+    with (
+        torch.no_grad()
+    ):  # its logits reach 20, where transformers' own two attention kernels differ by 2.2e-5
         torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], rtol=1.3e-6, atol=2e-5)
 
 
@@ -62,11 +64,19 @@ def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_that_transformers_saved_computes_its_logits_here(shards, tied, extra, tmp_path):
-    settings = hugging_face.config_of(random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None)
+    settings = hugging_face.config_of(
+        random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None
+    )
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager")).eval()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**settings, attn_implementation="eager")
+    ).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards > 1 else "1GB")
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shards == 1 else (tmp_path / INDEX).exists()
+    assert (
+        len(list(tmp_path.glob("*.safetensors"))) == 1
+        if shards == 1
+        else (tmp_path / INDEX).exists()
+    )
     ours = open_model(str(tmp_path)).model()
     tokens = torch.randint(512, (2, 160))
     with torch.no_grad():
@@ -87,7 +97,9 @@ def as_version_4_wrote_it(folder):
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     names = sorted(state)
     for number, part in enumerate((names[::2], names[1::2])):
-        torch.save({name: state[name].half() for name in part}, folder / f"pytorch_model-{number}.bin")
+        torch.save(
+            {name: state[name].half() for name in part}, folder / f"pytorch_model-{number}.bin"
+        )
     weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -136,7 +148,16 @@ def test_transformers_cuts_and_joins_a_text_as_sentencepiece_does(model, text, s
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
         slices = slices_of(file.read())
-    slices += ["", " ", "  two  spaces ", "\n\n\tTab", "naïve café — “quoted” 🦙🦙", "日本語", "é\u0301", "\u00a0"]
+    slices += [
+        "",
+        " ",
+        "  two  spaces ",
+        "\n\n\tTab",
+        "naïve café — “quoted” 🦙🦙",
+        "日本語",
+        "é\u0301",
+        "\u00a0",
+    ]
     for piece in slices:
         ids = tokenizer.encode(piece)
         assert theirs.encode(piece, add_special_tokens=False) == ids, repr(piece)
@@ -153,21 +174,37 @@ def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shar
     (tmp_path / "exported" / "tokenizer.model").unlink()
     again = hugging_face.read_tokenizer(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
-        assert all(again.encode(piece) == tokenizer.encode(piece) for piece in slices_of(file.read()))
-    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+        assert all(
+            again.encode(piece) == tokenizer.encode(piece) for piece in slices_of(file.read())
+        )
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.vocab_size,
+    )
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(scheme, tokenizer, tmp_path):
+def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(
+    scheme, tokenizer, tmp_path
+):
     """Its spaces are turned into ▁ by a pre-tokenizer. Where a text begins with a space, that one puts
     no further one before it, and SentencePiece, with which the vocabulary was learned, does."""
     path = exported(tmp_path, random_model(), tokenizer)
     (tmp_path / "exported" / "tokenizer.model").unlink()
     file = tmp_path / "exported" / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"normalizer": None}
-    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    content["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
     file.write_text(json.dumps(content), encoding="utf-8")
-    again, theirs = hugging_face.read_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+    again, theirs = (
+        hugging_face.read_tokenizer(path),
+        transformers.AutoTokenizer.from_pretrained(path),
+    )
     for text in ("Once upon a time", "two  spaces ", "Lily's\n\nball"):
         assert again.encode(text) == theirs.encode(text, add_special_tokens=False)
     content["pre_tokenizer"]["split"] = True
@@ -181,7 +218,10 @@ def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     generation = transformers.GenerationConfig.from_pretrained(path)
-    assert generation.bos_token_id == tokenizer.bos_id and set(generation.eos_token_id) == tokenizer.stop_ids
+    assert (
+        generation.bos_token_id == tokenizer.bos_id
+        and set(generation.eos_token_id) == tokenizer.stop_ids
+    )
     ids = [tokenizer.bos_id, *tokenizer.encode("Hi"), tokenizer.eos_id]
     assert theirs.decode(ids, skip_special_tokens=True) == "Hi"
 
@@ -225,7 +265,9 @@ def test_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_p
         open_model(path)
 
 
-@pytest.mark.parametrize("rope", [dict(rope_parameters=None), dict(rope_theta=None, rope_scaling=None)])
+@pytest.mark.parametrize(
+    "rope", [dict(rope_parameters=None), dict(rope_theta=None, rope_scaling=None)]
+)
 def test_the_rotary_settings_of_either_version_are_enough(rope, tokenizer, tmp_path):
     path = exported(tmp_path, random_model(**LLAMA3), tokenizer)
     file = tmp_path / "exported" / "config.json"
@@ -266,8 +308,27 @@ def test_a_shard_outside_the_folder_is_refused(tokenizer, tmp_path):
 
 def small_llama3() -> Llama3Tokenizer:
     """Bytes, some longer tokens, and Llama 3's special ones."""
-    words = ["th", "he", "the", " t", " the", "in", "ing", "er", "\n\n", " a", "an", " an", "and", " and", "  ", "12"]
-    return Llama3Tokenizer([bytes([byte]) for byte in range(256)] + [word.encode() for word in words])
+    words = [
+        "th",
+        "he",
+        "the",
+        " t",
+        " the",
+        "in",
+        "ing",
+        "er",
+        "\n\n",
+        " a",
+        "an",
+        " an",
+        "and",
+        " and",
+        "  ",
+        "12",
+    ]
+    return Llama3Tokenizer(
+        [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
+    )
 
 
 def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_path):
@@ -279,7 +340,12 @@ def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_pa
         ids = tokenizer.encode(text)
         assert theirs.encode(text) == [tokenizer.bos_id, *ids]
         assert theirs.decode(ids) == tokenizer.decode(ids) == text
-    messages = [("system", "Be brief."), ("user", " Hello, the llama! "), ("assistant", "Hi."), ("user", "Bye")]
+    messages = [
+        ("system", "Be brief."),
+        ("user", " Hello, the llama! "),
+        ("assistant", "Hi."),
+        ("user", "Bye"),
+    ]
     chat = [{"role": role, "content": text} for role, text in messages]
     templated = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert templated == tokenizer.encode_chat(messages)
@@ -307,7 +373,9 @@ def test_a_vocabulary_of_another_algorithm_is_refused_and_has_another_identity(s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_bin(stories, tmp_path):
+def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_bin(
+    stories, tmp_path
+):
     tokenizer = sentencepiece_of(stories, model_type="bpe", add_dummy_prefix=False)
     path = exported(tmp_path, random_model(), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
@@ -326,7 +394,10 @@ def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
     tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
-    assert tokenizer.hash != base.hash and open_model(path).own_tokenizer().special == tokenizer.special
+    assert (
+        tokenizer.hash != base.hash
+        and open_model(path).own_tokenizer().special == tokenizer.special
+    )
     for target in ("ckpt", "meta"):
         with pytest.raises(ValueError, match="no place for special tokens other than"):
             write_model(from_model(model, tokenizer=tokenizer), str(tmp_path / "m"), target)

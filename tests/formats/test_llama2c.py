@@ -50,7 +50,9 @@ def content_of(path) -> bytes:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
-    model = random_model(dim=4, n_heads=1, vocab_size=3, hidden_dim=5, max_seq_len=3, tie_embeddings=tied)
+    model = random_model(
+        dim=4, n_heads=1, vocab_size=3, hidden_dim=5, max_seq_len=3, tie_embeddings=tied
+    )
     names = ["tok_embeddings.weight"]
     for part in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo"):
         names += [f"layers.0.{part}.weight", f"layers.1.{part}.weight"]
@@ -102,7 +104,9 @@ def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp
     for name in ("first.bin", "second.bin"):
         write_v0(model, str(tmp_path / name))
     assert content_of(tmp_path / "first.bin") == content_of(tmp_path / "second.bin")
-    assert model.args == args and all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.args == args and all(
+        torch.equal(state[name], tensor) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, tmp_path):
@@ -112,7 +116,9 @@ def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, 
     assert content_of(copy) == content_of(path)
     tokens = continuation(model, [tokenizer.bos_id], max_new_tokens=200, temperature=0)
     assert len(tokens) == 200
-    assert tokenizer.decode(tokens).startswith("Once upon a time, there was a little girl named Lily.")
+    assert tokenizer.decode(tokens).startswith(
+        "Once upon a time, there was a little girl named Lily."
+    )
 
 
 def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
@@ -120,7 +126,9 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
     (tmp_path / "weights.pt").write_bytes(content_of(model_bin))
-    from_checkpoint, from_weights = (open_model(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt"))
+    from_checkpoint, from_weights = (
+        open_model(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt")
+    )
     assert from_checkpoint.tokenizer_hash == "abc" and from_weights.tokenizer_hash is None
     from_checkpoint, from_weights = from_checkpoint.model(), from_weights.model()
     with torch.no_grad():
@@ -129,7 +137,8 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, overrides", [("rope_theta=500000", dict(rope_theta=500000.0)), ("norm_eps=1e-06", dict(norm_eps=1e-6))]
+    "name, overrides",
+    [("rope_theta=500000", dict(rope_theta=500000.0)), ("norm_eps=1e-06", dict(norm_eps=1e-6))],
 )
 def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path):
     with pytest.raises(ValueError, match=name):
@@ -138,8 +147,12 @@ def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"])
-def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(name, value, model_bin, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"]
+)
+def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(
+    name, value, model_bin, tmp_path
+):
     before, model = content_of(model_bin), random_model()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -161,10 +174,14 @@ def builds_nothing(monkeypatch):
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("field", range(7), ids=FIELDS)
-def test_a_header_that_lies_is_refused_before_anything_is_built(field, change, model_bin, builds_nothing):
+def test_a_header_that_lies_is_refused_before_anything_is_built(
+    field, change, model_bin, builds_nothing
+):
     content = bytearray(content_of(model_bin))
     header = list(struct.unpack_from("<7i", content))
-    header[field] = {+1: header[field] + 1, -1: header[field] - 1, "x2": 2 * header[field]}.get(change, change)
+    header[field] = {+1: header[field] + 1, -1: header[field] - 1, "x2": 2 * header[field]}.get(
+        change, change
+    )
     content[:28] = struct.pack("<7i", *header)
     with open(model_bin, "wb") as file:
         file.write(content)
@@ -195,7 +212,9 @@ def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bi
     ids=["empty", "part of a header", "header alone", "half", "a byte less", "a value less", "a byte more", "twice",
          "text"],
 )  # fmt: skip
-def test_a_file_of_another_length_is_refused_before_anything_is_built(damage, model_bin, builds_nothing):
+def test_a_file_of_another_length_is_refused_before_anything_is_built(
+    damage, model_bin, builds_nothing
+):
     content = content_of(model_bin)
     with open(model_bin, "wb") as file:
         file.write(damage(content))
@@ -223,16 +242,32 @@ def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
 
 def parts_in_order() -> list[str]:
     """The names of a model's tensors as llama2.c's versions 1 and 2 order them, for 2 layers."""
-    norms = [f"layers.{layer}.{norm}.weight" for norm in ("attention_norm", "ffn_norm") for layer in range(2)]
-    matrices = [f"attention.{w}" for w in ("wq", "wk", "wv", "wo")] + [f"feed_forward.{w}" for w in ("w1", "w2", "w3")]
+    norms = [
+        f"layers.{layer}.{norm}.weight"
+        for norm in ("attention_norm", "ffn_norm")
+        for layer in range(2)
+    ]
+    matrices = [f"attention.{w}" for w in ("wq", "wk", "wv", "wo")] + [
+        f"feed_forward.{w}" for w in ("w1", "w2", "w3")
+    ]
     of_layers = [f"layers.{layer}.{matrix}.weight" for matrix in matrices for layer in range(2)]
     return [*norms, "norm.weight", "tok_embeddings.weight", *of_layers]
 
 
 def header_of(model: Transformer, version: int, rest: bytes = b"") -> bytes:
     args = model.args
-    shape = args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.kv_heads, args.vocab_size, args.max_seq_len
-    return (b"24ka" + struct.pack("<i7iB", version, *shape, args.tie_embeddings) + rest).ljust(256, b"\0")
+    shape = (
+        args.dim,
+        args.hidden_dim,
+        args.n_layers,
+        args.n_heads,
+        args.kv_heads,
+        args.vocab_size,
+        args.max_seq_len,
+    )
+    return (b"24ka" + struct.pack("<i7iB", version, *shape, args.tie_embeddings) + rest).ljust(
+        256, b"\0"
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -258,11 +293,14 @@ def q8_0(values: list[float], group_size: int) -> bytes:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "dim, hidden_dim, group_size", [(64, 128, 64), (128, 192, 64), (32, 64, 32), (48, 96, 16), (40, 88, 8), (12, 33, 1)]
+    "dim, hidden_dim, group_size",
+    [(64, 128, 64), (128, 192, 64), (32, 64, 32), (48, 96, 16), (40, 88, 8), (12, 33, 1)],
 )
 def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, tied, tmp_path):
     """Groups of 64, halved until they divide the rows of all matrices: runq.c drops the rest of a row."""
-    model = random_model(dim=dim, n_heads=2, hidden_dim=hidden_dim, vocab_size=67, tie_embeddings=tied)
+    model = random_model(
+        dim=dim, n_heads=2, hidden_dim=hidden_dim, vocab_size=67, tie_embeddings=tied
+    )
     with torch.no_grad():
         model.layers[0].attention.wo.weight[:2] = 0.0  # groups without a scale
     path = str(tmp_path / "model.bin")
@@ -271,7 +309,9 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     for name in parts_in_order() + ["output.weight"] * (not tied):
         values = model.state_dict()[name].flatten().tolist()
         is_norm = "norm" in name
-        expected += struct.pack(f"<{len(values)}f", *values) if is_norm else q8_0(values, group_size)
+        expected += (
+            struct.pack(f"<{len(values)}f", *values) if is_norm else q8_0(values, group_size)
+        )
     assert content_of(path) == expected
 
 

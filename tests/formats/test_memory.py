@@ -39,11 +39,20 @@ def random_folder(tokenizer, tmp_path_factory):
     """A folder of Hugging Face's with random weights in bfloat16, which were never in memory all at
     once; and the size of its largest tensor in MB."""
     args = ModelArgs(dim=1024, n_heads=16, hidden_dim=16384, n_layers=1, vocab_size=512)
-    per_layer = sum(2 * torch.Size(shape).numel() for name, shape in parameter_shapes(args) if "layers" in name) / 1e9
+    per_layer = (
+        sum(
+            2 * torch.Size(shape).numel()
+            for name, shape in parameter_shapes(args)
+            if "layers" in name
+        )
+        / 1e9
+    )
     args = ModelArgs(**{**vars(args), "n_layers": max(1, round(GIGABYTES / per_layer))})
 
     def random(shape):
-        return LazyTensor(shape, torch.bfloat16, lambda: torch.randn(shape, dtype=torch.bfloat16).mul_(0.02))
+        return LazyTensor(
+            shape, torch.bfloat16, lambda: torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
+        )
 
     tensors = {name: random(shape) for name, shape in parameter_shapes(args)}
     path = str(tmp_path_factory.mktemp("random") / "hf")
@@ -57,15 +66,23 @@ def bare() -> float:
     return peak_of("import export")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak of memory")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="the system does not tell the peak of memory"
+)
 @pytest.mark.parametrize("target", ["v0", "v2", "meta", "gguf", "q8_0"])
-def test_a_conversion_needs_no_more_than_the_largest_tensor_and_a_constant(target, bare, random_folder, tmp_path):
+def test_a_conversion_needs_no_more_than_the_largest_tensor_and_a_constant(
+    target, bare, random_folder, tmp_path
+):
     path, largest = random_folder
     options = ["--format=gguf", "--dtype=q8_0"] if target == "q8_0" else [f"--format={target}"]
     run = "runpy.run_path(sys.argv[0], run_name='__main__')"
     peak = peak_of(run, ROOT / "export.py", tmp_path / "first", f"--from={path}", *options)
     # And back from it, as every format has a reader of its own.
-    back = peak_of(run, ROOT / "export.py", tmp_path / "back", f"--from={tmp_path / 'first'}", "--format=hf")
-    print(f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; bare {bare:.0f} MB, largest tensor {largest:.0f} MB")
+    back = peak_of(
+        run, ROOT / "export.py", tmp_path / "back", f"--from={tmp_path / 'first'}", "--format=hf"
+    )
+    print(
+        f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; bare {bare:.0f} MB, largest tensor {largest:.0f} MB"
+    )
     assert max(peak, back) < bare + 2 * largest + CONSTANT  # float32 of v0 and v2 is twice bfloat16
     assert open_model(str(tmp_path / "back")).args.n_layers == open_model(path).args.n_layers

@@ -25,10 +25,23 @@ from textdata.tokenizer import load_tokenizer
 
 # Llama 3 8B's params.json; scaled down it keeps its proportions.
 LLAMA3_8B = {
-    **{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024},
+    **{
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+    },
     **{"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0},
 }
-SCALED_DOWN = LLAMA3_8B | {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "multiple_of": 16}
+SCALED_DOWN = LLAMA3_8B | {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 8,
+    "n_kv_heads": 2,
+    "multiple_of": 16,
+}
 
 
 def exported(tmp_path, model, tokenizer=None) -> Path:
@@ -43,7 +56,11 @@ def cut_in_shards(folder: Path, number: int, embedding_axis: int):
     for shard in range(number):
         part = {"rope.freqs": torch.ones(6, dtype=torch.bfloat16)}
         for name, weight in whole.items():
-            cut = weight if weight.dim() == 1 else weight.chunk(number, axes.get(name.split(".")[-2], 0))[shard].clone()
+            cut = (
+                weight
+                if weight.dim() == 1
+                else weight.chunk(number, axes.get(name.split(".")[-2], 0))[shard].clone()
+            )
             part[name] = cut
         torch.save(part, folder / f"consolidated.{shard:02d}.pth")
 
@@ -63,7 +80,9 @@ def test_shards_are_put_together(number, axis, tied, tokenizer, tmp_path):
 
 def test_the_file_is_one_for_torch_load(tmp_path):
     model = random_model(tie_embeddings=True)
-    state = torch.load(exported(tmp_path, model) / "consolidated.00.pth", weights_only=True, mmap=True)
+    state = torch.load(
+        exported(tmp_path, model) / "consolidated.00.pth", weights_only=True, mmap=True
+    )
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
     assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
@@ -71,16 +90,36 @@ def test_the_file_is_one_for_torch_load(tmp_path):
 
 @pytest.mark.parametrize(
     "hidden_dim, multiple_of, multiplier",
-    [(None, 32, None), (None, 16, 1.3), (100, 32, None), (33, 7, None), (1, 1, None), (4001, 1, 2.5)],
+    [
+        (None, 32, None),
+        (None, 16, 1.3),
+        (100, 32, None),
+        (33, 7, None),
+        (1, 1, None),
+        (4001, 1, 2.5),
+    ],
 )
-def test_the_feed_forward_width_comes_back_whatever_it_is(hidden_dim, multiple_of, multiplier, tmp_path):
+def test_the_feed_forward_width_comes_back_whatever_it_is(
+    hidden_dim, multiple_of, multiplier, tmp_path
+):
     """params.json has no hidden_dim, only a rule."""
-    model = random_model(hidden_dim=hidden_dim, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+    model = random_model(
+        hidden_dim=hidden_dim, multiple_of=multiple_of, ffn_dim_multiplier=multiplier
+    )
     assert open_model(str(exported(tmp_path, model))).args.ffn_dim == model.args.ffn_dim
 
 
 def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokenizer, tmp_path):
-    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
+    known = {
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "norm_eps",
+    }
     folder = exported(tmp_path, random_model(hidden_dim=100), tokenizer)
     assert json.loads((folder / "params.json").read_text()).keys() == known
 
@@ -93,7 +132,9 @@ def test_llama_3s_code_is_told_the_base_of_its_positions(tmp_path):
     assert open_model(str(folder)).own_tokenizer().hash == tokenizer.hash
 
 
-def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_next_door(tokenizer, tmp_path):
+def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_next_door(
+    tokenizer, tmp_path
+):
     folder = exported(tmp_path, random_model(), tokenizer)
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))
@@ -136,12 +177,16 @@ def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
 def test_settings_that_do_not_fit_are_refused_by_name(changes, said, tmp_path):
     folder = exported(tmp_path, random_model())
     params = json.loads((folder / "params.json").read_text()) | changes
-    (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
+    (folder / "params.json").write_text(
+        json.dumps({key: value for key, value in params.items() if value is not None})
+    )
     with pytest.raises(ValueError, match=rf"exported.*{said}"):
         open_model(str(folder))
 
 
-@pytest.mark.parametrize("missing, said", [(0, "00.pth is missing"), (1, "01.pth is missing"), (3, "has 3 of the 4")])
+@pytest.mark.parametrize(
+    "missing, said", [(0, "00.pth is missing"), (1, "01.pth is missing"), (3, "has 3 of the 4")]
+)
 def test_a_missing_shard_is_named(missing, said, tmp_path):
     folder = exported(tmp_path, random_model())
     cut_in_shards(folder, 4, 0)
@@ -172,8 +217,18 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
 def llama3_tokenizer(tmp_path_factory) -> str:
     """The path of Llama 3's real tokenizer.model, from a package that ships it."""
     folder = tmp_path_factory.mktemp("llama-models")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "llama-models==0.3.0", "--dest", str(folder)], capture_output=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+    ]
+    done = subprocess.run(
+        [*command, "llama-models==0.3.0", "--dest", str(folder)], capture_output=True, timeout=120
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         pytest.skip("the package llama-models, which has Llama 3's tokenizer, cannot be had here")
@@ -189,7 +244,9 @@ def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
     (tmp_path / "llama3").mkdir()
     args = meta.args_of(SCALED_DOWN, "params.json", tied=False)
     torch.manual_seed(0)
-    state = random_model(**{name: getattr(args, name) for name in vars(args)}).bfloat16().state_dict()
+    state = (
+        random_model(**{name: getattr(args, name) for name in vars(args)}).bfloat16().state_dict()
+    )
     torch.save(state, tmp_path / "llama3" / "consolidated.00.pth")
     (tmp_path / "llama3" / "params.json").write_text(json.dumps(SCALED_DOWN))
     os.symlink(llama3_tokenizer, tmp_path / "llama3" / "tokenizer.model")
@@ -199,7 +256,11 @@ def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
 def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path):
     source = open_model(str(llama3_folder), max_seq_len=256)
     model, tokenizer = source.model(), source.own_tokenizer()
-    assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (224, 128256, 500000.0)
+    assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (
+        224,
+        128256,
+        500000.0,
+    )
     prompt = tokenizer.encode("Once upon a time", bos=True)
     assert prompt == [128000, 12805, 5304, 264, 892]
     told = continuation(model, prompt, max_new_tokens=20, temperature=0)
@@ -210,10 +271,14 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
         place = str(tmp_path / step)
     end = open_model(place, max_seq_len=256)
     assert end.dtype == torch.bfloat16 and torch.equal(logits_of(end.model()), logits_of(model))
-    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (llama3_folder / "tokenizer.model").read_bytes()
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (
+        llama3_folder / "tokenizer.model"
+    ).read_bytes()
 
 
-def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, llama3_tokenizer, shared, tmp_path):
+def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
+    llama3_folder, llama3_tokenizer, shared, tmp_path
+):
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
     import requests
 
@@ -222,16 +287,28 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, lla
         write_model(source, str(tmp_path / target), target)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity, params.warmup = str(tmp_path / "gguf"), 64, -1, False
+    params.model.path, params.n_ctx, params.verbosity, params.warmup = (
+        str(tmp_path / "gguf"),
+        64,
+        -1,
+        False,
+    )
     server = xllamacpp.Server(params)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
         slices = slices_of(file.read())
-    slices += ["naïve café — “quoted” 🦙🦙", "日本語 русский", "x = 12345.678\n\n\tif  y:\n", "I'LL we've"]
+    slices += [
+        "naïve café — “quoted” 🦙🦙",
+        "日本語 русский",
+        "x = 12345.678\n\n\tif  y:\n",
+        "I'LL we've",
+    ]
     for text in slices:
         ids = tokenizer.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == tokenizer.decode(ids) == text
-        answer = requests.post(f"{server.listening_address}/tokenize", json={"content": text, "add_special": False})
+        answer = requests.post(
+            f"{server.listening_address}/tokenize", json={"content": text, "add_special": False}
+        )
         assert answer.json()["tokens"] == ids
     (tmp_path / "hf" / "tokenizer.model").unlink()
     assert open_model(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
@@ -239,7 +316,12 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(llama3_folder, lla
 
 def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
     """Its params.json does not say that its positions are scaled by 32."""
-    params = LLAMA3_8B | {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}
+    params = LLAMA3_8B | {
+        "dim": 2048,
+        "n_layers": 16,
+        "ffn_dim_multiplier": 1.5,
+        "use_scaled_rope": True,
+    }
     with pytest.raises(ValueError, match=r'add "rope_scaling_factor": 32\.0'):
         meta.args_of(params, "params.json", tied=True)
     args = meta.args_of(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)

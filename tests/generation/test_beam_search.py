@@ -32,7 +32,10 @@ def search_in_transformers(twin, num_beams, length_penalty=1.0, stop=(), **optio
         max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **options,
     )  # fmt: skip
     scores = [None] if num_beams == 1 else out.sequences_scores.tolist()
-    rows = [itertools.takewhile(lambda token: token not in stop, row[len(PROMPT) :]) for row in out.sequences.tolist()]
+    rows = [
+        itertools.takewhile(lambda token: token not in stop, row[len(PROMPT) :])
+        for row in out.sequences.tolist()
+    ]
     return list(zip(map(list, rows), scores, strict=True))
 
 
@@ -51,15 +54,23 @@ def plain_search(model, prompt, num_beams, max_new_tokens, length_penalty=1.0, s
         over = [text for text in ranked[:num_beams] if text[-1] in stop or length == max_new_tokens]
         finished |= {text: texts[text] / length**length_penalty for text in over}
         best = sorted(finished, key=finished.get, reverse=True)[:num_beams]
-        live = {text: texts[text] for text in [text for text in ranked if text[-1] not in stop][:num_beams]}
-        if len(best) == num_beams and max(live.values()) / length**length_penalty <= finished[best[-1]]:
+        live = {
+            text: texts[text]
+            for text in [text for text in ranked if text[-1] not in stop][:num_beams]
+        }
+        if (
+            len(best) == num_beams
+            and max(live.values()) / length**length_penalty <= finished[best[-1]]
+        ):
             break
     return [([token for token in text if token not in stop], finished[text]) for text in best]
 
 
 def assert_same(found, expected):
     assert [hypothesis.tokens for hypothesis in found] == [tokens for tokens, _ in expected]
-    scores = [(hypothesis.score, score) for hypothesis, (_, score) in zip(found, expected, strict=True)]
+    scores = [
+        (hypothesis.score, score) for hypothesis, (_, score) in zip(found, expected, strict=True)
+    ]
     assert all(score is None or abs(ours - score) < 1e-4 * abs(score) for ours, score in scores)
 
 
@@ -73,7 +84,9 @@ def test_texts_and_scores_equal_those_of_transformers(model, twin, num_beams, le
 
 def test_the_searches_compared_with_transformers_differ_and_end_in_every_way(model):
     """Else the test above could not fail."""
-    searches = [beam_search(model, PROMPT, 4, 12, penalty, STOP, num_best=4) for penalty in PENALTIES]
+    searches = [
+        beam_search(model, PROMPT, 4, 12, penalty, STOP, num_best=4) for penalty in PENALTIES
+    ]
     assert len({str(texts) for texts in searches}) == len(PENALTIES)
     assert {"stop"} in [{text.finish for text in texts} for texts in searches]
     assert {"stop", "length"} in [{text.finish for text in texts} for texts in searches]
@@ -84,7 +97,9 @@ def test_forbidden_and_too_early_tokens_are_skipped_as_in_transformers(model, tw
     plain = beam_search(model, PROMPT, 4, 12, stop=STOP, num_best=4)
     first, second = plain[0].tokens[0], plain[1].tokens[:2]
     forbidden = lambda tokens: [first, second[1]] if tokens[-1] == second[0] else [first]
-    found = beam_search(model, PROMPT, 4, 12, stop=STOP, num_best=4, min_new_tokens=9, forbidden=forbidden)
+    found = beam_search(
+        model, PROMPT, 4, 12, stop=STOP, num_best=4, min_new_tokens=9, forbidden=forbidden
+    )
     options = dict(min_new_tokens=9, bad_words_ids=[[first], second])
     assert_same(found, search_in_transformers(twin, 4, stop=STOP, **options))
     assert min(len(text.tokens) for text in plain) < 9
@@ -93,14 +108,18 @@ def test_forbidden_and_too_early_tokens_are_skipped_as_in_transformers(model, tw
 def test_forbidden_sees_the_prompt_and_all_new_tokens_of_its_own_beam(model):
     texts = beam_search(model, PROMPT, 4, 20, num_best=4, forbidden=lambda tokens: tokens)
     assert len(texts) == 4
-    assert all(len({*PROMPT, *text.tokens}) == len(PROMPT) + 20 for text in texts)  # each token once
+    assert all(
+        len({*PROMPT, *text.tokens}) == len(PROMPT) + 20 for text in texts
+    )  # each token once
 
 
 @pytest.mark.parametrize("min_new_tokens", [0, 1, 5, 12])
 def test_no_text_has_fewer_than_min_new_tokens(model, min_new_tokens):
     stop = range(0, 61, 2)  # so many that each text would end early
     texts = beam_search(model, PROMPT, 4, 12, 0.0, stop, num_best=4, min_new_tokens=min_new_tokens)
-    assert min(len(text.tokens) for text in texts) == min_new_tokens  # and none is held back any longer
+    assert (
+        min(len(text.tokens) for text in texts) == min_new_tokens
+    )  # and none is held back any longer
     assert not any(token in stop for text in texts for token in text.tokens)
 
 
@@ -113,13 +132,24 @@ def test_a_search_wide_enough_finds_every_text_in_order(length_penalty):
             if stop not in text[:-1] and (text[-1] == stop or length == 3):
                 tokens = torch.tensor([[1, 2, *text]])
                 with torch.no_grad():
-                    logprobs = model(tokens)[0][0, 1:-1].log_softmax(-1).gather(-1, tokens[0, 2:, None])
+                    logprobs = (
+                        model(tokens)[0][0, 1:-1].log_softmax(-1).gather(-1, tokens[0, 2:, None])
+                    )
                 finish, new = ("stop", text[:-1]) if text[-1] == stop else ("length", text)
-                found.append((list(new), logprobs.sum().item(), logprobs.sum().item() / length**length_penalty, finish))
+                found.append(
+                    (
+                        list(new),
+                        logprobs.sum().item(),
+                        logprobs.sum().item() / length**length_penalty,
+                        finish,
+                    )
+                )
     found.sort(key=lambda text: text[2], reverse=True)
     texts = beam_search(model, [1, 2], 64, 3, length_penalty, [stop], num_best=64)
     assert len(texts) == 1 + 3 + 9 * 4
-    assert [(text.tokens, text.finish) for text in texts] == [(tokens, finish) for tokens, _, _, finish in found]
+    assert [(text.tokens, text.finish) for text in texts] == [
+        (tokens, finish) for tokens, _, _, finish in found
+    ]
     for text, (_, logprob, score, _) in zip(texts, found, strict=True):
         assert text.logprob == pytest.approx(logprob, abs=1e-4)
         assert text.score == pytest.approx(score, abs=1e-4)
@@ -139,7 +169,9 @@ def test_one_beam_is_greedy(model, stop):
 @pytest.mark.parametrize("stop", [(), (16, 45)], ids=len)
 @pytest.mark.parametrize("prompt", [[1], list(range(8)), list(range(21))], ids=len)
 @pytest.mark.parametrize("max_seq_len", [8, 7, 2])
-def test_past_max_seq_len_the_texts_are_those_of_a_search_without_a_cache(max_seq_len, prompt, stop):
+def test_past_max_seq_len_the_texts_are_those_of_a_search_without_a_cache(
+    max_seq_len, prompt, stop
+):
     model = random_model(max_seq_len=max_seq_len, tie_embeddings=False)
     found = beam_search(model, prompt, 3, 20, 2.0, stop, num_best=3)
     assert_same(found, plain_search(model, prompt, 3, 20, 2.0, stop))
@@ -154,7 +186,9 @@ def test_the_prompt_is_read_once_and_then_one_token_of_every_beam(model, monkeyp
         return hidden(tokens, cache, start_pos)
 
     monkeypatch.setattr(model, "forward_hidden", noted)
-    hook = model.output.register_forward_hook(lambda layer, inputs, output: classified.append(inputs[0].shape))
+    hook = model.output.register_forward_hook(
+        lambda layer, inputs, output: classified.append(inputs[0].shape)
+    )
     beam_search(model, prompt, 4, 6)
     hook.remove()
     assert read == [(1, 3, 0), *((4, 1, position) for position in range(3, 8))]
@@ -165,7 +199,9 @@ def test_the_prompt_is_read_once_and_then_one_token_of_every_beam(model, monkeyp
 def test_under_autocast_the_cache_has_its_type(model, monkeypatch):
     made = []
     new_cache = model.new_kv_cache
-    monkeypatch.setattr(model, "new_kv_cache", lambda *args: made.append(new_cache(*args)) or made[-1])
+    monkeypatch.setattr(
+        model, "new_kv_cache", lambda *args: made.append(new_cache(*args)) or made[-1]
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (text,) = beam_search(model, PROMPT, 4, 12)
     assert [cache.keys[0].dtype for cache in made] == [torch.bfloat16]

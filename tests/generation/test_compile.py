@@ -18,10 +18,14 @@ def test_one_row_and_many_multiply_alike(kind):
     whole = layer(x)
     assert whole.shape == (5, 7, 96)
     for row in range(5):
-        torch.testing.assert_close(layer(x[row : row + 1, 3:4])[0, 0], whole[row, 3], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            layer(x[row : row + 1, 3:4])[0, 0], whole[row, 3], atol=1e-5, rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize("height, width", [(7, 64), (98, 48), (96, 18), (96, 32), (9000, 64), (9003, 64), (9002, 64)])
+@pytest.mark.parametrize(
+    "height, width", [(7, 64), (98, 48), (96, 18), (96, 32), (9000, 64), (9003, 64), (9002, 64)]
+)
 def test_a_row_of_integers_is_multiplied_exactly_as_many_are(height, width):
     """However many parts of the matrix can be read at once, by its columns or by its rows."""
     torch.manual_seed(0)
@@ -44,7 +48,9 @@ def test_int8_is_as_exact_as_8_bits_can_be():
     assert layer(torch.zeros(1, 64)).abs().max() == 0
 
 
-@pytest.mark.parametrize("kind, off", [("float32", 1e-4), ("bfloat16", 0.2), ("float16", 0.03), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    "kind, off", [("float32", 1e-4), ("bfloat16", 0.2), ("float16", 0.03), ("int8", 0.3)]
+)
 def test_a_prepared_model_is_the_model_within_the_precision_of_its_matrices(kind, off):
     model = random_model()
     before = copy.deepcopy(model.state_dict())
@@ -76,12 +82,16 @@ def test_drafting_changes_no_token(drafted_by, options):
         for prompt in ([1], list(range(50)), list(range(60)) * 2):
             alone = together(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
             drafted = Sequence(prompt)
-            decoder = Decoder(model, Decoding(max_new_tokens=150, **options), 1, stop_ids, draft=draft)
+            decoder = Decoder(
+                model, Decoding(max_new_tokens=150, **options), 1, stop_ids, draft=draft
+            )
             list(decoder.run([drafted]))
             assert drafted.tokens == alone[0]
             drafted.tokens += [7, 8]
             again = together(model, [drafted.tokens], 1, stop_ids, max_new_tokens=150, **options)
-            list(decoder.run([drafted]))  # goes on with a cache in which more was drafted than was taken
+            list(
+                decoder.run([drafted])
+            )  # goes on with a cache in which more was drafted than was taken
             assert drafted.tokens == again[0]
 
 
@@ -90,7 +100,9 @@ def test_several_texts_may_be_drafted_at_once():
     draft = Draft(for_inference(model, "int8"), tokens=3)
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     list(Decoder(model, Decoding(100), 2, [V - 1], draft=draft).run(sequences))
-    assert [sequence.tokens for sequence in sequences] == together(model, prompts, 1, [V - 1], max_new_tokens=100)
+    assert [sequence.tokens for sequence in sequences] == together(
+        model, prompts, 1, [V - 1], max_new_tokens=100
+    )
 
 
 needs_compiler = pytest.mark.skipif(
@@ -102,18 +114,28 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("kind, batch_size", [("int8", 1), ("float32", 3)])
 def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
     """The compiler's product of one row of 8-bit integers was garbage once."""
-    model, steps = for_inference(random_model(max_seq_len=64), kind, batch_size), (one_step, compiled_check())
+    model, steps = (
+        for_inference(random_model(max_seq_len=64), kind, batch_size),
+        (one_step, compiled_check()),
+    )
     tokens = torch.randint(V, (30, batch_size), generator=torch.Generator().manual_seed(0))
     caches = [model.new_kv_cache(batch_size, 64) for _ in steps]
     starts, keys = torch.arange(batch_size), torch.arange(batch_size, dtype=torch.int32)
     with torch.inference_mode():
         for number, row in enumerate(tokens):
             inputs = (row[:, None], starts + number, number + batch_size, keys[:, None] + number)
-            plain, compiled = (step(model, cache, *inputs, top_k=9) for step, cache in zip(steps, caches, strict=True))
+            plain, compiled = (
+                step(model, cache, *inputs, top_k=9)
+                for step, cache in zip(steps, caches, strict=True)
+            )
             off = (compiled[0] - plain[0]).abs().max() / plain[0].std()
-            assert off < (0.1 if kind == "int8" else 1e-4)  # a rounding to 8 bits may go the other way
+            assert off < (
+                0.1 if kind == "int8" else 1e-4
+            )  # a rounding to 8 bits may go the other way
             if off < 1e-4:
-                assert torch.equal(compiled[1][0], plain[1][0]) and torch.equal(compiled[1][1], plain[1][1])
+                assert torch.equal(compiled[1][0], plain[1][0]) and torch.equal(
+                    compiled[1][1], plain[1][1]
+                )
     assert "cannot compile" not in capfd.readouterr().err
 
 
@@ -121,7 +143,12 @@ def test_a_compiled_step_has_the_same_logits(kind, batch_size, capfd):
 def test_a_compiled_step_fits_other_caches_and_options_too(capfd):
     """What was compiled for one length of cache must not be taken for another, or at the same end."""
     model, tell = for_inference(random_model(max_seq_len=128), "float32"), compiled_tell()
-    for prompt, count, temperature in (([1], 20, 1.0), ([1] * 40, 50, 1.0), ([1], 20, 1.0), ([2], 20, 0.5)):
+    for prompt, count, temperature in (
+        ([1], 20, 1.0),
+        ([1] * 40, 50, 1.0),
+        ([1], 20, 1.0),
+        ([2], 20, 0.5),
+    ):
         told, alone = Sequence(prompt), Sequence(prompt)
         list(Decoder(model, Decoding(count, temperature=temperature), tell=tell).run([told]))
         list(Decoder(model, Decoding(count, temperature=temperature)).run([alone]))
@@ -148,13 +175,20 @@ def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     engine = prepared(model, "float32", batch_size, compile=True)
     list(Decoder(options=Decoding(70), batch_size=batch_size, **engine).run(sequences))
-    assert [sequence.tokens for sequence in sequences] == together(model, prompts, 1, max_new_tokens=70)
+    assert [sequence.tokens for sequence in sequences] == together(
+        model, prompts, 1, max_new_tokens=70
+    )
     assert "cannot compile" not in capfd.readouterr().err
 
 
 @needs_compiler
 def test_a_compiled_loop_ends_where_a_text_does_and_not_for_one_that_is_over():
-    model, prompts, run, calls = random_model(max_seq_len=64), [[1], [2, 3, 4]], compiled_tell(8), []
+    model, prompts, run, calls = (
+        random_model(max_seq_len=64),
+        [[1], [2, 3, 4]],
+        compiled_tell(8),
+        [],
+    )
     options, stop_ids = dict(max_new_tokens=60, seed=0), [41]
     without_end = together(model, prompts, 1, **options)[1]
 
@@ -181,7 +215,10 @@ def test_several_compiled_models_are_not_taken_for_one_another():
     import torch._dynamo
 
     models = [random_model(vocab_size=size, max_seq_len=64) for size in (V, V + 40)]
-    decoders = [Decoder(options=Decoding(20), **prepared(model, "float32", compile=True)) for model in models]
+    decoders = [
+        Decoder(options=Decoding(20), **prepared(model, "float32", compile=True))
+        for model in models
+    ]
     alone = [together(model, [[1]], 1, max_new_tokens=20)[0] for model in models]
     with torch._dynamo.config.patch(recompile_limit=2):
         for decoder, expected in zip(decoders, alone, strict=True):
@@ -195,7 +232,11 @@ def test_compiled_8_bit_rows_are_told_together_as_alone():
     """Their keys and values are kept in 16 bits, in a batch and alone."""
     model, told = random_model(max_seq_len=64), []
     for batch_size in (1, 3):
-        decoder = Decoder(options=Decoding(100), batch_size=batch_size, **prepared(model, "int8", batch_size, True))
+        decoder = Decoder(
+            options=Decoding(100),
+            batch_size=batch_size,
+            **prepared(model, "int8", batch_size, True),
+        )
         sequences = [Sequence([1, 2 + number], number) for number in range(3)]
         list(decoder.run(sequences))
         assert decoder.cache.keys[0].dtype == torch.bfloat16

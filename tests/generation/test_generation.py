@@ -27,7 +27,9 @@ V = 61
 def random_model(max_seq_len=16, vocab_size=V) -> Transformer:
     """Weights large enough that the tokens it likes best depend on all of the context."""
     torch.manual_seed(0)
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocab_size, max_seq_len=max_seq_len)
+    args = ModelArgs(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocab_size, max_seq_len=max_seq_len
+    )
     model = Transformer(args)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,9 +40,13 @@ def random_model(max_seq_len=16, vocab_size=V) -> Transformer:
 GREEDY = dict(temperature=0)
 
 
-@pytest.mark.parametrize("prompt", [[1], [1, 5, 9, 2, 7], list(range(16)), list(range(40))], ids=len)
+@pytest.mark.parametrize(
+    "prompt", [[1], [1, 5, 9, 2, 7], list(range(16)), list(range(40))], ids=len
+)
 @pytest.mark.parametrize("max_seq_len", [16, 15, 1])
-def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(prompt, max_seq_len):
+def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
+    prompt, max_seq_len
+):
     """nanoGPT PR #613: the cache changed the output."""
     model, expected = random_model(max_seq_len), list(prompt)
     with torch.no_grad():
@@ -66,7 +72,11 @@ def tell_several(model, cache, token, starts, end, keys, stop_ids=(), **how):
     return logits, torch.cat(told, dim=1), known
 
 
-HOW = {"": {}, "of a fixed size": dict(tell=tell), "several at once": dict(tell=tell_several, at_once=5)}
+HOW = {
+    "": {},
+    "of a fixed size": dict(tell=tell),
+    "several at once": dict(tell=tell_several, at_once=5),
+}
 
 
 def together(model, prompts, batch_size, stop_ids=(), how=HOW[""], **options) -> list[list[int]]:
@@ -88,10 +98,15 @@ OPTIONS = [
 def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
     """Of different lengths, past the context; and some that end early, so that rows become free."""
     model, draw = random_model(max_seq_len=600), torch.Generator().manual_seed(0)
-    prompts = [torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)]
+    prompts = [
+        torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)
+    ]
     for stop_ids, batch_size, how in (([], 5, ""), *(([V - 1, 17], 3, how) for how in HOW)):
         alone = together(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
-        assert together(model, prompts, batch_size, stop_ids, HOW[how], max_new_tokens=1000, **options) == alone
+        assert (
+            together(model, prompts, batch_size, stop_ids, HOW[how], max_new_tokens=1000, **options)
+            == alone
+        )
     assert max(map(len, alone)) < 1000
 
 
@@ -99,7 +114,10 @@ def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
 def test_texts_go_on_in_any_company_as_if_they_had_been_alone(how):
     """The cache that they left may hold others, or more than them."""
     model, draw = random_model(max_seq_len=64), torch.Generator().manual_seed(0)
-    texts = [Sequence(torch.randint(V, (length,), generator=draw).tolist(), length) for length in (3, 9, 1)]
+    texts = [
+        Sequence(torch.randint(V, (length,), generator=draw).tolist(), length)
+        for length in (3, 9, 1)
+    ]
     decoder, other = (Decoder(model, Decoding(30), 2, [V - 1, 7], **how) for _ in range(2))
     a, b, c = texts
     for company in ([a], [b, a], [b, a], [a, b, c], [c, b], [c], [c, b]):
@@ -148,13 +166,17 @@ def test_a_text_that_goes_on_is_not_read_again():
     decoder, text = Decoder(model, Decoding(10)), Sequence([1, 2, 3])
     list(decoder.run([text]))
     hidden = model.forward_hidden
-    model.forward_hidden = lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **more)
+    model.forward_hidden = lambda tokens, *rest, **more: (
+        lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **more)
+    )
     text.tokens += [4, 5]
     list(decoder.run([text]))
     assert lengths == [3, *[1] * 9]  # what was said last, and what was added
 
 
-@pytest.mark.parametrize("impossible", [lambda: Sequence([]), lambda: Decoder(random_model(), Decoding(), 0)])
+@pytest.mark.parametrize(
+    "impossible", [lambda: Sequence([]), lambda: Decoder(random_model(), Decoding(), 0)]
+)
 def test_impossible_arguments_are_refused(impossible):
     with pytest.raises(ValueError, match=r"begin with at least one token|batch_size=0: must be"):
         impossible()
@@ -186,7 +208,10 @@ def test_ends_before_the_first_stop_token(position):
     model = random_model()
     free = continuation(model, [1], max_new_tokens=60, **GREEDY)
     stop = {free[position], V + 1}
-    assert continuation(model, [1], stop, max_new_tokens=60, **GREEDY) == free[: free.index(free[position])]
+    assert (
+        continuation(model, [1], stop, max_new_tokens=60, **GREEDY)
+        == free[: free.index(free[position])]
+    )
 
 
 @pytest.mark.parametrize("least", [0, 1, 5, 40])
@@ -217,23 +242,43 @@ def test_a_text_goes_on_after_what_was_added_as_if_it_had_been_there(added):
         assert text.tokens == before + continuation(model, before, max_new_tokens=20, **GREEDY)
 
 
-@pytest.mark.parametrize("option, value", [("temperature", -1), ("top_p", 0), ("min_new_tokens", 300), ("seed", -1)])
+@pytest.mark.parametrize(
+    "option, value", [("temperature", -1), ("top_p", 0), ("min_new_tokens", 300), ("seed", -1)]
+)
 def test_impossible_options_are_refused(option, value):
     with pytest.raises(ValueError, match=f"{option}={value}: must be"):
         Decoding(**{option: value})
 
 
-PIECES = [b"", b"a", b"b", b"c", b"ab", b"bc", b"ca", b"abc", b"cab", b"\xc3", b"\xab", "ë".encode(), "aë".encode()]
+PIECES = [
+    b"",
+    b"a",
+    b"b",
+    b"c",
+    b"ab",
+    b"bc",
+    b"ca",
+    b"abc",
+    b"cab",
+    b"\xc3",
+    b"\xab",
+    "ë".encode(),
+    "aë".encode(),
+]
 
 
-@pytest.mark.parametrize("words", [["ab"], ["ca", "abc"], ["aa"], ["ë"], ["caë", "bb"], ["a", "b"], ["caab"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["ab"], ["ca", "abc"], ["aa"], ["ë"], ["caë", "bb"], ["a", "b"], ["caab"]], ids=str
+)
 def test_bad_words_forbid_just_the_tokens_that_complete_one(words):
     bad, words = BadWords(words, PIECES), [word.encode() for word in words]
     for tokens in itertools.product(range(1, len(PIECES)), repeat=3):
         text = b"".join(PIECES[token] for token in tokens)
         if any(word in text for word in words):
             continue  # such a text does not come about
-        completing = {i for i, piece in enumerate(PIECES) if any(word in text + piece for word in words)}
+        completing = {
+            i for i, piece in enumerate(PIECES) if any(word in text + piece for word in words)
+        }
         assert set(bad.completed_by(list(tokens))) == completing
 
 
@@ -301,7 +346,9 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_p(p, expected):
     assert torch.equal(truncated[truncated.isfinite()], logits[truncated.isfinite()])
 
 
-@pytest.mark.parametrize("p, count", [(1e-9, 1), (0.125, 1), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1.0, 8)])
+@pytest.mark.parametrize(
+    "p, count", [(1e-9, 1), (0.125, 1), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7), (1.0, 8)]
+)
 def test_top_p_keeps_exactly_enough_of_equally_likely_tokens(p, count):
     """Eighths add up without rounding, so that the sum equals p on the boundary."""
     assert len(kept(truncate_top_p(torch.zeros(1, 8), p))[0]) == count
@@ -322,8 +369,13 @@ def test_min_p_keeps_what_transformers_keeps(p):
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 10.0])
 def test_repetition_penalty_is_that_of_transformers(penalty):
     draw = torch.Generator().manual_seed(0)
-    logits, seen = torch.randn(20, V, generator=draw) * 3, torch.randint(V, (20, 30), generator=draw)
-    theirs = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+    logits, seen = (
+        torch.randn(20, V, generator=draw) * 3,
+        torch.randint(V, (20, 30), generator=draw),
+    )
+    theirs = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty)(
+        seen, logits.clone()
+    )
     assert torch.equal(penalize_repeats(logits, seen, penalty), theirs)
 
 
@@ -407,7 +459,9 @@ def test_noise_is_that_of_its_key_and_number_and_follows_gumbel():
     ordered = noise.flatten().double().sort().values
     expected = (-(-ordered).exp()).exp()  # its distribution function
     found = torch.arange(1, len(ordered) + 1) / len(ordered)
-    assert (found - expected).abs().max() < 1.95 / len(ordered) ** 0.5  # Kolmogorov and Smirnov, at 0.001
+    assert (found - expected).abs().max() < 1.95 / len(
+        ordered
+    ) ** 0.5  # Kolmogorov and Smirnov, at 0.001
     for other in (noise[1:], noise[:-1].roll(1, dims=1)):  # independent between keys and numbers
         pairs = torch.stack([noise[: len(other)].flatten(), other.flatten()])
         assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / pairs.shape[1] ** 0.5
@@ -437,7 +491,9 @@ def test_draws_follow_the_exact_distribution(options, allowed, spread):
     counts = (draws // spread).bincount(minlength=8)
     assert set(counts.nonzero().flatten().tolist()) == allowed
     inside = sorted(allowed)
-    assert_drawn(counts[inside], (logits[::spread].double() / options.get("temperature", 1.0))[inside])
+    assert_drawn(
+        counts[inside], (logits[::spread].double() / options.get("temperature", 1.0))[inside]
+    )
 
 
 def test_draws_of_many_tokens_follow_the_exact_distribution():
@@ -464,7 +520,9 @@ def test_each_row_is_drawn_from_its_own_distribution():
 def test_the_window_fits_keeps_half_a_context_and_moves_rarely(max_seq_len):
     starts = [window_start(length, max_seq_len) for length in range(1, 101)]
     sizes = [length - start for length, start in enumerate(starts, 1)]
-    moves = [length for length, pair in enumerate(itertools.pairwise(starts), 2) if pair[0] != pair[1]]
+    moves = [
+        length for length, pair in enumerate(itertools.pairwise(starts), 2) if pair[0] != pair[1]
+    ]
     assert starts[:max_seq_len] == [0] * max_seq_len
     assert starts == sorted(starts)
     assert max(sizes) == max_seq_len

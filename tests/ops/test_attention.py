@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from ops.attention import MOST_BLOCKS, SMALLEST_BLOCK, causal_attention, row_blocks, single_query_attention
+from ops.attention import (
+    MOST_BLOCKS,
+    SMALLEST_BLOCK,
+    causal_attention,
+    row_blocks,
+    single_query_attention,
+)
 
 
 def reference(q, k, v):
@@ -17,7 +23,9 @@ def draw(length: int, dtype=torch.float64, transposed=False):
     """q, k, v and the gradient of the output, (B 2, H 3, T length, D 8)."""
     generator = torch.Generator().manual_seed(length)
     shape = (2, length, 3, 8) if transposed else (2, 3, length, 8)
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)]
+    drawn = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)
+    ]
     drawn = [x.transpose(1, 2) if transposed else x for x in drawn]
     return [x.detach().requires_grad_() for x in drawn[:3]], drawn[3]
 
@@ -28,11 +36,15 @@ def results(attend, inputs, output_grad) -> list:
     return [output, *torch.autograd.grad(output, inputs, output_grad)]
 
 
-@pytest.mark.parametrize("length", [1, 2, SMALLEST_BLOCK - 1, SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 200, 256, 600])
+@pytest.mark.parametrize(
+    "length", [1, 2, SMALLEST_BLOCK - 1, SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 200, 256, 600]
+)
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 def test_output_and_gradients_are_those_of_the_definition(length, transposed):
     inputs, output_grad = draw(length, transposed=transposed)
-    ours, theirs = (results(attend, inputs, output_grad) for attend in (causal_attention, reference))
+    ours, theirs = (
+        results(attend, inputs, output_grad) for attend in (causal_attention, reference)
+    )
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
 
@@ -40,7 +52,9 @@ def test_output_and_gradients_are_those_of_the_definition(length, transposed):
 def test_in_bfloat16_it_is_about_as_exact_as_the_definition_in_bfloat16():
     inputs, output_grad = draw(200, torch.bfloat16)
     exact = results(reference, [x.double() for x in inputs], output_grad.double())
-    ours, theirs = (results(attend, inputs, output_grad) for attend in (causal_attention, reference))
+    ours, theirs = (
+        results(attend, inputs, output_grad) for attend in (causal_attention, reference)
+    )
     for mine, rounded, true in zip(ours, theirs, exact, strict=True):
         assert (mine - true).abs().mean() <= 1.3 * (rounded - true).abs().mean()
 
@@ -92,10 +106,14 @@ def test_the_gradients_with_dropout_are_those_of_the_same_mask():
     q, k, _ = inputs
     identity = torch.eye(300, dtype=torch.float64).expand(2, 3, 300, 300)
     whole = causal_attention(q, k, identity)
-    mask["kept"] = torch.where(whole > 0, dropped(q, k, identity) / whole.clamp(min=1e-300), 0).detach()
+    mask["kept"] = torch.where(
+        whole > 0, dropped(q, k, identity) / whole.clamp(min=1e-300), 0
+    ).detach()
     assert (mask["kept"][whole > 0] == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
     for mine, expected in zip(
-        results(dropped, inputs, output_grad), results(masked_reference, inputs, output_grad), strict=True
+        results(dropped, inputs, output_grad),
+        results(masked_reference, inputs, output_grad),
+        strict=True,
     ):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
 
@@ -111,7 +129,9 @@ def test_without_gradients_it_gives_the_same():
 def test_queries_of_one_position_see_what_the_mask_lets_them(lengths):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(3, 2, count, 8, generator=generator) for count in (4, 12, 12))
-    mask = None if lengths is None else torch.arange(12) < torch.tensor(lengths)[:, None, None, None]
+    mask = (
+        None if lengths is None else torch.arange(12) < torch.tensor(lengths)[:, None, None, None]
+    )
     scores = q @ k.transpose(-2, -1)
     expected = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
     torch.testing.assert_close(single_query_attention(q, k, v, mask), expected)

@@ -36,9 +36,9 @@ def value_and_gradients(function, hidden, weight, targets, **options):
 @pytest.mark.parametrize("elements", [1, 3 * V + 1, 36 * V, 37 * V, 2**24])
 def test_value_and_gradients_equal_the_plain_loss(elements, ignore_index, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
-    given = inputs(ignore_index=ignore_index)
-    ours = value_and_gradients(linear_cross_entropy, *given, ignore_index=ignore_index)
-    expected = value_and_gradients(plain, *given, ignore_index=ignore_index)
+    tensors = inputs(ignore_index=ignore_index)
+    ours = value_and_gradients(linear_cross_entropy, *tensors, ignore_index=ignore_index)
+    expected = value_and_gradients(plain, *tensors, ignore_index=ignore_index)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
 
 
@@ -46,7 +46,9 @@ def test_value_and_gradients_equal_the_plain_loss(elements, ignore_index, monkey
 def test_with_nothing_to_predict_loss_and_gradients_are_zero(elements, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
     hidden, weight, targets = inputs()
-    value, *gradients = value_and_gradients(linear_cross_entropy, hidden, weight, torch.full_like(targets, -1))
+    value, *gradients = value_and_gradients(
+        linear_cross_entropy, hidden, weight, torch.full_like(targets, -1)
+    )
     assert value == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -56,7 +58,9 @@ def test_huge_logits_overflow_nothing():
     with torch.no_grad():
         hidden *= 1e4
     ours = value_and_gradients(linear_cross_entropy, hidden, weight, targets)
-    torch.testing.assert_close(ours, value_and_gradients(plain, hidden, weight, targets), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        ours, value_and_gradients(plain, hidden, weight, targets), rtol=1e-4, atol=1e-2
+    )
 
 
 def test_under_bfloat16_autocast_it_is_close_and_its_gradients_keep_their_type():
@@ -74,19 +78,23 @@ def test_in_bfloat16_the_sums_over_chunks_are_kept_in_float32(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
     hidden, weight, targets = inputs(torch.bfloat16)
     repeated = hidden.detach().repeat(40, 1).requires_grad_()
-    value, _, weight_grad = value_and_gradients(linear_cross_entropy, repeated, weight, targets.repeat(40))
+    value, _, weight_grad = value_and_gradients(
+        linear_cross_entropy, repeated, weight, targets.repeat(40)
+    )
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected, _, expected_grad = value_and_gradients(plain, *wide, targets)
     assert value.dtype == torch.float32
-    torch.testing.assert_close([value.double(), weight_grad.double()], [expected, expected_grad], rtol=0.02, atol=0.003)
+    torch.testing.assert_close(
+        [value.double(), weight_grad.double()], [expected, expected_grad], rtol=0.02, atol=0.003
+    )
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_value_is_the_same_and_none_are_computed(without):
-    given = inputs()
-    expected = linear_cross_entropy(*given).detach()
+    tensors = inputs()
+    expected = linear_cross_entropy(*tensors).detach()
     with without(), FlopCounterMode(display=False) as counter:
-        value = linear_cross_entropy(*given)
+        value = linear_cross_entropy(*tensors)
     assert not value.requires_grad
     torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
     assert counter.get_total_flops() == 2 * N * V * C
@@ -116,15 +124,17 @@ def test_the_logits_are_never_held_whole(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_it_is_the_same(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 20 * V)
-    given = inputs(torch.float32)
+    tensors = inputs(torch.float32)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
-    ours = value_and_gradients(compiled, *given)
-    torch.testing.assert_close(ours, value_and_gradients(plain, *given))
+    ours = value_and_gradients(compiled, *tensors)
+    torch.testing.assert_close(ours, value_and_gradients(plain, *tensors))
 
 
 def tiny_model(tied: bool) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=V, max_seq_len=8, tie_embeddings=tied))
+    return Transformer(
+        ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=V, max_seq_len=8, tie_embeddings=tied)
+    )
 
 
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch():
@@ -149,7 +159,11 @@ def test_the_gradient_of_tied_weights_is_the_sum_of_both_uses():
 
 def test_float16_keeps_the_gradients_of_unlikely_tokens():
     """Divided by the number of targets, in float16, they would all be 0."""
-    hidden, weight, targets = torch.randn(4096, 16), torch.randn(1024, 16) * 0.02, torch.randint(0, 512, (4096,))
+    hidden, weight, targets = (
+        torch.randn(4096, 16),
+        torch.randn(1024, 16) * 0.02,
+        torch.randint(0, 512, (4096,)),
+    )
     scale, gradients = 2.0**16, []
     for dtype in (torch.float32, torch.float16):
         leaf = weight.clone().requires_grad_()

@@ -26,7 +26,9 @@ def test_the_old_content_is_there_until_the_new_is_whole(tmp_path):
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.bin"]
 
 
-@pytest.mark.parametrize("error", [ValueError("wrong"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [ValueError("wrong"), OSError(28, "No space left on device"), KeyboardInterrupt()]
+)
 def test_a_failure_while_writing_keeps_the_old_content_and_leaves_nothing(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
@@ -37,7 +39,9 @@ def test_a_failure_while_writing_keeps_the_old_content_and_leaves_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failure_to_flush_or_rename_keeps_the_old_content_and_leaves_nothing(tmp_path, monkeypatch, step):
+def test_a_failure_to_flush_or_rename_keeps_the_old_content_and_leaves_nothing(
+    tmp_path, monkeypatch, step
+):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
@@ -52,8 +56,12 @@ def test_a_failure_to_flush_or_rename_keeps_the_old_content_and_leaves_nothing(t
 def test_the_content_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Renamed first, a power cut can leave an empty file under the good name."""
     steps, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: (steps.append("flush"), fsync(descriptor)))
-    monkeypatch.setattr(atomic.os, "replace", lambda *paths: (steps.append("rename"), replace(*paths)))
+    monkeypatch.setattr(
+        atomic.os, "fsync", lambda descriptor: (steps.append("flush"), fsync(descriptor))
+    )
+    monkeypatch.setattr(
+        atomic.os, "replace", lambda *paths: (steps.append("rename"), replace(*paths))
+    )
     write_atomically(str(tmp_path / "a.bin"), b"new")
     assert steps[:2] == ["flush", "rename"]
 
@@ -94,7 +102,10 @@ def hold(folder) -> subprocess.Popen:
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, end):
     folder = tmp_path / "deep" / "out"
     with hold(folder) as process:
-        with pytest.raises(ValueError, match="out: another process is writing here"), run_lock(str(folder)):
+        with (
+            pytest.raises(ValueError, match="out: another process is writing here"),
+            run_lock(str(folder)),
+        ):
             pass
         if end == "killed":
             process.send_signal(signal.SIGKILL)
@@ -116,7 +127,11 @@ def test_a_writer_that_fails_frees_the_folder(tmp_path):
 
 
 def test_the_folder_is_made_and_folders_do_not_exclude_each_other(tmp_path):
-    with run_lock(str(tmp_path / "a")), run_lock(str(tmp_path / "a" / "b")), run_lock(str(tmp_path / "c")):
+    with (
+        run_lock(str(tmp_path / "a")),
+        run_lock(str(tmp_path / "a" / "b")),
+        run_lock(str(tmp_path / "c")),
+    ):
         assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "c").is_dir()
 
 

@@ -19,14 +19,21 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu_capabilities or {}, raising=False)
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: cpu_capabilities or {}, raising=False
+        )
 
     return pretend
 
 
 @pytest.mark.parametrize(
     "devices, expected",
-    [({}, "cpu"), (dict(mps=True), "mps"), (dict(cuda=1), "cuda"), (dict(cuda=1, mps=True), "cuda")],
+    [
+        ({}, "cpu"),
+        (dict(mps=True), "mps"),
+        (dict(cuda=1), "cuda"),
+        (dict(cuda=1, mps=True), "cuda"),
+    ],
     ids=str,
 )
 def test_auto_takes_cuda_then_mps_then_the_cpu(devices, expected, machine):
@@ -40,19 +47,27 @@ def test_a_device_that_is_there_is_taken_by_name(name, machine):
     assert pick_device(name) == name
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "CUDA", "tpu:0", "mps:x", "auto:1"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "CUDA", "tpu:0", "mps:x", "auto:1"]
+)
 def test_an_unknown_device_is_refused_with_those_that_are_known(name, machine):
     machine(cuda=2, mps=True)
-    with pytest.raises(ValueError, match=f"--device={name}: must be auto, cpu, cuda, cuda:N or mps"):
+    with pytest.raises(
+        ValueError, match=f"--device={name}: must be auto, cpu, cuda, cuda:N or mps"
+    ):
         pick_device(name)
 
 
 @pytest.mark.parametrize(
-    "name, devices", [("cuda", {}), ("cuda:0", {}), ("cuda:2", dict(cuda=2)), ("mps", dict(cuda=1))], ids=str
+    "name, devices",
+    [("cuda", {}), ("cuda:0", {}), ("cuda:2", dict(cuda=2)), ("mps", dict(cuda=1))],
+    ids=str,
 )
 def test_a_device_that_is_not_there_is_refused_with_what_to_try(name, devices, machine):
     machine(**devices)
-    with pytest.raises(ValueError, match=f"--device={name}: this machine has no such device, try --device=auto"):
+    with pytest.raises(
+        ValueError, match=f"--device={name}: this machine has no such device, try --device=auto"
+    ):
         pick_device(name)
 
 
@@ -60,7 +75,11 @@ def test_a_device_that_is_not_there_is_refused_with_what_to_try(name, devices, m
     "device, machine_is, expected",
     [
         ("cpu", {}, "float32"),
-        ("cpu", dict(cpu_capabilities={"avx512_bf16": False, "amx_bf16": False, "avx2": True}), "float32"),
+        (
+            "cpu",
+            dict(cpu_capabilities={"avx512_bf16": False, "amx_bf16": False, "avx2": True}),
+            "float32",
+        ),
         ("cpu", dict(cpu_capabilities={"avx512_bf16": True}), "bfloat16"),
         ("cpu", dict(cpu_capabilities={"amx_bf16": True}), "bfloat16"),
         ("cuda", dict(cuda=1, capability=(9, 0)), "bfloat16"),
@@ -141,5 +160,7 @@ def faults():
 faults()
 print(min(faults() for _ in range(20)))  # a block that is freed fits the next one sooner or later
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert (int(result.stdout) < 100) == keep

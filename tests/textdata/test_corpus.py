@@ -42,7 +42,11 @@ def test_txt_documents_are_separated_by_blank_lines(texts_of, content, documents
 @pytest.mark.parametrize(
     "separator, content, documents",
     [
-        ("<|endoftext|>", "one\n\nstill one<|endoftext|>\ntwo<|endoftext|>", ["one\n\nstill one", "two"]),
+        (
+            "<|endoftext|>",
+            "one\n\nstill one<|endoftext|>\ntwo<|endoftext|>",
+            ["one\n\nstill one", "two"],
+        ),
         ("\n", "one\ntwo\n\n three", ["one", "two", "three"]),
         (".*", "a.*b.c*", ["a", "b.c*"]),
         ("\n\n\n", "one\n\npart\n\n\ntwo", ["one\n\npart", "two"]),
@@ -53,7 +57,14 @@ def test_a_separator_of_one_s_own_is_taken_literally(texts_of, separator, conten
     assert texts_of("a.txt", content, separator=separator) == documents
 
 
-STORIES = ['One "quoted" \\ story.\n\nIts second {part}]', "naïve 日本語 🦙", "[", "}", "a" * 40, "last"]
+STORIES = [
+    'One "quoted" \\ story.\n\nIts second {part}]',
+    "naïve 日本語 🦙",
+    "[",
+    "}",
+    "a" * 40,
+    "last",
+]
 RECORDS = [{"story": text, "words": ["x", {"y": None}], "n": -1.5e3} for text in STORIES]
 LAYOUTS = {
     "array.json": json.dumps(RECORDS),
@@ -82,7 +93,13 @@ def test_where_a_json_block_ends_makes_no_difference(texts_of, monkeypatch, name
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 17])
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
 def test_where_a_txt_block_ends_makes_no_difference(texts_of, monkeypatch, separator, block):
-    parts = ["one two", "naïve 日本語 🦙", "three\nfour", "x", "a longer one, with more words than a block holds"]
+    parts = [
+        "one two",
+        "naïve 日本語 🦙",
+        "three\nfour",
+        "x",
+        "a longer one, with more words than a block holds",
+    ]
     content = "\r\n" + (separator or "\n \n\n").join(parts).replace("\n", "\r\n") + "\n\n \n"
     monkeypatch.setattr(corpus, "BLOCK", block)
     assert texts_of("a.txt", content, separator=separator) == parts
@@ -105,7 +122,9 @@ def test_half_of_a_surrogate_pair_becomes_a_question_mark(texts_of):
 def test_a_truncated_json_array_is_refused_wherever_it_ends(texts_of):
     whole = json.dumps(RECORDS[:3])
     for length in range(1, len(whole)):
-        with pytest.raises(ValueError, match=r"a\.json: (the file is cut off|record \d is not whole JSON)"):
+        with pytest.raises(
+            ValueError, match=r"a\.json: (the file is cut off|record \d is not whole JSON)"
+        ):
             texts_of("a.json", whole[:length])
 
 
@@ -136,14 +155,18 @@ def test_damaged_json_is_noticed_without_reading_the_rest_into_memory(texts_of, 
     assert max(read) < 20_000  # bytes: the decoder reads ahead of the characters asked for
 
 
-@pytest.mark.parametrize("record", ['"a story"', "5", "null", "[]", "{}", '{"story": 5}', '{"story": null}'])
+@pytest.mark.parametrize(
+    "record", ['"a story"', "5", "null", "[]", "{}", '{"story": 5}', '{"story": null}']
+)
 def test_a_record_without_text_is_refused(texts_of, record):
     with pytest.raises(ValueError, match=r'a\.json: record 2 has no text under "story" or "text"'):
         texts_of("a.json", f'[{{"story": "one"}}, {record}]')
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
-@pytest.mark.parametrize("content", ["[{}]".encode("utf-16"), b'[{"story": "caf\xe9"}]', "naïve".encode("latin-1")])
+@pytest.mark.parametrize(
+    "content", ["[{}]".encode("utf-16"), b'[{"story": "caf\xe9"}]', "naïve".encode("latin-1")]
+)
 def test_what_is_not_utf8_is_refused_with_the_file_s_name(texts_of, name, content):
     with pytest.raises(ValueError, match=rf"{re.escape(name)}: not UTF-8 text"):
         texts_of(name, content)
@@ -206,7 +229,15 @@ def test_progress_ends_at_the_size_of_the_file(texts_of, monkeypatch):
 
 
 def test_all_text_files_below_a_folder_are_found_in_order(tmp_path):
-    for name in ("b.txt", "a.json", "deep/er/c.jsonl", "deep/d.txt", "notes.md", "tok512.bin", "tok512/meta.json"):
+    for name in (
+        "b.txt",
+        "a.json",
+        "deep/er/c.jsonl",
+        "deep/d.txt",
+        "notes.md",
+        "tok512.bin",
+        "tok512/meta.json",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     found = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]

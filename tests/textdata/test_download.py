@@ -59,7 +59,9 @@ def files_beside(path: str) -> list[str]:
 def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
     server.content["file"] = (CONTENT * 3)[:size]
     download(server.url("file"), target)
-    assert content_of(target) == server.content["file"] and files_beside(target) == ["archive.tar.gz"]
+    assert content_of(target) == server.content["file"] and files_beside(target) == [
+        "archive.tar.gz"
+    ]
 
 
 def test_a_cut_connection_is_continued_where_it_stopped(server, target):
@@ -68,7 +70,10 @@ def test_a_cut_connection_is_continued_where_it_stopped(server, target):
     assert content_of(target) == CONTENT
     first, second, third = server.requests
     assert "Range" not in first and "If-Range" not in first
-    begins = [int(request["Range"].removeprefix("bytes=").removesuffix("-")) for request in (second, third)]
+    begins = [
+        int(request["Range"].removeprefix("bytes=").removesuffix("-"))
+        for request in (second, third)
+    ]
     assert 2 * MIB < begins[0] < begins[1]
     assert second["If-Range"] == third["If-Range"] == '"one"'
     assert files_beside(target) == ["archive.tar.gz"]
@@ -84,7 +89,9 @@ def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_
 
 @pytest.mark.parametrize("before", ['"one"', 'W/"one"', None])
 @pytest.mark.parametrize("now", ['"two"', 'W/"two"', None])
-def test_another_content_under_the_same_address_is_fetched_anew(server, target, give_up_after, before, now):
+def test_another_content_under_the_same_address_is_fetched_anew(
+    server, target, give_up_after, before, now
+):
     """Two contents may not be joined. An empty If-Range is none to many servers, and a weak tag
     may not stand in it (RFC 9110, 13.1.5)."""
     give_up_after(before)
@@ -151,7 +158,9 @@ def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # not listening
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
-        with pytest.raises(ConnectionError, match=rf"{re.escape(url)} after 5 attempts: .*[Cc]onnection refused$"):
+        with pytest.raises(
+            ConnectionError, match=rf"{re.escape(url)} after 5 attempts: .*[Cc]onnection refused$"
+        ):
             download(url, target)
     assert files_beside(target) == []
 
@@ -188,7 +197,11 @@ def pack(tmp_path):
 
 
 def test_an_archive_is_unpacked_into_a_new_folder(pack, tmp_path):
-    members = [member("data00.json", b"[]"), member("./data01.json", CONTENT), member("deep/er/a.txt")]
+    members = [
+        member("data00.json", b"[]"),
+        member("./data01.json", CONTENT),
+        member("deep/er/a.txt"),
+    ]
     unpack(pack(members), str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "data00.json").read_bytes() == b"[]"
     assert (tmp_path / "folder" / "data01.json").read_bytes() == CONTENT
@@ -206,7 +219,11 @@ EVIL = {
     "a symlink upwards": [symlink("link", "../outside")],
     "an absolute symlink": [symlink("link", "/etc/passwd")],
     "a file through a symlink": [symlink("link", ".."), member("link/outside")],
-    "a symlink through a symlink": [symlink("a", "."), symlink("a/b", "../.."), member("a/b/outside")],
+    "a symlink through a symlink": [
+        symlink("a", "."),
+        symlink("a/b", "../.."),
+        member("a/b/outside"),
+    ],
     "a hard link upwards": [symlink("link", "../packed", tarfile.LNKTYPE)],
     "a device": [symlink("null", "", tarfile.CHRTYPE)],
     "a pipe": [symlink("pipe", "", tarfile.FIFOTYPE)],
@@ -257,7 +274,9 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(pack, tmp_path):
     assert mistaken == []
 
 
-@pytest.mark.parametrize("content", [CONTENT[:5000], random.Random(1).randbytes(5000)], ids=["compressible", "random"])
+@pytest.mark.parametrize(
+    "content", [CONTENT[:5000], random.Random(1).randbytes(5000)], ids=["compressible", "random"]
+)
 def test_a_damaged_archive_is_refused(pack, tmp_path, content):
     """Its checksum is at the very end, after what tarfile reads."""
     path = pack([member(f"{number}.json", content) for number in range(4)])

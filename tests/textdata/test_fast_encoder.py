@@ -12,7 +12,26 @@ from textdata.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 # Spaces side by side and at the ends, other white space, digits, the space's own sign, what looks
 # like a control token, characters that no vocabulary has.
-PARTS = ["a", "the", "dog", ".", "1", "23", " ", " ", "  ", "\n", "\n\n", "\t", "▁", "▁the", "é", "中", "😀", "<s>"]
+PARTS = [
+    "a",
+    "the",
+    "dog",
+    ".",
+    "1",
+    "23",
+    " ",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "▁",
+    "▁the",
+    "é",
+    "中",
+    "😀",
+    "<s>",
+]
 PARTS += ["\u00a0", "\u2028", "\x00", "n't", "Lily", chr(34)]
 
 
@@ -41,15 +60,26 @@ def test_with_real_vocabularies_too(shared, stories, name):
     assert is_word_separable(tokenizer)
     with open(shared("data/tinyshakespeare.txt"), encoding="utf-8") as file:
         play = file.read()
-    texts = [play[start : start + 500] for start in range(0, len(play), 500)] + stories + odd_texts(1000)
+    texts = (
+        [play[start : start + 500] for start in range(0, len(play), 500)]
+        + stories
+        + odd_texts(1000)
+    )
     assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
 def learned(texts, **options) -> SentencePieceTokenizer:
     model = io.BytesIO()
-    settings = dict(model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity")
-    settings |= dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2) | options
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
+    settings = dict(
+        model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity"
+    )
+    settings |= (
+        dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+        | options
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **settings
+    )
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -66,7 +96,9 @@ def learned(texts, **options) -> SentencePieceTokenizer:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_a_vocabulary_whose_tokens_may_depend_on_more_than_a_word_is_left_to_sentencepiece(stories, options):
+def test_a_vocabulary_whose_tokens_may_depend_on_more_than_a_word_is_left_to_sentencepiece(
+    stories, options
+):
     tokenizer = learned(stories, **options)
     assert not is_word_separable(tokenizer)
     texts = stories[:50] + odd_texts(300)

@@ -55,7 +55,9 @@ def test_every_plot_tells_small_stories_of_whole_sentences(plot):
         text = plot(rng)
         assert 80 <= len(text.split()) <= 220
         assert re.search(r'[.!?]"?$', text)
-        assert not re.search(r"[.!?] [a-z]", re.sub(r'"[^"]*"', '""', text)), text  # a sentence begins small
+        assert not re.search(r"[.!?] [a-z]", re.sub(r'"[^"]*"', '""', text)), (
+            text
+        )  # a sentence begins small
         assert not re.search(r"[,;:.!?]{2}| [,.!?]|\ba [aeio]|\ban [^aeiou]", text), text
 
 

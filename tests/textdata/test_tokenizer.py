@@ -6,7 +6,13 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from textdata.tokenizer import BOS_ID, EOS_ID, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from textdata.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 FOREIGN = (
     "Naïve façades – “quoted” … 日本語のテキスト、and 中文; Ελληνικά, Русский, العربية, हिन्दी. "
@@ -36,7 +42,11 @@ def tokenizer_bin(tokenizer, tmp_path_factory) -> str:
 
 
 def test_the_vocabulary_has_the_asked_size_and_llama_s_special_tokens(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, BOS_ID, EOS_ID) == (512, 1, 2)
+    assert (
+        (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        == (512, BOS_ID, EOS_ID)
+        == (512, 1, 2)
+    )
 
 
 def test_encoding_and_decoding_equal_sentencepiece(tokenizer, tokenizer_path, texts):
@@ -117,17 +127,29 @@ def golden_bin(proto: bytes) -> bytes:
         tokens.append((piece.score, content))
     longest = max(len(content) for _, content in tokens)
     scores = [np.array([score], "<f4").tobytes() for score, _ in tokens]
-    packed = [score + len(text).to_bytes(4, "little") + text for score, (_, text) in zip(scores, tokens, strict=True)]
+    packed = [
+        score + len(text).to_bytes(4, "little") + text
+        for score, (_, text) in zip(scores, tokens, strict=True)
+    ]
     return longest.to_bytes(4, "little") + b"".join(packed)
 
 
 def test_tokenizer_bin_has_the_golden_bytes(tokenizer):
     content = tokenizer.to_bin()
     assert content == golden_bin(tokenizer.content)
-    begin = b"\0\0\0\0" + b"\x05\0\0\0<unk>" + b"\0\0\0\0" + b"\x05\0\0\0\n<s>\n" + b"\0\0\0\0" + b"\x06\0\0\0\n</s>\n"
+    begin = (
+        b"\0\0\0\0"
+        + b"\x05\0\0\0<unk>"
+        + b"\0\0\0\0"
+        + b"\x05\0\0\0\n<s>\n"
+        + b"\0\0\0\0"
+        + b"\x06\0\0\0\n</s>\n"
+    )
     assert content[4:].startswith(begin + b"\0\0\0\0" + b"\x06\0\0\0<0x00>")
     second_merge = tokenizer.processor.id_to_piece(260).replace("▁", " ").encode()
-    assert b"\0\0\x80\xbf" + bytes([len(second_merge), 0, 0, 0]) + second_merge in content  # its score is -1.0
+    assert (
+        b"\0\0\x80\xbf" + bytes([len(second_merge), 0, 0, 0]) + second_merge in content
+    )  # its score is -1.0
 
 
 def test_tokenizer_bin_encodes_as_the_model_it_came_from(tokenizer, tokenizer_bin, texts):
@@ -140,7 +162,9 @@ def test_tokenizer_bin_encodes_as_the_model_it_came_from(tokenizer, tokenizer_bi
 
 def test_the_hash_is_the_same_from_model_and_bin(tokenizer, tokenizer_path, tokenizer_bin):
     assert load_tokenizer(tokenizer_bin).to_bin() == tokenizer.to_bin()
-    assert load_tokenizer(tokenizer_bin).hash == load_tokenizer(tokenizer_path).hash == tokenizer.hash
+    assert (
+        load_tokenizer(tokenizer_bin).hash == load_tokenizer(tokenizer_path).hash == tokenizer.hash
+    )
 
 
 def test_the_hash_of_another_vocabulary_is_another(tokenizer, stories):
@@ -175,7 +199,9 @@ def test_long_lines_are_learned_from_too():
     ],
 )
 def test_a_small_corpus_is_told_the_largest_vocabulary_and_that_one_works(texts, asked):
-    with pytest.raises(ValueError, match=rf"--vocab_size={asked}: .*too short.* --vocab_size=\d+$") as error:
+    with pytest.raises(
+        ValueError, match=rf"--vocab_size={asked}: .*too short.* --vocab_size=\d+$"
+    ) as error:
         train_sentencepiece(texts, asked)
     largest = int(re.search(r"\d+$", str(error.value))[0])
     assert SentencePieceTokenizer(train_sentencepiece(texts, largest)).vocab_size == largest < asked
@@ -185,7 +211,9 @@ def test_a_small_corpus_is_told_the_largest_vocabulary_and_that_one_works(texts,
 
 def test_too_small_a_vocabulary_is_told_the_smallest_and_that_one_works():
     texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 300)))]
-    with pytest.raises(ValueError, match=r"--vocab_size=300: .*at least --vocab_size=\d+$") as error:
+    with pytest.raises(
+        ValueError, match=r"--vocab_size=300: .*at least --vocab_size=\d+$"
+    ) as error:
         train_sentencepiece(texts, 300)
     smallest = int(re.search(r"\d+$", str(error.value))[0])
     assert SentencePieceTokenizer(train_sentencepiece(texts, smallest)).vocab_size == smallest
@@ -232,7 +260,9 @@ def test_a_damaged_file_never_does_worse_than_being_refused(tokenizer, tmp_path,
     assert refused > 50
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"\0" * 1000, b"Once upon a time\n" * 50, b"\x80\x02}q", b"PK\x03"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\0" * 1000, b"Once upon a time\n" * 50, b"\x80\x02}q", b"PK\x03"]
+)
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "other.model"
     path.write_bytes(content)
@@ -250,7 +280,9 @@ def test_a_vocabulary_without_a_begin_of_text_is_refused(tokenizer, tmp_path):
     model.trainer_spec.bos_id = -1
     model.pieces[1].piece = "<other>"
     (tmp_path / "no_bos.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match=r"no_bos\.model: this vocabulary has no begin and end of text"):
+    with pytest.raises(
+        ValueError, match=r"no_bos\.model: this vocabulary has no begin and end of text"
+    ):
         load_tokenizer(str(tmp_path / "no_bos.model"))
 
 

@@ -34,10 +34,27 @@ STEPS = 80
 HANG = 180  # seconds without an end
 TIMEOUT = 8  # seconds that the processes wait for each other
 OPTIONS = (
-    *("--vocab_size=512", "--dim=32", "--n_layers=2", "--n_heads=4", "--max_seq_len=32", "--batch_size=2"),
-    *("--gradient_accumulation_steps=4", "--learning_rate=1e-3", "--warmup_iters=2", "--eval_interval=50"),
+    *(
+        "--vocab_size=512",
+        "--dim=32",
+        "--n_layers=2",
+        "--n_heads=4",
+        "--max_seq_len=32",
+        "--batch_size=2",
+    ),
+    *(
+        "--gradient_accumulation_steps=4",
+        "--learning_rate=1e-3",
+        "--warmup_iters=2",
+        "--eval_interval=50",
+    ),
     *("--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"),
-    *("--checkpoint_interval=4", "--keep_checkpoints=2", f"--max_iters={STEPS}", f"--timeout={TIMEOUT}"),
+    *(
+        "--checkpoint_interval=4",
+        "--keep_checkpoints=2",
+        f"--max_iters={STEPS}",
+        f"--timeout={TIMEOUT}",
+    ),
 )
 KINDS = ("1 process", "2 ddp", "2 fsdp", "4 ddp", "4 fsdp", "mixed")  # mixed: each life is another
 FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "deleted checkpoint")
@@ -49,7 +66,13 @@ def make_data(folder: Path) -> Path:
     write_stories(folder / "stories" / "data00.json", stories)
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(stories, VOCAB_SIZE))
     tokenizer, stories_dir = str(folder / "tokenizer.model"), str(folder / "stories")
-    options = dict(vocab_size=VOCAB_SIZE, tokenizer=tokenizer, input=stories_dir, val_fraction=0.1, num_workers=1)
+    options = dict(
+        vocab_size=VOCAB_SIZE,
+        tokenizer=tokenizer,
+        input=stories_dir,
+        val_fraction=0.1,
+        num_workers=1,
+    )
     with contextlib.redirect_stdout(sys.stderr):
         run_pretokenize(Pretokenize(data_dir=str(folder), **options))
     return folder
@@ -60,10 +83,26 @@ def start(data: Path, out_dir: Path, kind: str, disk_is_full: bool = False) -> s
     processes, parallel = int(kind.split()[0]), kind.split()[1].replace("process", "ddp")
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            "--max-restarts=1",
+        ]
         command[1:1] = torchrun
-    command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}", "--init_from=auto", f"--parallel={parallel}"]
-    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))) if disk_is_full else None
+    command += [
+        *OPTIONS,
+        f"--data_dir={data}",
+        f"--out_dir={out_dir}",
+        "--init_from=auto",
+        f"--parallel={parallel}",
+    ]
+    limit = (
+        (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+        if disk_is_full
+        else None
+    )
     with open(f"{out_dir}.log", "a") as log:
         name = uuid.uuid4().hex  # by which its processes are known
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CRIA_LIFE": name}
@@ -106,7 +145,9 @@ def wait_for_others(process: subprocess.Popen, stopped: int, alone: bool):
         time.sleep(0.2)
 
 
-def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tuple[bool, int | None]:
+def live(
+    data: Path, out_dir: Path, kind: str, fault: str, moment: float
+) -> tuple[bool, int | None]:
     """One life, with this fault after so many seconds: whether it was hit, and its status."""
     process = start(data, out_dir, kind, fault == "full disk")
     if fault == "full disk":
@@ -132,7 +173,9 @@ def live(data: Path, out_dir: Path, kind: str, fault: str, moment: float) -> tup
     newest = Path(latest_path(str(out_dir)))
     if newest.exists() and fault == "cut checkpoint":
         part = random.Random(moment).choice(sorted(newest.iterdir())) if newest.is_dir() else newest
-        copy = part.read_bytes()  # the file may have another name, by which it is an older checkpoint's
+        copy = (
+            part.read_bytes()
+        )  # the file may have another name, by which it is an older checkpoint's
         part.unlink()
         part.write_bytes(copy[: len(copy) * 2 // 3])
     elif newest.exists() and fault == "deleted checkpoint":
@@ -152,7 +195,10 @@ def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) ->
     """The kind of run, the faults that hit, and how the run ended: '' where it ended well.
     lengths: how many seconds an undisturbed life of each kind takes."""
     rng = random.Random(f"{seed} {number}")
-    kind, faults = KINDS[number % len(KINDS)], [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
+    kind, faults = (
+        KINDS[number % len(KINDS)],
+        [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))],
+    )
     kind_of_life = lambda: rng.choice(list(lengths)) if kind == "mixed" else kind
     out_dir, problem, lives, hits = folder / f"run{number}", "", 0, []
     for fault in faults:
@@ -175,7 +221,7 @@ def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) ->
     return kind, hits, problem
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
@@ -194,7 +240,10 @@ def main():
         began = time.monotonic()
         kind, faults, problem = hurt_run(data, folder, lengths, number, arguments.seed)
         seconds = time.monotonic() - began
-        print(f"{number}: {kind}, {', '.join(faults)}: {problem or 'well'} ({seconds:.0f} s)", flush=True)
+        print(
+            f"{number}: {kind}, {', '.join(faults)}: {problem or 'well'} ({seconds:.0f} s)",
+            flush=True,
+        )
         table.update({(fault, kind): 1 for fault in set(faults)} | {("runs", kind): 1})
         if problem:
             problems.append(f"run {number}: {problem}; see {folder}/run{number}.log")
@@ -203,7 +252,11 @@ def main():
     print(f"\n| hit by | {' | '.join(KINDS)} |\n|---|{'---:|' * len(KINDS)}")
     for fault in ("runs", *FAULTS):
         print(f"| {fault} | {' | '.join(str(table[fault, kind]) for kind in KINDS)} |")
-    print(f"\n{arguments.runs - len(problems)} of {arguments.runs} runs ended well.", *problems, sep="\n")
+    print(
+        f"\n{arguments.runs - len(problems)} of {arguments.runs} runs ended well.",
+        *problems,
+        sep="\n",
+    )
     raise SystemExit(bool(problems))
 
 

@@ -32,7 +32,9 @@ def zones_of(rng: random.Random, content: bytes) -> list[tuple[int, int]]:
     if is_zip(content):
         record = rng.choice([match.start() for match in re.finditer(rb"PK\x03\x04", content)])
         zones += [(content.find(b"PK\1\2"), size), (record, record + 64)]
-    return [(max(0, start), min(size, end)) for start, end in zones if min(size, end) > max(0, start)]
+    return [
+        (max(0, start), min(size, end)) for start, end in zones if min(size, end) > max(0, start)
+    ]
 
 
 def is_zip(content: bytes) -> bool:
@@ -64,7 +66,9 @@ def overwrite_field(rng, content, at):
     size = rng.choice((4, 8))
     at = rng.choice((at, at // size * size))
     old = int.from_bytes(content[at : at + size], "little")
-    new = rng.choice((rng.choice(EXTREMES), old + 1, old - 1, 2 * old, old + rng.choice((-64, -32, 32, 64))))
+    new = rng.choice(
+        (rng.choice(EXTREMES), old + 1, old - 1, 2 * old, old + rng.choice((-64, -32, 32, 64)))
+    )
     content[at : at + size] = (new % (1 << 8 * size)).to_bytes(size, "little")[: len(content) - at]
 
 
@@ -73,7 +77,12 @@ def truncate(rng, content, at):
 
 
 def extend(rng, content, at):
-    tail = (b"\0" * rng.randrange(1, 65), rng.randbytes(rng.randrange(1, 65)), bytes(content[at:]), bytes(content))
+    tail = (
+        b"\0" * rng.randrange(1, 65),
+        rng.randbytes(rng.randrange(1, 65)),
+        bytes(content[at:]),
+        bytes(content),
+    )
     content += rng.choice(tail)
 
 
@@ -111,10 +120,68 @@ BYTE_EDITS = (
 
 DEEP, LONG = "a list in a list ...", "a number of 5000 digits"  # what json.dumps would not write
 VALUES = (
-    *(None, True, False, 0, 1, -1, 2, 3, 8, 64, 0.0, 0.5, -0.5, 1e-320, 1e308, -1e308, math.nan, math.inf),
-    *(2**15, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, LONG, DEEP),
-    *("", "x", "0", "nan", "x" * 2000, "a\nb", "\0", "\ud800", "..", "llama3", "linear", "F16", "I32", "config.json"),
-    *([], [[]], ["x"], [1], [1.5, None], [0] * 1000, ["x" * 50] * 50, {}, {"x": 1}, {"type": "linear", "factor": 0}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        8,
+        64,
+        0.0,
+        0.5,
+        -0.5,
+        1e-320,
+        1e308,
+        -1e308,
+        math.nan,
+        math.inf,
+    ),
+    *(
+        2**15,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**63 - 1,
+        2**63,
+        2**64,
+        10**30,
+        10**400,
+        LONG,
+        DEEP,
+    ),
+    *(
+        "",
+        "x",
+        "0",
+        "nan",
+        "x" * 2000,
+        "a\nb",
+        "\0",
+        "\ud800",
+        "..",
+        "llama3",
+        "linear",
+        "F16",
+        "I32",
+        "config.json",
+    ),
+    *(
+        [],
+        [[]],
+        ["x"],
+        [1],
+        [1.5, None],
+        [0] * 1000,
+        ["x" * 50] * 50,
+        {},
+        {"x": 1},
+        {"type": "linear", "factor": 0},
+    ),
 )
 
 
@@ -138,13 +205,26 @@ def place_in(rng: random.Random, root: list) -> tuple[dict | list, object]:
 
 
 def edit_value(rng: random.Random, holder: dict | list, key):
-    other = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(max(1, len(holder)))
-    kind = rng.choice(("replace", "replace", "replace", "number", "delete", "rename", "swap", "repeat"))
+    other = (
+        rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(max(1, len(holder)))
+    )
+    kind = rng.choice(
+        ("replace", "replace", "replace", "number", "delete", "rename", "swap", "repeat")
+    )
     if not holder:
         return
     value = holder[key]
     if kind == "number" and type(value) in (int, float) and abs(value) < 2**64:
-        near = (value + 1, value - 1, value * 2, -value, value + 0.5, float(value), str(value), bool(value))
+        near = (
+            value + 1,
+            value - 1,
+            value * 2,
+            -value,
+            value + 0.5,
+            float(value),
+            str(value),
+            bool(value),
+        )
         holder[key] = rng.choice(near)
     elif kind == "delete":
         del holder[key]
@@ -198,7 +278,9 @@ def damaged_gguf(rng: random.Random, content: bytes) -> bytes:
     version, n_tensors, n_pairs = struct.unpack_from("<IQQ", content, 4)
     pairs, position = [], 24
     for _ in range(n_pairs):
-        end = end_of_value(content, end_of_value(content, position, 8) + 4, kind_at(content, position))
+        end = end_of_value(
+            content, end_of_value(content, position, 8) + 4, kind_at(content, position)
+        )
         pairs.append(content[position:end])
         position = end
     infos = position
@@ -208,13 +290,21 @@ def damaged_gguf(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.randrange(len(pairs))
         key = pairs[at][: end_of_value(pairs[at], 0, 8)]
-        new = rng.choice((key + packed(rng, rng.choice(VALUES)), pairs[rng.randrange(len(pairs))], None))
+        new = rng.choice(
+            (key + packed(rng, rng.choice(VALUES)), pairs[rng.randrange(len(pairs))], None)
+        )
         pairs[at : at + 1] = [] if new is None else [new] * rng.choice((1, 1, 1, 2))
-    header = struct.pack("<4sIQQ", b"GGUF", version, n_tensors, len(pairs)) + b"".join(pairs) + content[infos:position]
+    header = (
+        struct.pack("<4sIQQ", b"GGUF", version, n_tensors, len(pairs))
+        + b"".join(pairs)
+        + content[infos:position]
+    )
     return header + b"\0" * (-len(header) % 32) + content[position + -position % 32 :]
 
 
-SIZES = {**{0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}}  # of GGUF's kinds of values
+SIZES = {
+    **{0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+}  # of GGUF's kinds of values
 
 
 def kind_at(content: bytes, pair: int) -> int:
@@ -243,10 +333,17 @@ def packed(rng: random.Random, value) -> bytes:
     if isinstance(value, (list, dict)):
         values = [packed(rng, element) for element in value]
         kind = values[0][:4] if values else struct.pack("<I", rng.choice((4, 8, 9)))
-        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(values)) + b"".join(part[4:] for part in values)
+        return (
+            struct.pack("<I", 9)
+            + kind
+            + struct.pack("<Q", len(values))
+            + b"".join(part[4:] for part in values)
+        )
     if isinstance(value, float):
         kind, layout = rng.choice(((6, "<If"), (12, "<Id")))
-        return struct.pack(layout, kind, value if kind == 12 else np.float32(np.clip(value, -3e38, 3e38)))
+        return struct.pack(
+            layout, kind, value if kind == 12 else np.float32(np.clip(value, -3e38, 3e38))
+        )
     if isinstance(value, bool) or value is None:
         return struct.pack("<IB", 7, value or rng.choice((0, 2)))
     kind = rng.choice([*SIZES])

@@ -42,7 +42,14 @@ from formats.registry import open_model
 from formats.safetensors_file import read_safetensors
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
-from tests.tools.damage import damaged_archive, damaged_bytes, damaged_gguf, damaged_json, damaged_safetensors, is_zip
+from tests.tools.damage import (
+    damaged_archive,
+    damaged_bytes,
+    damaged_gguf,
+    damaged_json,
+    damaged_safetensors,
+    is_zip,
+)
 from textdata.tokenizer import (
     BYTE,
     CONTROL,
@@ -66,7 +73,23 @@ ALLOWANCE = 300 << 20  # bytes that reading may take on top of what the process 
 LONGEST_MESSAGE = 600  # characters
 MOST_DEATHS = 20  # of the process on files of one reader, then the rest is left out
 TEXT = "Once upon a time, a cria ate 12 café creams. 🦙\n"
-WORDS = ("he", " t", " the", "in", " a", "an", "on", " o", "er", "re", " w", "it", "ing", "nd", " and")
+WORDS = (
+    "he",
+    " t",
+    " the",
+    "in",
+    " a",
+    "an",
+    "on",
+    " o",
+    "er",
+    "re",
+    " w",
+    "it",
+    "ing",
+    "nd",
+    " and",
+)
 
 
 # The models and vocabularies to damage
@@ -82,7 +105,9 @@ def sentencepiece() -> Tokenizer:
 
 
 def llama3() -> Tokenizer:
-    return Llama3Tokenizer([bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS])
+    return Llama3Tokenizer(
+        [bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS]
+    )
 
 
 def random_model(tokenizer: Tokenizer, **overrides) -> Transformer:
@@ -96,7 +121,9 @@ def random_model(tokenizer: Tokenizer, **overrides) -> Transformer:
     return model
 
 
-def write_seed(folder: str, name: str, kind: str, vocabulary=sentencepiece, dtype: str = "auto", **overrides):
+def write_seed(
+    folder: str, name: str, kind: str, vocabulary=sentencepiece, dtype: str = "auto", **overrides
+):
     tokenizer = vocabulary()
     model = from_model(random_model(tokenizer, **overrides), tokenizer=tokenizer)
     write_model(model, os.path.join(folder, name), kind, dtype)
@@ -154,7 +181,9 @@ def used(tokenizer: Tokenizer | None) -> str | None:
     if tokenizer is None:
         return None
     ids = tokenizer.encode(TEXT, bos=True)
-    assert {tokenizer.bos_id, tokenizer.eos_id, *ids} <= set(range(tokenizer.vocab_size)), "an id of no token"
+    assert {tokenizer.bos_id, tokenizer.eos_id, *ids} <= set(range(tokenizer.vocab_size)), (
+        "an id of no token"
+    )
     tokenizer.decode(ids)
     return tokenizer.hash
 
@@ -187,12 +216,21 @@ def model_reader(name: str, kind: str, target: str, files=(), reach: int = 0, **
 
 
 def vocabulary_reader(name: str, vocabulary) -> Reader:
-    return Reader(name, partial(write_vocabulary, name=name, vocabulary=vocabulary), (name,), name, 0, read_vocabulary)
+    return Reader(
+        name,
+        partial(write_vocabulary, name=name, vocabulary=vocabulary),
+        (name,),
+        name,
+        0,
+        read_vocabulary,
+    )
 
 
 def json_reader(name: str, vocabulary) -> Reader:
     read = partial(read_vocabulary, load=hugging_face.read_tokenizer)
-    return Reader(name, partial(write_tokenizer_json, vocabulary=vocabulary), ("tokenizer.json",), read=read)
+    return Reader(
+        name, partial(write_tokenizer_json, vocabulary=vocabulary), ("tokenizer.json",), read=read
+    )
 
 
 GROUP = 32  # of Q8_0, as dim and hidden_dim have it
@@ -211,7 +249,9 @@ READERS = (
     model_reader("meta", "meta", "", META_FILES),
     Reader("meta-shards", write_two_shards, META_FILES),
     model_reader("gguf", "gguf", "model.gguf", reach=1, **UNTIED),
-    model_reader("gguf-q8_0", "gguf", "model.gguf", reach=GROUP, vocabulary=llama3, dtype="q8_0", **SCALED),
+    model_reader(
+        "gguf-q8_0", "gguf", "model.gguf", reach=GROUP, vocabulary=llama3, dtype="q8_0", **SCALED
+    ),
     vocabulary_reader("tokenizer.model", sentencepiece),
     vocabulary_reader("tokenizer.bin", sentencepiece),
     vocabulary_reader("tokenizer.tiktoken", llama3),
@@ -237,7 +277,9 @@ def damage(rng: random.Random, reader: Reader, originals: dict[str, bytes]) -> D
     if len(originals) > 1 and rng.random() < 0.04:
         return Damage(file, rng.choice((None, b"", "folder")), 0)
     if file.endswith(".json"):
-        return Damage(file, rng.choice((damaged_json, damaged_json, damaged_bytes))(rng, content), 0)
+        return Damage(
+            file, rng.choice((damaged_json, damaged_json, damaged_bytes))(rng, content), 0
+        )
     if rng.random() < 0.35:
         if content.startswith(b"GGUF"):
             return Damage(file, damaged_gguf(rng, content), 0)
@@ -246,7 +288,11 @@ def damage(rng: random.Random, reader: Reader, originals: dict[str, bytes]) -> D
         if file.endswith(".safetensors"):
             return Damage(file, damaged_safetensors(rng, content), math.inf)
     damaged = damaged_bytes(rng, content)
-    return Damage(file, damaged, 0 if file.startswith("tokenizer") else reader.reach * count_changed(content, damaged))
+    return Damage(
+        file,
+        damaged,
+        0 if file.startswith("tokenizer") else reader.reach * count_changed(content, damaged),
+    )
 
 
 def count_changed(before: bytes, after: bytes) -> int:
@@ -282,11 +328,15 @@ class Bench:
         os.makedirs(self.folder)
         reader.write(self.folder)
         self.path = os.path.join(self.folder, reader.target).rstrip(os.sep)
-        self.originals = {name: Path(self.folder, name).read_bytes() for name in set(os.listdir(self.folder))}
+        self.originals = {
+            name: Path(self.folder, name).read_bytes() for name in set(os.listdir(self.folder))
+        }
         self.expected = reader.read(self.path)
 
     def damaged(self, seed: int, number: int) -> Damage:
-        return damage(random.Random(f"{seed} {self.reader.name} {number}"), self.reader, self.originals)
+        return damage(
+            random.Random(f"{seed} {self.reader.name} {number}"), self.reader, self.originals
+        )
 
     def verdict(self, seed: int, number: int, limit: float) -> Verdict:
         damaged = self.damaged(seed, number)
@@ -309,7 +359,11 @@ class Bench:
             raise
         except BaseException as error:  # Hang is no Exception, nor are Rust's panics
             complaint = complaint_about(error, self.path)
-            return ("failed", f"{complaint} ({place_of(error)})", told(error)) if complaint else ("refused",)
+            return (
+                ("failed", f"{complaint} ({place_of(error)})", told(error))
+                if complaint
+                else ("refused",)
+            )
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         changed, wrong = self.compare(reading, damaged)
@@ -319,18 +373,31 @@ class Bench:
         """Whether something else was read than what was written, and what is wrong with it."""
         args, expected = reading.args, self.expected
         shapes = dict(parameter_shapes(args)) if args else {}
-        reordered = args and (args.n_heads, args.kv_heads) != (expected.args.n_heads, expected.args.kv_heads)
+        reordered = args and (args.n_heads, args.kv_heads) != (
+            expected.args.n_heads,
+            expected.args.kv_heads,
+        )
         values = 0  # that differ
         for name, tensor in reading.tensors.items():
-            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point() or not tensor.isfinite().all():
+            if (
+                tuple(tensor.shape) != shapes[name]
+                or not tensor.is_floating_point()
+                or not tensor.isfinite().all()
+            ):
                 return True, f"a tensor of another shape or kind passed ({tensor.dtype})"
-            values += differing(tensor, expected.tensors.get(name), reordered and damaged.file == "config.json")
+            values += differing(
+                tensor, expected.tensors.get(name), reordered and damaged.file == "config.json"
+            )
         if values > damaged.reach:
             return True, "more values changed than the damage reaches"
         if args != expected.args and is_zip(self.originals[damaged.file]) and damaged.reach == 0:
             return True, "another architecture passed in spite of the sums"
         other_tokenizer = reading.tokenizer_hash != expected.tokenizer_hash
-        if other_tokenizer and not fnmatch(damaged.file, "tok*") and not fnmatch(damaged.file, "*.gguf"):
+        if (
+            other_tokenizer
+            and not fnmatch(damaged.file, "tok*")
+            and not fnmatch(damaged.file, "*.gguf")
+        ):
             return True, "another vocabulary was read, but its file is what it was"
         return bool(values or other_tokenizer or args != expected.args), ""
 
@@ -371,7 +438,11 @@ def complaint_about(error: BaseException, path: str) -> str:
     if path not in message:
         return f"{type(error).__name__} that does not name the file"
     while cause:  # a reader that takes everything for damage takes this, too
-        if isinstance(cause, MemoryError) or "allocate memory" in str(cause) or "bad_alloc" in str(cause):
+        if (
+            isinstance(cause, MemoryError)
+            or "allocate memory" in str(cause)
+            or "bad_alloc" in str(cause)
+        ):
             return "refused only where the memory ended"
         cause = cause.__cause__ or cause.__context__
     return ""
@@ -413,14 +484,18 @@ def read_many(connection, log: str, jobs: list, seed: int, limit: float, keep: s
     with tempfile.TemporaryDirectory(dir=os.path.dirname(log)) as folder:
         for reader, numbers in jobs:
             if resource is not None:
-                resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
+                resource.setrlimit(
+                    resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2
+                )
             bench = Bench(reader, folder, keep)
             limit_memory()
             for number in numbers:
                 connection.send(bench.verdict(seed, number, limit))
 
 
-def fuzz(readers: Iterable[Reader], numbers: range, seed=0, limit=LIMIT, keep: str | None = None) -> Iterator[Verdict]:
+def fuzz(
+    readers: Iterable[Reader], numbers: range, seed=0, limit=LIMIT, keep: str | None = None
+) -> Iterator[Verdict]:
     """The verdict on every file. The process that reads is started again where a file ended it."""
     jobs, deaths = [(reader, numbers) for reader in readers], Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -431,7 +506,9 @@ def fuzz(readers: Iterable[Reader], numbers: range, seed=0, limit=LIMIT, keep: s
             jobs = left_after(jobs, last)
             deaths[last.reader] += 1
             if deaths[last.reader] == MOST_DEATHS and jobs and jobs[0][0].name == last.reader:
-                yield Verdict(last.reader, jobs[0][1][0], "failed", "died so often that the rest is left out")
+                yield Verdict(
+                    last.reader, jobs[0][1][0], "failed", "died so often that the rest is left out"
+                )
                 jobs = jobs[1:]
 
 
@@ -443,11 +520,15 @@ def left_after(jobs: list, last: Verdict) -> list:
     return ([(reader, rest)] if rest else []) + jobs[at + 1 :]
 
 
-def verdicts_of(jobs: list, log: str, seed: int, limit: float, keep: str | None) -> Iterator[Verdict]:
+def verdicts_of(
+    jobs: list, log: str, seed: int, limit: float, keep: str | None
+) -> Iterator[Verdict]:
     """The verdicts of one process; the last is that it died where it did."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=read_many, args=(there, log, jobs, seed, limit, keep), daemon=True)
+    process = context.Process(
+        target=read_many, args=(there, log, jobs, seed, limit, keep), daemon=True
+    )
     process.start()
     there.close()
     try:
@@ -473,15 +554,26 @@ def verdicts_of(jobs: list, log: str, seed: int, limit: float, keep: str | None)
 # The command
 
 
-def report(readers: list[Reader], numbers: range, seed: int, limit: float, keep: str | None) -> list[Verdict]:
+def report(
+    readers: list[Reader], numbers: range, seed: int, limit: float, keep: str | None
+) -> list[Verdict]:
     """Print a line for each reader as it is done; returns the failures."""
-    print(f"{'reader':28}{'files':>8}{'refused':>9}{'equal':>8}{'changed':>9}{'failed':>8}{'seconds':>9}")
+    print(
+        f"{'reader':28}{'files':>8}{'refused':>9}{'equal':>8}{'changed':>9}{'failed':>8}{'seconds':>9}"
+    )
     failures, start, counts, name = [], time.time(), Counter(), ""
 
     def print_line():
-        cells = (counts.total(), *(counts[outcome] for outcome in ("refused", "equal", "changed", "failed")))
+        cells = (
+            counts.total(),
+            *(counts[outcome] for outcome in ("refused", "equal", "changed", "failed")),
+        )
         widths = (8, 9, 8, 9, 8)
-        print(f"{name:28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), end="")
+        print(
+            f"{name:28}"
+            + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)),
+            end="",
+        )
         print(f"{time.time() - start:>9.0f}", flush=True)
 
     for verdict in fuzz(readers, numbers, seed, limit, keep):
@@ -508,8 +600,10 @@ def explain(failures: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.fuzz", description="Read files that were damaged at random.")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.fuzz", description="Read files that were damaged at random."
+    )
     parser.add_argument("--files", type=int, default=1000, help="how many for each reader")
     parser.add_argument("--seed", type=int, default=0, help="other files for another seed")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
@@ -519,7 +613,9 @@ def main():
     options = parser.parse_args()
     readers = [reader for reader in READERS if reader.name.startswith(options.format)]
     if not readers or options.files < 1:
-        parser.error(f"--format: one of {', '.join(reader.name for reader in READERS)}; --files: at least 1")
+        parser.error(
+            f"--format: one of {', '.join(reader.name for reader in READERS)}; --files: at least 1"
+        )
     numbers = range(options.first, options.first + options.files)
     failures = report(readers, numbers, options.seed, options.limit, options.keep)
     print(explain(failures))

@@ -21,7 +21,15 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     torch.manual_seed(0)
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=SEQ_LEN, dropout=0.3)
+    args = ModelArgs(
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=512,
+        max_seq_len=SEQ_LEN,
+        dropout=0.3,
+    )
     model = Transformer(args)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,10 +41,12 @@ def model() -> Transformer:
 def quality_of(token_folder, tokenizer):
     """quality_of(model) on the whole validation split, or as the options say."""
 
-    def measure(model, batch_size=8, num_batches=0, dtype="float32", world=None, split="val"):
+    def measure(model, batch_size=8, num_batches=0, dtype="float32", dist_ctx=None, split="val"):
         windows = TokenDataset(token_folder, split, SEQ_LEN, include_partial=True)
-        more = () if world is None else (world,)
-        return evaluate(model, windows, tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype, *more)
+        more = () if dist_ctx is None else (dist_ctx,)
+        return evaluate(
+            model, windows, tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype, *more
+        )
 
     return measure
 
@@ -61,15 +71,21 @@ def nats_of_each_token(model, tokens: list[int]) -> list[float]:
     return nats
 
 
-def test_the_figures_are_those_of_every_token_and_every_byte_of_the_split(model, quality_of, token_folder, tokenizer):
+def test_the_figures_are_those_of_every_token_and_every_byte_of_the_split(
+    model, quality_of, token_folder, tokenizer
+):
     """llama2.c #475: nobody could reproduce a published loss."""
     shards = validation_tokens(token_folder)
     nats = [nat for tokens in shards for nat in nats_of_each_token(model, tokens)]
     text = "".join(tokenizer.decode(tokens) for tokens in shards)
     quality = quality_of(model)
-    assert len(nats) == sum(map(len, shards)) - len(shards) > 1000  # a shard's first token is not predicted
+    assert (
+        len(nats) == sum(map(len, shards)) - len(shards) > 1000
+    )  # a shard's first token is not predicted
     assert quality.loss == pytest.approx(sum(nats) / len(nats), rel=1e-6)
-    assert quality.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(text.encode()), rel=1e-6)
+    assert quality.bits_per_byte == pytest.approx(
+        sum(nats) / math.log(2) / len(text.encode()), rel=1e-6
+    )
     assert quality.perplexity == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 
@@ -117,9 +133,11 @@ def test_the_shares_of_several_processes_add_up_to_the_whole(size, model, qualit
             return values
 
     for rank in range(size):
-        quality_of(model, world=Recorded(rank, rank, size))
+        quality_of(model, dist_ctx=Recorded(rank, rank, size))
     nats, tokens, text_bytes = map(sum, zip(*shares, strict=True))
-    assert tokens == sum(len(tokens) - 1 for tokens in validation_tokens(token_folder))  # and none twice
+    assert tokens == sum(
+        len(tokens) - 1 for tokens in validation_tokens(token_folder)
+    )  # and none twice
     together = nats / tokens, nats / math.log(2) / text_bytes
     assert together == pytest.approx(quality_of(model), rel=1e-6)
 

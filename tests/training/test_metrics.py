@@ -11,7 +11,9 @@ def test_settings_that_matplotlib_does_not_take_cost_the_picture_and_not_the_run
     command = [sys.executable, "-c", DRAW.format(str(tmp_path))]
     environment = os.environ | {"MPLBACKEND": "nonsense"}
     root = Path(__file__).parent.parent.parent
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (result.returncode, result.stdout) == (0, "on\n"), result.stderr
     assert result.stderr.count("no picture of the loss") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "loss.png").exists() and (tmp_path / "metrics.jsonl").exists()

@@ -49,7 +49,10 @@ def test_norms_that_are_no_numbers_are_not_remembered():
 def test_a_spike_of_the_loss_is_told():
     said, records = [], [{"loss": 2.0}] * 30
     run = run_with([], said=said)
-    run.world, run.metrics = types.SimpleNamespace(is_main=True), types.SimpleNamespace(records=records)
+    run.dist_ctx, run.metrics = (
+        types.SimpleNamespace(is_main=True),
+        types.SimpleNamespace(records=records),
+    )
     health.tell_spikes(run, loss=9.0)
     assert not said
     health.tell_spikes(run, loss=30.0)
@@ -79,8 +82,12 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = next(r for r in map(json.loads, lines) if r["iter"] == 20 and "loss" in r)
-    loss, norm = map(float, re.search(r"^loss (\S+), norm of the gradient (\S+);", result.stdout, re.M).groups())
-    assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(record["grad_norm"], rel=1e-4)
+    loss, norm = map(
+        float, re.search(r"^loss (\S+), norm of the gradient (\S+);", result.stdout, re.M).groups()
+    )
+    assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(
+        record["grad_norm"], rel=1e-4
+    )
     windows = TokenDataset(token_folder, "train", 32)
     config = load_checkpoint(str(tmp_path / "ckpt.pt"))["config"]
     for position in range(20 * 8, 21 * 8):
@@ -89,10 +96,26 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train, tmp_path):
-    blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--max_iters=9", f"--out_dir={tmp_path}")
+    blown_up = (
+        "--learning_rate=1e30",
+        "--grad_clip=0",
+        "--warmup_iters=0",
+        "--max_iters=9",
+        f"--out_dir={tmp_path}",
+    )
     blown_up += ("--log_interval=6",)  # at which it is noticed, later than it happens
     result = train(*TINY, *blown_up)
-    step, first = map(int, re.search(r"step (\d+), which reads from sequence (\d+) on", result.stderr).groups())
-    assert result.returncode == 1 and 0 < step < 6 and first == step * 8 and f"--debug_step={step}" in result.stderr
+    step, first = map(
+        int, re.search(r"step (\d+), which reads from sequence (\d+) on", result.stderr).groups()
+    )
+    assert (
+        result.returncode == 1
+        and 0 < step < 6
+        and first == step * 8
+        and f"--debug_step={step}" in result.stderr
+    )
     again = train(*TINY, *blown_up, f"--debug_step={step}", "--init_from=auto")
-    assert again.returncode == 0 and f"step {step} reads sequences {first} to {first + 7}" in again.stdout
+    assert (
+        again.returncode == 0
+        and f"step {step} reads sequences {first} to {first + 7}" in again.stdout
+    )

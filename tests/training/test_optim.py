@@ -8,7 +8,9 @@ import torch
 from model import ModelArgs, Transformer
 from training.optim import load_optimizer, lr_at_step, make_optimizer
 
-TINY = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6)
+TINY = dict(
+    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6
+)
 SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
 
 
@@ -38,7 +40,10 @@ def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
 
 
 def test_the_learning_rate_without_decay_stays_at_its_peak():
-    rates = [lr_at_step(step, **SCHEDULE, kind="constant") for step in (999, 1000, 50_000, 100_000, 10**9)]
+    rates = [
+        lr_at_step(step, **SCHEDULE, kind="constant")
+        for step in (999, 1000, 50_000, 100_000, 10**9)
+    ]
     assert rates == [5e-4] * 5
 
 
@@ -99,7 +104,9 @@ def test_without_gradients_matrices_decay_and_norms_do_not(tied):
 
 def names_in_llama2c_order(model: Transformer) -> list[str]:
     parameters = list(model.named_parameters())
-    return [name for name, p in parameters if p.dim() >= 2] + [name for name, p in parameters if p.dim() < 2]
+    return [name for name, p in parameters if p.dim() >= 2] + [
+        name for name, p in parameters if p.dim() < 2
+    ]
 
 
 def test_the_state_is_in_the_order_of_llama2c():
@@ -151,12 +158,18 @@ def test_loading_keeps_our_own_settings():
     take_step(model, theirs, 0)
     load_optimizer(ours, theirs.state_dict(), "ckpt.pt")
     for group, weight_decay in zip(ours.param_groups, (0.2, 0.0), strict=True):
-        assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.8, 0.99), weight_decay)
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (
+            3e-4,
+            (0.8, 0.99),
+            weight_decay,
+        )
         assert group["fused"]
 
 
 def test_the_state_of_an_optimizer_that_has_not_stepped_loads():
-    load_optimizer(optimizer_of(random_model()), optimizer_of(random_model()).state_dict(), "ckpt.pt")
+    load_optimizer(
+        optimizer_of(random_model()), optimizer_of(random_model()).state_dict(), "ckpt.pt"
+    )
 
 
 def state_of(**overrides) -> dict:
@@ -230,7 +243,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else_once(tied):
     members = [[names[parameter] for parameter in group["params"]] for group in groups]
     assert sorted(itertools.chain(*members)) == sorted(names.values())
     of_muon, of_adamw = members[0], members[1] + members[2]
-    assert of_muon and all(map(is_hidden_matrix, of_muon)) and not any(map(is_hidden_matrix, of_adamw))
+    assert (
+        of_muon and all(map(is_hidden_matrix, of_muon)) and not any(map(is_hidden_matrix, of_adamw))
+    )
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
 
 

@@ -48,7 +48,9 @@ def children(pid: int) -> list[int]:
         return list(map(int, file.read().split()))
 
 
-linux_only = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
+linux_only = pytest.mark.skipif(
+    not os.path.exists("/proc/self/task"), reason="finds children in /proc"
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +72,15 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
         else:
             train_on(processes, *options, f"--out_dir={tmp_path}", *shape)
         is_sharded_checkpoint = parallel == "fsdp" and processes > 1
-        newest, older = ("ckpt.dcp", "ckpt.pt") if is_sharded_checkpoint else ("ckpt.pt", "ckpt.dcp")
+        newest, older = (
+            ("ckpt.dcp", "ckpt.pt") if is_sharded_checkpoint else ("ckpt.pt", "ckpt.dcp")
+        )
         assert (tmp_path / newest).exists() and not (tmp_path / older).exists()
         assert not list(tmp_path.glob("*.partial*")) and len(list(tmp_path.glob("ckpt_*"))) == 1
     assert largest_difference(undisturbed, tmp_path) < 1e-5
-    assert records(tmp_path, "val_loss")[-1] == pytest.approx(records(undisturbed, "val_loss")[-1], abs=1e-5)
+    assert records(tmp_path, "val_loss")[-1] == pytest.approx(
+        records(undisturbed, "val_loss")[-1], abs=1e-5
+    )
 
 
 @linux_only
@@ -100,12 +106,20 @@ def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
     both = pair(*options, f"--out_dir={tmp_path}", "--max_iters=3", of_the_second=["--max_iters=4"])
     for process in both:
         said = process.communicate(timeout=60)[0]
-        assert process.returncode == 1 and "were given different options" in said and "Traceback" not in said
+        assert (
+            process.returncode == 1
+            and "were given different options" in said
+            and "Traceback" not in said
+        )
 
 
-def test_processes_that_do_not_see_the_same_checkpoint_refuse_to_begin(options, undisturbed, tmp_path):
+def test_processes_that_do_not_see_the_same_checkpoint_refuse_to_begin(
+    options, undisturbed, tmp_path
+):
     elsewhere = f"--out_dir={tmp_path / 'empty'}"
-    for process in pair(*options, f"--out_dir={undisturbed}", "--max_iters=41", of_the_second=[elsewhere]):
+    for process in pair(
+        *options, f"--out_dir={undisturbed}", "--max_iters=41", of_the_second=[elsewhere]
+    ):
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 1 and "must be one folder that all machines see" in said, said
     assert load_checkpoint(str(undisturbed / "ckpt.pt"))["iter_num"] == 40
@@ -119,7 +133,10 @@ def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
     said = first.communicate(timeout=60)[0]
     second.kill()
     assert first.returncode == 1 and "Traceback" not in said and time.monotonic() - began < 30
-    assert "train.py: rank 0: this process ends because another process did not answer for 3 s (--timeout)" in said
+    assert (
+        "train.py: rank 0: this process ends because another process did not answer for 3 s (--timeout)"
+        in said
+    )
     second.communicate()
 
 
@@ -128,8 +145,19 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undis
     """Two agents of torchrun, as two machines would start them. Without that variable the first waited for
     ever for the second: PyTorch told a newcomer the address of its store in the first round only."""
     alive = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
-    place = ("--nnodes=2", "--max-restarts=5", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}")
-    slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40", f"--out_dir={tmp_path}", "--timeout=20")
+    place = (
+        "--nnodes=2",
+        "--max-restarts=5",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{free_port()}",
+    )
+    slowly = (
+        "--max_iters=40",
+        "--checkpoint_interval=1",
+        "--eval_iters=40",
+        f"--out_dir={tmp_path}",
+        "--timeout=20",
+    )
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def start(is_host: int) -> subprocess.Popen:  # of what all of them meet at
@@ -143,6 +171,8 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undis
     second.communicate()
     second = start(0)
     said = first.communicate(timeout=180)[0]
-    assert first.returncode == 0 and "rank 0: this process ends because another one is gone" in said, said
+    assert (
+        first.returncode == 0 and "rank 0: this process ends because another one is gone" in said
+    ), said
     assert second.communicate(timeout=180) and second.returncode == 0
     assert "init_from = 'resume'" in said and largest_difference(undisturbed, tmp_path) < 1e-5
