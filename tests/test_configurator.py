@@ -402,7 +402,7 @@ def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
     run_main, config_file, script
 ):
     path = config_file("bacth_size = 8")
-    result = run_main(script, path, "--device")
+    result = run_script(script, path, "--device")
     assert result.returncode == 2 and result.stdout == ""
     first, second = result.stderr.splitlines()
     assert first.startswith(f"{script}: {path}:1: bacth_size = 8: there is no such option")
