@@ -399,7 +399,7 @@ def test_every_preset_is_accepted_by_its_script(preset):
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
-    run_main, config_file, script
+    run_script, config_file, script
 ):
     path = config_file("bacth_size = 8")
     result = run_script(script, path, "--device")
