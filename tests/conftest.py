@@ -20,7 +20,7 @@ import torch
 
 import configurator
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint
-from checkpoints.manager import load_latest
+from checkpoints.latest import load_latest
 from model import Transformer, parameter_shapes
 from runtime.atomic_files import write_atomically
 from tests.nursery import CAN_FORK, ROOT, Command, prepare_to_fork

@@ -16,7 +16,7 @@ import export
 import train
 from checkpoints import sharded
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import load_latest, open_checkpoint
+from checkpoints.latest import load_latest, open_checkpoint
 from checkpoints.sharded import gather_full_state, open_sharded, write_single_rank
 from model import ModelArgs, Transformer, iter_initial_weights
 from runtime.device import autocast

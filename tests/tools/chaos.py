@@ -24,7 +24,7 @@ import time
 import uuid
 from pathlib import Path
 
-from checkpoints.manager import latest_path, load_latest, remove
+from checkpoints.latest import latest_path, load_latest, remove_checkpoint
 from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
 from textdata.synthetic import story
 from textdata.tokenizer import train_sentencepiece
@@ -179,7 +179,7 @@ def live(
         part.unlink()
         part.write_bytes(copy[: len(copy) * 2 // 3])
     elif newest.exists() and fault == "deleted checkpoint":
-        remove(str(newest))
+        remove_checkpoint(str(newest))
     return True, status
 
 
