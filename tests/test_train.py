@@ -31,7 +31,7 @@ from tests.helpers import (
     train_on_ranks,
 )
 from textdata.token_shards import TokenDataset
-from train import check_against_cpu
+from training.monitor import check_against_cpu
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def train(run_script, data_dir):
 def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     result = train(*TINY_RUN, "--max_iters=40", f"--out_dir={tmp_path}", "--sample_interval=40")
     assert result.returncode == 0, result.stderr
-    assert "a story after 40 steps" in result.stdout
+    assert "a sample after 40 steps" in result.stdout
     assert read_metrics(tmp_path, "val_loss")[-1] < read_metrics(tmp_path, "val_loss")[0] - 1
     assert (
         all(math.isfinite(loss) for loss in read_metrics(tmp_path, "loss"))
@@ -57,6 +57,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     left = {
         "ckpt.pt",
         "ckpt_000020.pt",
+        "ckpt_000040.pt",
         "best.pt",
         "model.bin",
         "metrics.jsonl",
@@ -327,7 +328,7 @@ def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, 
     run = SimpleNamespace(
         model=model,
         device="cpu",
-        val_windows=TokenDataset(token_folder, "val", 16, include_partial=True),
+        val_dataset=TokenDataset(token_folder, "val", 16, include_partial=True),
     )
     with (
         contextlib.nullcontext()
