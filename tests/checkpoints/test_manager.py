@@ -22,14 +22,8 @@ from checkpoints.manager import (
 )
 from runtime.atomic_files import run_lock
 from tests import helpers
-from tests.helpers import (
-    ROOT,
-    TINY_RUN,
-    make_checkpoint,
-    read_metrics,
-    read_until,
-    same_training_state,
-)
+from tests.helpers import TINY_RUN, make_checkpoint, read_metrics, same_training_state
+from tests.processes import ROOT, read_until
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 
