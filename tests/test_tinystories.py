@@ -16,7 +16,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 import tinystories
 from runtime.atomic_files import run_lock
-from tests.helpers import ROOT, VOCAB_SIZE, write_tinystories_shard
+from tests.helpers import VOCAB_SIZE, write_tinystories_shard
+from tests.processes import ROOT
 from textdata import corpus, download
 from textdata import pretokenize as pretokenize_module
 from textdata.token_shards import read_meta

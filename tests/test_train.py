@@ -16,20 +16,11 @@ import pytest
 import torch
 
 import model as model_module
-import train as train_module
 from checkpoints.file import load_checkpoint
 from formats import llama2c
 from model import ModelArgs, Transformer
-from tests.helpers import (
-    ROOT,
-    TINY_RUN,
-    load_model,
-    read_metrics,
-    run_ranks,
-    same_tensors,
-    same_training_state,
-    train_on_ranks,
-)
+from tests.helpers import TINY_RUN, load_model, read_metrics, same_tensors, same_training_state
+from tests.processes import ROOT, run_ranks, train_on_ranks
 from textdata.token_shards import TokenDataset
 from training.monitor import check_against_cpu
 
@@ -264,7 +255,7 @@ def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, monkeypatch):
+def test_recomputing_trains_the_same_model(train, run_script, data_dir, tmp_path, monkeypatch):
     kept, recomputed = tmp_path / "kept", tmp_path / "recomputed"
     options = (*TINY_RUN, "--dropout=0.2", "--max_iters=3", f"--data_dir={data_dir}")
     assert train(*options, f"--out_dir={kept}").returncode == 0
@@ -275,8 +266,8 @@ def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, 
         return recompute(block, *inputs, **how)
 
     monkeypatch.setattr(model_module, "checkpoint", count)
-    status, _, errors = run_here(
-        train_module, *options, "--activation_checkpointing=True", f"--out_dir={recomputed}"
+    status, _, errors = run_script(
+        "train.py", *options, "--activation_checkpointing=True", f"--out_dir={recomputed}"
     )
     assert status == 0, errors
     assert len(blocks) == 3 * 4 * 2  # steps, micro-batches, blocks

@@ -13,14 +13,8 @@ from checkpoints.manager import CheckpointManager, snapshot
 from runtime.atomic_files import run_lock
 from runtime.distributed import DistContext
 from tests import helpers
-from tests.helpers import (
-    ROOT,
-    TINY_RUN,
-    make_checkpoint,
-    read_metrics,
-    read_until,
-    same_training_state,
-)
+from tests.helpers import TINY_RUN, make_checkpoint, read_metrics, same_training_state
+from tests.processes import ROOT, read_until
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import export
 import train
 from checkpoints import manager as manager_module
 from checkpoints import sharded
@@ -55,29 +54,33 @@ def folder(file, tmp_path) -> str:
     return str(tmp_path / "ckpt.dcp")
 
 
-def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
+def test_shares_hold_what_the_file_holds(file, folder, run_script, tmp_path):
     assert (
-        run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0]
+        run_script(
+            "export.py", str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True"
+        )[0]
         == 0
     )
     assert same_training_state(file, tmp_path / "again.pt")
     assert (
-        run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0]
+        run_script(
+            "export.py", str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True"
+        )[0]
         == 0
     )
     again = gather_full_state(open_sharded(str(tmp_path / "more.dcp")))
     assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
 
 
-def test_shares_are_exported_as_the_file_is(file, folder, run_here, tmp_path):
+def test_shares_are_exported_as_the_file_is(file, folder, run_script, tmp_path):
     for source, target in ((file, "a.bin"), (folder, "b.bin")):
-        assert run_here(export, str(tmp_path / target), f"--from={source}")[0] == 0
+        assert run_script("export.py", str(tmp_path / target), f"--from={source}")[0] == 0
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.pt"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp_path):
+def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_script, tmp_path):
     path = os.path.join(folder, name)
     with open(path, "rb") as part:
         content = bytearray(part.read())
@@ -91,8 +94,8 @@ def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp
             part.write(content[: len(content) * 2 // 3] if damage == "cut" else content)
     with pytest.raises(ValueError, match=rf"{re.escape(folder)}: damaged"):
         open_sharded(folder)
-    status, _, errors = run_here(
-        export, str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True"
+    status, _, errors = run_script(
+        "export.py", str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True"
     )
     assert status == 1 and folder in errors and not os.path.exists(tmp_path / "joined.pt")
 

@@ -10,15 +10,8 @@ import pytest
 
 from benchmarks.timing import free_port
 from checkpoints.file import load_checkpoint
-from tests.helpers import (
-    ROOT,
-    TINY_RUN,
-    max_weight_difference,
-    rank_environments,
-    read_metrics,
-    read_until,
-    train_on_ranks,
-)
+from tests.helpers import TINY_RUN, max_weight_difference, read_metrics
+from tests.processes import ROOT, rank_environments, read_until, train_on_ranks
 
 RUN = (*TINY_RUN, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
 
