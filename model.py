@@ -44,7 +44,7 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None  # Llama 3.1: type llama3, factor 8
     max_seq_len: int = 256
     dropout: float = 0.0
-    tie_embeddings: bool = True  # the LM head shares the embedding matrix
+    tie_embeddings: bool = True  # the LM head uses the embedding matrix
 
     def __post_init__(self) -> None:
         self._check_sizes()
