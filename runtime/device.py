@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import platform
 import re
+from collections.abc import Iterator
 
 import torch
 
@@ -99,3 +100,17 @@ def disable_malloc_trim() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+@contextlib.contextmanager
+def translate_oom() -> Iterator[None]:
+    """Replace PyTorch's out-of-memory errors by a ValueError with advice for training."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(
+                "out of memory: halve --batch_size and double --gradient_accumulation_steps, "
+                "or give --activation_checkpointing=True"
+            ) from error
+        raise
