@@ -103,7 +103,7 @@ def one_step(
     """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
     holds, from the positions starts (B,) on and before end; and what first_choice says of them. exact:
     whether the longest row reaches to the end."""
-    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact=exact)).flatten(
+    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact_kv_len=exact)).flatten(
         0, 1
     )
     return logits, first_choice(logits, keys.flatten(), **how)
@@ -291,7 +291,7 @@ class Decoder:
             [self.rows.index(sequence) for sequence in sequences], device=self.device
         )
         x = self.model.forward_hidden(
-            tokens.to(self.device), self.cache, sequences[0].cached, rows=rows
+            tokens.to(self.device), self.cache, sequences[0].cached, batch_idx=rows
         )
         return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
 

@@ -51,11 +51,11 @@ class ForwardContext(NamedTuple):
     cos: torch.Tensor  # of their positions, ([B,] T, head_dim/2)
     sin: torch.Tensor
     cache: KVCache | None = None
-    start: int | torch.Tensor = 0  # the first token's position, in every row or of each row (B,)
-    end: int = 0  # one beyond the last position of the longest row
-    rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
+    start_pos: int | torch.Tensor = 0  # the first token's position, or one per row (B,)
+    kv_len: int = 0  # one beyond the last position of the longest row
+    batch_idx: torch.Tensor | None = None  # of the cache (B,); None: the first B
     mask: torch.Tensor | None = (
-        None  # which positions each token sees (B, 1, T, end); None: it is causal
+        None  # which positions each token sees (B, 1, T, kv_len); None: it is causal
     )
 
     def update_kv_cache(self, layer: int, k, v):
@@ -63,16 +63,16 @@ class ForwardContext(NamedTuple):
         of all positions up to the end."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         batch, heads, length = k.shape[:3]
-        if isinstance(self.start, int):
-            rows = slice(batch) if self.rows is None else self.rows
-            keys[rows, :, self.start : self.end] = k.type_as(keys)
-            values[rows, :, self.start : self.end] = v.type_as(values)
-            if not self.start:
+        if isinstance(self.start_pos, int):
+            rows = slice(batch) if self.batch_idx is None else self.batch_idx
+            keys[rows, :, self.start_pos : self.kv_len] = k.type_as(keys)
+            values[rows, :, self.start_pos : self.kv_len] = v.type_as(values)
+            if not self.start_pos:
                 return k, v
         else:
             rows, number = slice(batch), torch.arange(max(batch, heads, length), device=k.device)
-            positions = self.start[:, None, None] + number[:length]
+            positions = self.start_pos[:, None, None] + number[:length]
             places = (number[:batch, None, None], number[:heads, None], positions)
             keys.index_put_(places, k.type_as(keys))
             values.index_put_(places, v.type_as(values))
-        return keys[rows, :, : self.end].type_as(k), values[rows, :, : self.end].type_as(v)
+        return keys[rows, :, : self.kv_len].type_as(k), values[rows, :, : self.kv_len].type_as(v)
