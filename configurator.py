@@ -10,6 +10,7 @@ dataclass is the only list of options: its fields' trailing comments are their -
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import io
 import math
@@ -210,6 +211,22 @@ def parse(field_type, value, from_file: bool):
     if (from_file and parsed != value) or (isinstance(parsed, float) and not math.isfinite(parsed)):
         raise ValueError(type_hint_text(field_type))
     return parsed
+
+
+def restore_options(config, saved: dict, source: str):
+    """config with the values of saved, which must fit their fields' types as a config file's must.
+
+    Raises ValueError, naming source, for a value that does not fit."""
+    field_types = get_type_hints(type(config))
+    values = {}
+    for name, value in saved.items():
+        try:
+            values[name] = parse(field_types[name], value, from_file=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{source}: its option {name} is {value!r}, not {error}; give --{name}"
+            ) from None
+    return dataclasses.replace(config, **values)
 
 
 def type_hint_text(field_type) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from checkpoints.manager import latest_path
+from checkpoints.latest import latest_path
 from configurator import configure, print_overrides, run_main
 from formats.registry import load_model
 from generation.beam_search import BeamSearchParams, Hypothesis, beam_search

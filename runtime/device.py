@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import platform
 import re
+from collections.abc import Iterator
 
 import torch
 
@@ -88,3 +89,16 @@ def disable_malloc_trim():
         set_option = ctypes.CDLL(None).mallopt
         set_option(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         set_option(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+@contextlib.contextmanager
+def translate_oom() -> Iterator[None]:
+    """Raise ValueError, with advice, in the place of an out-of-memory error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            advice = "halve --batch_size and double --gradient_accumulation_steps"
+            more = "or give --activation_checkpointing=True"
+            raise ValueError(f"out of memory: {advice}, {more}") from error
+        raise

@@ -7,7 +7,7 @@ import pytest
 
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from sample import SampleConfig
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tinystories import STAGES, Pretokenize
 from train import TrainConfig
 

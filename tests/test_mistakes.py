@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_train import TINY
+from tests.helpers import TINY_RUN
 
 
 def damaged(content: bytes) -> dict[str, bytes]:
@@ -29,7 +29,7 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(data_dir, place / "data")
     result = run_script(
-        "train.py", *TINY, "--max_iters=2", f"--data_dir={place}/data", f"--out_dir={place}/out"
+        "train.py", *TINY_RUN, "--max_iters=2", f"--data_dir={place}/data", f"--out_dir={place}/out"
     )
     assert result.returncode == 0, result.stderr
     checkpoint, model = (place / "out/ckpt.pt").read_bytes(), (place / "out/model.bin").read_bytes()
@@ -75,7 +75,7 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
     return place
 
 
-TRAIN = ("train.py", *TINY, "--max_iters=2", "--data_dir=data", "--out_dir=new")
+TRAIN = ("train.py", *TINY_RUN, "--max_iters=2", "--data_dir=data", "--out_dir=new")
 RESUME = ("train.py", "--init_from=resume", "--out_dir=out")
 PRETOKENIZE = (
     "tinystories.py",

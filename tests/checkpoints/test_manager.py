@@ -1,4 +1,5 @@
 import errno
+import functools
 import os
 import shutil
 import subprocess
@@ -20,9 +21,17 @@ from checkpoints.manager import (
     snapshot,
 )
 from runtime.atomic_files import run_lock
-from tests.checkpoints.test_file import checkpoint_of, random_model
-from tests.conftest import wait_for
-from tests.test_train import ROOT, TINY, records, same_state
+from tests import helpers
+from tests.helpers import (
+    ROOT,
+    TINY_RUN,
+    make_checkpoint,
+    read_metrics,
+    read_until,
+    same_training_state,
+)
+
+random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 
 
 def save_steps(out_dir, steps, count: int) -> str:
@@ -31,7 +40,7 @@ def save_steps(out_dir, steps, count: int) -> str:
     for step in steps:
         if before is not None:
             put_older_aside(str(out_dir), before, "ckpt.pt", step, keeps=True)
-        save_checkpoint(path, checkpoint_of(random_model(), iter_num=step))
+        save_checkpoint(path, make_checkpoint(random_model(), iter_num=step))
         remove_oldest(str(out_dir), step, count)
         before = step
     return path
@@ -157,7 +166,7 @@ def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
 def test_what_cannot_be_written_is_in_nobody_s_way(tmp_path):
     (tmp_path / "model.bin").mkdir()
     keeper, path = Keeper(), str(tmp_path / "ckpt.pt")
-    writes = {name: lambda name=name: save_checkpoint(name, checkpoint_of(random_model())) for name in
+    writes = {name: lambda name=name: save_checkpoint(name, make_checkpoint(random_model())) for name in
               (str(tmp_path / "model.bin"), path)}  # fmt: skip
     keeper.keep(writes)
     with pytest.raises(ValueError, match=r"not written: \S*/model\.bin$"):
@@ -190,11 +199,11 @@ def begin(out_dir, data_dir, *options) -> subprocess.Popen:
         str(ROOT / "train.py"),
         f"--data_dir={data_dir}",
         f"--out_dir={out_dir}",
-        *TINY,
+        *TINY_RUN,
     ]
     command += ["--checkpoint_interval=1", "--max_iters=1000000", "--decay_lr=False", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(process, " | loss ")
+    read_until(process, " | loss ")
     return process
 
 
@@ -203,12 +212,14 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)  # a file may have come meanwhile
     for _ in range(100):
-        wait_for(process, " | loss ")
+        read_until(process, " | loss ")
     process.terminate()
     said, errors = process.communicate()
     assert process.returncode == 0 and "Traceback" not in errors, errors
     step = load_checkpoint(str(tmp_path / "out/ckpt.pt"))["iter_num"]
-    assert f"stopped after step {step}" in said and len(records(tmp_path / "out", "loss")) == step
+    assert (
+        f"stopped after step {step}" in said and len(read_metrics(tmp_path / "out", "loss")) == step
+    )
     assert {"tokenizer.model", "tokenizer.bin", "best.pt", "model.bin"} <= set(
         os.listdir(tmp_path / "out")
     )
@@ -224,7 +235,7 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
         str(ROOT / "train.py"),
         f"--data_dir={data_dir}",
         f"--out_dir={tmp_path}",
-        *TINY,
+        *TINY_RUN,
     ]
     command += ["--checkpoint_interval=1", "--max_iters=30"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -232,7 +243,7 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert (
         "the run goes on, and tries to save again" in result.stdout
-        and len(records(tmp_path, "loss")) == 30
+        and len(read_metrics(tmp_path, "loss")) == 30
     )
     assert "no checkpoint" in result.stderr.splitlines()[-1] and "ckpt.pt" in result.stderr
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial"))]
@@ -251,7 +262,7 @@ def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, 
             str(ROOT / "train.py"),
             f"--data_dir={data_dir}",
             f"--out_dir={tmp_path}",
-            *TINY,
+            *TINY_RUN,
         ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     ours = result.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[
@@ -264,7 +275,7 @@ def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, 
 
 def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_path, data_dir):
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
-    options = (*TINY, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--max_iters=30")
+    options = (*TINY_RUN, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--max_iters=30")
     assert run_script("train.py", *options, f"--out_dir={straight}").returncode == 0
     shutil.copytree(straight, hurt)
     cut(hurt / "ckpt.pt")
@@ -274,7 +285,10 @@ def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_
         result.returncode == 0
         and f"going on from {hurt}/ckpt_000025.pt, which is of step 25" in result.stdout
     )
-    assert same_state(straight / "ckpt.pt", hurt / "ckpt.pt") and (hurt / "ckpt.damaged").exists()
+    assert (
+        same_training_state(straight / "ckpt.pt", hurt / "ckpt.pt")
+        and (hurt / "ckpt.damaged").exists()
+    )
 
 
 def test_auto_begins_a_run_and_goes_on_with_it(run_script, tmp_path, data_dir):
@@ -285,6 +299,6 @@ def test_auto_begins_a_run_and_goes_on_with_it(run_script, tmp_path, data_dir):
         "--max_iters=3",
     )
     for _ in range(2):
-        result = run_script("train.py", *options, *TINY)
+        result = run_script("train.py", *options, *TINY_RUN)
         assert result.returncode == 0, result.stderr
-    assert "previous1" not in os.listdir(tmp_path) and len(records(tmp_path, "loss")) == 3
+    assert "previous1" not in os.listdir(tmp_path) and len(read_metrics(tmp_path, "loss")) == 3

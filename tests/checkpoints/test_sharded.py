@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import os
 import pickle
 import re
@@ -16,18 +17,19 @@ import export
 import train
 from checkpoints import sharded
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import load_latest, open_checkpoint
+from checkpoints.latest import load_latest, open_checkpoint
 from checkpoints.sharded import gather_full_state, open_sharded, write_single_rank
 from model import ModelArgs, Transformer, iter_initial_weights
 from runtime.device import autocast
 from runtime.distributed import DistContext, full_tensor
-from tests.checkpoints.test_file import checkpoint_of, random_model
-from tests.test_train import same_state
+from tests import helpers
+from tests.helpers import make_checkpoint, same_training_state
 from training import saving
 from training import setup as run_module
 from training.metrics import MetricsLogger
 from training.parallel import load_weights, shard
 
+random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 ARGS = dict(dim=32, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=32)
 
 
@@ -37,7 +39,7 @@ def trained_state(step: int) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
-    return checkpoint_of(
+    return make_checkpoint(
         model, iter_num=step, optimizer=optimizer.state_dict(), late_norms=[0.5, 1.5]
     )
 
@@ -59,7 +61,7 @@ def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
         run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0]
         == 0
     )
-    assert same_state(file, tmp_path / "again.pt")
+    assert same_training_state(file, tmp_path / "again.pt")
     assert (
         run_here(export, str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True")[0]
         == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoints.file import load_checkpoint
-from tests.test_train import TINY, same_state
+from tests.helpers import TINY_RUN, same_training_state
 from textdata.loader import epoch_index
 from textdata.token_shards import TokenDataset
 from training import monitor as health
@@ -61,19 +61,21 @@ def test_a_spike_of_the_loss_is_told():
 
 def test_a_resumed_run_skips_the_same_updates(train, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    whole = train(*TINY, SPIKED, "--max_iters=60", f"--out_dir={straight}", "--keep_checkpoints=9")
+    whole = train(
+        *TINY_RUN, SPIKED, "--max_iters=60", f"--out_dir={straight}", "--keep_checkpoints=9"
+    )
     assert whole.stdout.count("skipped, its gradient") > 2, whole.stdout
     resumed.mkdir()
     shutil.copy(straight / "ckpt_000040.pt", resumed / "ckpt.pt")
     rest = train("--init_from=resume", f"--out_dir={resumed}")
     skips_of = lambda text: re.findall(r"step ([45]\d): skipped", text)
     assert skips_of(rest.stdout) == skips_of(whole.stdout) != []
-    assert same_state(straight / "ckpt.pt", resumed / "ckpt.pt")
+    assert same_training_state(straight / "ckpt.pt", resumed / "ckpt.pt")
 
 
 def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
     """Its sequences are those that the run read, its loss and gradient those that the run had."""
-    options = (*TINY, "--max_iters=40", "--keep_checkpoints=9", f"--out_dir={tmp_path}")
+    options = (*TINY_RUN, "--max_iters=40", "--keep_checkpoints=9", f"--out_dir={tmp_path}")
     assert train(*options).returncode == 0
     (tmp_path / "ckpt_000020.pt").replace(tmp_path / "ckpt.pt")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -104,7 +106,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train
         f"--out_dir={tmp_path}",
     )
     blown_up += ("--log_interval=6",)  # at which it is noticed, later than it happens
-    result = train(*TINY, *blown_up)
+    result = train(*TINY_RUN, *blown_up)
     step, first = map(
         int, re.search(r"step (\d+), which reads from sequence (\d+) on", result.stderr).groups()
     )
@@ -114,7 +116,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train
         and first == step * 8
         and f"--debug_step={step}" in result.stderr
     )
-    again = train(*TINY, *blown_up, f"--debug_step={step}", "--init_from=auto")
+    again = train(*TINY_RUN, *blown_up, f"--debug_step={step}", "--init_from=auto")
     assert (
         again.returncode == 0
         and f"step {step} reads sequences {first} to {first + 7}" in again.stdout

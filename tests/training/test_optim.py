@@ -1,16 +1,16 @@
 import copy
+import functools
 import itertools
 import math
 
 import pytest
 import torch
 
-from model import ModelArgs, Transformer
+from model import Transformer
+from tests import helpers
 from training.optim import load_optimizer, lr_at_step, make_optimizer
 
-TINY = dict(
-    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6
-)
+random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
 
 
@@ -72,11 +72,6 @@ def test_a_warm_up_that_reaches_into_the_cooldown_of_wsd_shortens_it():
     rates = [lr_at_step(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
     assert rates[89] == rates[90] == 1.0 and rates[100] == 0.0
     assert rates[95] == pytest.approx(1 - math.sqrt(0.5))
-
-
-def random_model(**overrides) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelArgs(**(TINY | overrides)))
 
 
 def optimizer_of(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, name="adamw"):
