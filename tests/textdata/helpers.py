@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.conftest import VOCAB_SIZE, write_stories
+from tests.helpers import VOCAB_SIZE
+from tests.helpers import write_tinystories_shard as write_stories
 from textdata.token_shards import ShardWriter, read_meta, token_dtype, write_meta
 from textdata.tokenizer import Tokenizer
 from tinystories import main
