@@ -118,7 +118,7 @@ def check_resumed(config: Any, start: StartPoint) -> None:
 def same_architecture(args: ModelArgs, name: str, value: Any) -> bool:
     """Whether an option has the value of the model, or another spelling of it."""
     try:
-        requested = dataclasses.replace(args, **{name: value})
+        requested = dataclasses.replace(args, **dict([(name, value)]))
     except ValueError:
         return False
     effective = {
