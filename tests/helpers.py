@@ -6,9 +6,9 @@ import json
 import random
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
 from checkpoints.latest import load_latest
@@ -20,6 +20,9 @@ from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
 from training.parallel import load_weights
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 VOCAB_SIZE = 512  # of the tokenizer that the fixtures train
 
@@ -105,8 +108,10 @@ def model_logits(model: Transformer) -> torch.Tensor:
         return model(tokens)[0]
 
 
-def to_transformers(model: Transformer) -> LlamaForCausalLM:
+def to_transformers(model: Transformer) -> "LlamaForCausalLM":
     """The same model in the transformers library, without any code of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     args, state = model.args, model.state_dict()
     config = LlamaConfig(
         hidden_size=args.dim,
