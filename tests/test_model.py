@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import math
 import random
@@ -6,22 +7,14 @@ import random
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_module
 from model import ModelArgs, Transformer, flops_per_token
+from tests import helpers
+from tests.helpers import to_transformers
 
-TINY = dict(dim=32, n_layers=2, n_heads=4, vocab_size=61, hidden_dim=48, max_seq_len=40)
-
-
-def random_model(**overrides) -> Transformer:
-    """Weights large enough that a mistake in any of them shows in the logits."""
-    torch.manual_seed(0)
-    model = Transformer(ModelArgs(**(TINY | overrides)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    return model.eval()
+TINY = helpers.REFERENCE_MODEL
+random_model = functools.partial(helpers.random_model, TINY, 0.2)
 
 
 def random_tokens(*shape) -> torch.Tensor:
@@ -32,47 +25,6 @@ def random_tokens(*shape) -> torch.Tensor:
 def attention(request, monkeypatch):
     """Both ways to compute attention on a CPU."""
     monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", request.param)
-
-
-def halves_layout(weight, heads: int):
-    """A query or key matrix with neighbouring pairs, in the layout that rotates halves."""
-    out, width = weight.shape
-    return weight.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
-
-
-def in_transformers(model: Transformer) -> LlamaForCausalLM:
-    args, state = model.args, model.state_dict()
-    config = LlamaConfig(
-        hidden_size=args.dim,
-        intermediate_size=args.ffn_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocab_size,
-        max_position_embeddings=args.max_seq_len,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        tie_word_embeddings=args.tie_embeddings,
-    )
-    names = {
-        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    theirs = {
-        "model.embed_tokens.weight": state["tok_embeddings.weight"],
-        "model.norm.weight": state["norm.weight"],
-        "lm_head.weight": state["output.weight"],
-    }
-    for layer in range(args.n_layers):
-        for name, ours in names.items():
-            theirs[f"model.layers.{layer}.{name}.weight"] = state[f"layers.{layer}.{ours}.weight"]
-        for name, heads in (("q", args.n_heads), ("k", args.kv_heads)):
-            key = f"model.layers.{layer}.self_attn.{name}_proj.weight"
-            theirs[key] = halves_layout(theirs[key], heads)
-    llama = LlamaForCausalLM(config)
-    llama.load_state_dict(theirs, strict=True)
-    return llama.eval()
 
 
 @pytest.mark.parametrize("rope_theta", [10000.0, 500000.0])
@@ -87,7 +39,7 @@ def test_logits_equal_those_of_transformers_beyond_position_128(
     tokens = random_tokens(2, 160)
     with torch.no_grad():
         ours, loss = model(tokens)
-        theirs = in_transformers(model)(tokens).logits
+        theirs = to_transformers(model)(tokens).logits
     assert loss is None and ours.shape == (2, 160, TINY["vocab_size"])
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -96,7 +48,7 @@ def test_norm_eps_has_the_meaning_that_transformers_gives_it():
     model, tokens = random_model(norm_eps=0.1), random_tokens(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(tokens)[0], in_transformers(model)(tokens).logits, atol=1e-4, rtol=0
+            model(tokens)[0], to_transformers(model)(tokens).logits, atol=1e-4, rtol=0
         )
 
 
@@ -209,9 +161,9 @@ def test_dropout_reaches_the_weights_of_attention(attention):
     q, k, v = torch.randn(
         3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)
     )  # each (B, n_heads, T, head_dim)
-    assert torch.equal(layer.attend(q, k, v), layer.attend(q, k, v))
+    assert torch.equal(layer.sdpa(q, k, v), layer.sdpa(q, k, v))
     layer.train()
-    assert not torch.allclose(layer.attend(q, k, v), layer.attend(q, k, v), atol=1e-2)
+    assert not torch.allclose(layer.sdpa(q, k, v), layer.sdpa(q, k, v), atol=1e-2)
 
 
 @pytest.mark.parametrize("n_layers", [1, 3, 8])
@@ -355,7 +307,7 @@ def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
     whole, _ = model(tokens)
     cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
-        model.forward_hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
+        model.forward_hidden(tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row]))
     cache.select_rows(torch.tensor([4, 3, 2]))
     starts = torch.tensor(lengths)
     for step in (1, 3, 1):

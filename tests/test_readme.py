@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -16,7 +16,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 import tinystories
 from runtime.atomic_files import run_lock
-from tests.conftest import ROOT, VOCAB_SIZE, write_stories
+from tests.helpers import VOCAB_SIZE, write_tinystories_shard
+from tests.processes import ROOT
 from textdata import corpus, download
 from textdata import pretokenize as pretokenize_module
 from textdata.token_shards import read_meta
@@ -59,7 +60,7 @@ def stage(monkeypatch, tmp_path, capsys):
 def texts(tmp_path, stories):
     """Three files of stories in a folder: a.txt, b.json and c.jsonl."""
     folder = tmp_path / "texts"
-    write_stories(folder / "b.json", stories[100:200])
+    write_tinystories_shard(folder / "b.json", stories[100:200])
     (folder / "a.txt").write_text(
         "\n\n\n".join(story.replace("\n\n", "\n") for story in stories[:100])
     )
@@ -426,7 +427,7 @@ def test_llama_2_s_vocabulary_has_a_folder_of_its_own(run_script, tmp_path, text
 
 def test_the_real_llama_2_vocabulary_gives_sentencepiece_s_tokens(stage, shared, tmp_path, stories):
     path = shared("models/llama2_tokenizer.model")
-    write_stories(tmp_path / "some.json", stories[:20])
+    write_tinystories_shard(tmp_path / "some.json", stories[:20])
     stage("pretokenize", "--vocab_source=llama2", f"--tokenizer={path}", "--input=some.json")
     (tokens,) = tokens_of("data/some/llama2")
     encoded = sentencepiece.SentencePieceProcessor(model_file=path).encode(
@@ -494,7 +495,7 @@ def test_a_file_that_changed_is_done_again_and_no_other(stage, own, texts, tmp_p
     folder = tmp_path / "out" / "tok512"
     stage("pretokenize", *own)
     versions = versions_of(folder)
-    write_stories(texts / "b.json", ["A new story.", "And another."])
+    write_tinystories_shard(texts / "b.json", ["A new story.", "And another."])
     assert "2 of 3 file(s) unchanged" in stage("pretokenize", *own)
     assert documents_of(tokens_of(folder)[1], tokenizer) == ["A new story.", "And another."]
     changed = {name for name, version in versions_of(folder).items() if version != versions[name]}
@@ -525,7 +526,7 @@ def test_a_folder_brought_up_to_date_equals_a_fresh_one(stage, own, texts, tmp_p
 def test_other_options_do_everything_again(stage, own, option, stories, tmp_path):
     stage("pretokenize", *own)
     if option == "--tokenizer":
-        write_stories(tmp_path / "other" / "a.json", stories[:150])
+        write_tinystories_shard(tmp_path / "other" / "a.json", stories[:150])
         stage("train_vocab", "--input=other", "--data_dir=other", f"--vocab_size={VOCAB_SIZE}")
         option = "--tokenizer=other/tok512.model"
     assert "unchanged" not in stage("pretokenize", *own, option)
@@ -738,7 +739,7 @@ def test_processes_of_torchrun_divide_the_files_and_leave_the_same_tokens(
 ):
     texts = tmp_path / "stories"
     for number in range(5):
-        write_stories(texts / f"data{number:02d}.json", stories[number::5])
+        write_tinystories_shard(texts / f"data{number:02d}.json", stories[number::5])
     script = [
         str(ROOT / "tinystories.py"),
         "pretokenize",

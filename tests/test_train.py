@@ -3,7 +3,6 @@ train.py as its users run it: the real command on a tiny model.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -17,33 +16,13 @@ import pytest
 import torch
 
 import model as model_module
-import train as train_module
 from checkpoints.file import load_checkpoint
 from formats import llama2c
 from model import ModelArgs, Transformer
-from tests.conftest import load_model
-from tests.nursery import run_together
+from tests.helpers import TINY_RUN, load_model, read_metrics, same_tensors, same_training_state
+from tests.processes import ROOT, run_ranks, train_on_ranks
 from textdata.token_shards import TokenDataset
-from train import check_against_cpu
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    *(
-        "--vocab_size=512",
-        "--dim=32",
-        "--n_layers=2",
-        "--n_heads=4",
-        "--n_kv_heads=2",
-        "--max_seq_len=32",
-    ),
-    *(
-        "--batch_size=2",
-        "--gradient_accumulation_steps=4",
-        "--learning_rate=1e-2",
-        "--warmup_iters=2",
-    ),
-    *("--eval_interval=20", "--eval_iters=2", "--compile=False", "--device=cpu", "--dtype=float32"),
-)
+from training.monitor import check_against_cpu
 
 
 @pytest.fixture
@@ -56,41 +35,20 @@ def train(run_script, data_dir):
     return run
 
 
-def train_on(processes: int, *args):
-    for result in run_together("train.py", processes, *args):
-        assert result.returncode == 0, result.stderr
-
-
-def records(out_dir: Path, key: str) -> list[float]:
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
-
-
-def same_tensors(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_state(a: Path, b: Path) -> bool:
-    """Whether two checkpoints have the same weights and moments, bit for bit."""
-    a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
-    ours, theirs = a["optimizer"]["state"], b["optimizer"]["state"]
-    same_moments = all(same_tensors(ours[number], theirs[number]) for number in ours)
-    return same_tensors(a["model"], b["model"]) and ours.keys() == theirs.keys() and same_moments
-
-
 def test_a_run_leaves_all_that_is_promised(train, tmp_path):
-    result = train(*TINY, "--max_iters=40", f"--out_dir={tmp_path}", "--sample_interval=40")
+    result = train(*TINY_RUN, "--max_iters=40", f"--out_dir={tmp_path}", "--sample_interval=40")
     assert result.returncode == 0, result.stderr
-    assert "a story after 40 steps" in result.stdout
-    assert records(tmp_path, "val_loss")[-1] < records(tmp_path, "val_loss")[0] - 1
+    assert "a sample after 40 steps" in result.stdout
+    assert read_metrics(tmp_path, "val_loss")[-1] < read_metrics(tmp_path, "val_loss")[0] - 1
     assert (
-        all(math.isfinite(loss) for loss in records(tmp_path, "loss"))
-        and len(records(tmp_path, "loss")) == 40
+        all(math.isfinite(loss) for loss in read_metrics(tmp_path, "loss"))
+        and len(read_metrics(tmp_path, "loss")) == 40
     )
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     left = {
         "ckpt.pt",
         "ckpt_000020.pt",
+        "ckpt_000040.pt",
         "best.pt",
         "model.bin",
         "metrics.jsonl",
@@ -100,7 +58,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     left |= {"tokenizer.model", "tokenizer.bin"}
     assert set(os.listdir(tmp_path)) == left
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
-    assert checkpoint["best_val_loss"] == min(records(tmp_path, "val_loss"))
+    assert checkpoint["best_val_loss"] == min(read_metrics(tmp_path, "val_loss"))
     assert same_tensors(
         best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict()
     )
@@ -113,25 +71,25 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
 )
 def test_40_steps_are_20_and_resume_and_20_bit_for_bit_with_dropout(train, tmp_path, choices):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    options = (*TINY, *choices, "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
+    options = (*TINY_RUN, *choices, "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
     assert train(*options, f"--out_dir={straight}").returncode == 0
     resumed.mkdir()
     shutil.copy(straight / "ckpt_000020.pt", resumed / "ckpt.pt")
     assert train("--init_from=resume", f"--out_dir={resumed}").returncode == 0
-    assert same_state(straight / "ckpt.pt", resumed / "ckpt.pt")
-    assert records(straight, "loss")[20:] == records(resumed, "loss")
-    assert records(straight, "val_loss")[1:] == records(resumed, "val_loss")
+    assert same_training_state(straight / "ckpt.pt", resumed / "ckpt.pt")
+    assert read_metrics(straight, "loss")[20:] == read_metrics(resumed, "loss")
+    assert read_metrics(straight, "val_loss")[1:] == read_metrics(resumed, "val_loss")
 
 
 def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_path):
-    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=20")
+    options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=20")
     runs = {name: tmp_path / name for name in ("accumulated", "whole", "two processes")}
     assert train(*options, f"--out_dir={runs['accumulated']}").returncode == 0
     whole = ("--batch_size=8", "--gradient_accumulation_steps=1")
     assert train(*options, *whole, f"--out_dir={runs['whole']}").returncode == 0
-    train_on(2, *options, f"--out_dir={runs['two processes']}")
+    train_on_ranks(2, *options, f"--out_dir={runs['two processes']}")
     losses, norms = (
-        {name: records(folder, key) for name, folder in runs.items()}
+        {name: read_metrics(folder, key) for name, folder in runs.items()}
         for key in ("loss", "grad_norm")
     )
     assert len(losses["whole"]) == 20
@@ -142,17 +100,19 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
 
 def test_muon_trains_alike_on_any_number_of_processes(train, data_dir, tmp_path):
     """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
-    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
+    options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
-    assert records(tmp_path / "one", "loss")[-1] < records(tmp_path / "one", "loss")[0] - 1
-    assert records(tmp_path / "two", "loss") == pytest.approx(
-        records(tmp_path / "one", "loss"), abs=1e-2
+    train_on_ranks(2, *options, f"--out_dir={tmp_path / 'two'}")
+    assert (
+        read_metrics(tmp_path / "one", "loss")[-1] < read_metrics(tmp_path / "one", "loss")[0] - 1
+    )
+    assert read_metrics(tmp_path / "two", "loss") == pytest.approx(
+        read_metrics(tmp_path / "one", "loss"), abs=1e-2
     )
 
 
 def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_path):
-    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     result = train("--init_from=resume", "--optimizer=muon", f"--out_dir={tmp_path}")
     assert (
         result.returncode == 1
@@ -163,23 +123,23 @@ def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_p
 
 
 def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_path):
-    options = (*TINY, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
+    options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    train_on(2, *options, f"--out_dir={tmp_path / 'two'}")
-    assert records(tmp_path / "two", "loss") == pytest.approx(
-        records(tmp_path / "one", "loss"), abs=1e-5
+    train_on_ranks(2, *options, f"--out_dir={tmp_path / 'two'}")
+    assert read_metrics(tmp_path / "two", "loss") == pytest.approx(
+        read_metrics(tmp_path / "one", "loss"), abs=1e-5
     )
 
 
 def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_path):
-    for result in run_together(
-        "train.py", 3, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
+    for result in run_ranks(
+        "train.py", 3, *TINY_RUN, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
     ):
         assert result.returncode == 1 and "give a multiple of 3" in result.stderr
 
 
 def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
-    assert train(*TINY, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
     blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False", "--max_iters=60")
     result = train(
         "--init_from=resume", f"--out_dir={tmp_path}", *blown_up, "--checkpoint_interval=1"
@@ -190,7 +150,7 @@ def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
 
 
 def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_path):
-    options = (*TINY, "--dtype=float16", "--max_iters=3", "--checkpoint_interval=1")
+    options = (*TINY_RUN, "--dtype=float16", "--max_iters=3", "--checkpoint_interval=1")
     assert train(*options, f"--out_dir={tmp_path}").returncode == 0
     before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     del before["sha256"]  # of what was written
@@ -204,12 +164,12 @@ def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_p
 
 def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert train(*TINY, "--max_iters=120", f"--out_dir={straight}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=120", f"--out_dir={straight}").returncode == 0
     for number, step in ((signal.SIGINT, 10), (signal.SIGTERM, 60)):
         interrupt(stopped, data_dir, number, step)
     assert train("--init_from=resume", f"--out_dir={stopped}").returncode == 0
-    assert same_state(straight / "ckpt.pt", stopped / "ckpt.pt")
-    assert records(straight, "loss") == records(stopped, "loss")
+    assert same_training_state(straight / "ckpt.pt", stopped / "ckpt.pt")
+    assert read_metrics(straight, "loss") == read_metrics(stopped, "loss")
 
 
 def interrupt(out_dir: Path, data_dir, number: signal.Signals, step: int):
@@ -217,7 +177,7 @@ def interrupt(out_dir: Path, data_dir, number: signal.Signals, step: int):
     command = [
         sys.executable,
         str(ROOT / "train.py"),
-        *TINY,
+        *TINY_RUN,
         "--max_iters=120",
         "--checkpoint_interval=0",
     ]
@@ -237,7 +197,7 @@ def interrupt(out_dir: Path, data_dir, number: signal.Signals, step: int):
 
 
 def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
-    assert train(*TINY, "--max_iters=4", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=4", f"--out_dir={tmp_path}").returncode == 0
     ours = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     theirs = {key: ours[key] for key in ("optimizer", "model_args", "iter_num", "best_val_loss")}
     theirs["model"] = {f"_orig_mod.{name}": weight for name, weight in ours["model"].items()}
@@ -266,7 +226,7 @@ def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
 
 
 def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words(train, tmp_path):
-    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     result = train("--init_from=resume", "--dim=64", "--n_kv_heads=4", f"--out_dir={tmp_path}")
     assert (
         result.returncode == 1 and "--dim=64" in result.stderr and "--n_kv_heads=4" in result.stderr
@@ -276,28 +236,28 @@ def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words
 
 
 def test_a_new_run_moves_an_earlier_one_aside(train, tmp_path):
-    assert train(*TINY, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     earlier = (tmp_path / "ckpt.pt").read_bytes()
-    assert train(*TINY, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     assert (tmp_path / "previous1" / "ckpt.pt").read_bytes() == earlier
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 2
 
 
 def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path):
     everything = ("--eval_iters=0", "--batch_size=64", "--gradient_accumulation_steps=1")
-    assert train(*TINY, *everything, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
+    assert train(*TINY_RUN, *everything, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = train("--init_from=resume", "--eval_only=True", f"--out_dir={tmp_path}")
     assert (
         result.returncode == 0
-        and f"val loss {records(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
+        and f"val loss {read_metrics(tmp_path, 'val_loss')[-1]:.4f}" in result.stdout
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, monkeypatch):
+def test_recomputing_trains_the_same_model(train, run_script, data_dir, tmp_path, monkeypatch):
     kept, recomputed = tmp_path / "kept", tmp_path / "recomputed"
-    options = (*TINY, "--dropout=0.2", "--max_iters=3", f"--data_dir={data_dir}")
+    options = (*TINY_RUN, "--dropout=0.2", "--max_iters=3", f"--data_dir={data_dir}")
     assert train(*options, f"--out_dir={kept}").returncode == 0
     blocks, recompute = [], model_module.checkpoint
 
@@ -306,21 +266,23 @@ def test_recomputing_trains_the_same_model(train, run_here, data_dir, tmp_path, 
         return recompute(block, *inputs, **how)
 
     monkeypatch.setattr(model_module, "checkpoint", count)
-    status, _, errors = run_here(
-        train_module, *options, "--activation_checkpointing=True", f"--out_dir={recomputed}"
+    status, _, errors = run_script(
+        "train.py", *options, "--activation_checkpointing=True", f"--out_dir={recomputed}"
     )
     assert status == 0, errors
     assert len(blocks) == 3 * 4 * 2  # steps, micro-batches, blocks
-    assert same_state(kept / "ckpt.pt", recomputed / "ckpt.pt")
+    assert same_training_state(kept / "ckpt.pt", recomputed / "ckpt.pt")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
 def test_a_compiled_run_saves_plain_names_and_trains_alike(train, tmp_path):
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    assert train(*TINY, "--max_iters=5", f"--out_dir={plain}").returncode == 0
-    result = train(*TINY, "--max_iters=5", "--compile=True", f"--out_dir={compiled}", timeout=300)
+    assert train(*TINY_RUN, "--max_iters=5", f"--out_dir={plain}").returncode == 0
+    result = train(
+        *TINY_RUN, "--max_iters=5", "--compile=True", f"--out_dir={compiled}", timeout=300
+    )
     assert result.returncode == 0 and "cannot compile" not in result.stdout
-    assert records(compiled, "loss") == pytest.approx(records(plain, "loss"), abs=1e-4)
+    assert read_metrics(compiled, "loss") == pytest.approx(read_metrics(plain, "loss"), abs=1e-4)
     assert load_model(str(compiled / "ckpt.pt"))
 
 
@@ -329,10 +291,10 @@ def test_a_machine_that_cannot_compile_trains_all_the_same(train, tmp_path):
         "CXX": "/nonexistent/compiler",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
     }
-    options = (*TINY, "--max_iters=2", "--compile=True", f"--out_dir={tmp_path / 'out'}")
+    options = (*TINY_RUN, "--max_iters=2", "--compile=True", f"--out_dir={tmp_path / 'out'}")
     result = train(*options, env=without_compiler)
     assert result.returncode == 0 and result.stdout.count("cannot compile here") == 1
-    assert len(records(tmp_path / "out", "loss")) == 2
+    assert len(read_metrics(tmp_path / "out", "loss")) == 2
 
 
 def test_wandb_is_told_when_asked(train, tmp_path):
@@ -340,7 +302,7 @@ def test_wandb_is_told_when_asked(train, tmp_path):
         "def init(**options): print('wandb init', options['project'], options['config']['dim'])\n"
         "def log(figures, step): print('wandb log', step, *figures)\n"
     )
-    options = (*TINY, "--max_iters=1", "--wandb_log=True", f"--out_dir={tmp_path}")
+    options = (*TINY_RUN, "--max_iters=1", "--wandb_log=True", f"--out_dir={tmp_path}")
     result = train(*options, env={"PYTHONPATH": str(tmp_path)})
     assert "wandb init cria 32" in result.stdout and "wandb log 0 loss" in result.stdout
 
@@ -357,7 +319,7 @@ def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, 
     run = SimpleNamespace(
         model=model,
         device="cpu",
-        val_windows=TokenDataset(token_folder, "val", 16, include_partial=True),
+        val_dataset=TokenDataset(token_folder, "val", 16, include_partial=True),
     )
     with (
         contextlib.nullcontext()

@@ -1,4 +1,5 @@
 import errno
+import functools
 import io
 import math
 import os
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from checkpoints.file import LLAMA2C_MODEL_ARGS, load_checkpoint, save_checkpoint, write_model_args
-from model import ModelArgs, Transformer
+from model import ModelArgs
 from runtime import atomic_files as atomic
-from tests.conftest import load_model
+from tests import helpers
+from tests.helpers import load_model, make_checkpoint
 
-TINY = dict(
-    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6
-)
+TINY = helpers.CHECKPOINT_MODEL
+random_model = functools.partial(helpers.random_model, TINY, None)
 LLAMA2C_KEYS = {
     "dim",
     "n_layers",
@@ -28,16 +29,6 @@ LLAMA2C_KEYS = {
 }
 
 
-def random_model(**overrides) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelArgs(**(TINY | overrides))).eval()
-
-
-def checkpoint_of(model: Transformer, /, **changes) -> dict:
-    plain = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=7)
-    return plain | changes
-
-
 @pytest.fixture
 def path(tmp_path) -> str:
     return str(tmp_path / "ckpt.pt")
@@ -46,7 +37,7 @@ def path(tmp_path) -> str:
 @pytest.fixture
 def good(path) -> bytes:
     """The content of a good checkpoint, which is at path."""
-    save_checkpoint(path, checkpoint_of(random_model()))
+    save_checkpoint(path, make_checkpoint(random_model()))
     return content_of(path)
 
 
@@ -113,7 +104,7 @@ def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_what_is_saved_loads_bit_for_bit(tied, path):
     model = random_model(tie_embeddings=tied, hidden_dim=33, rope_theta=500000.0, norm_eps=1e-6)
-    save_checkpoint(path, checkpoint_of(model))
+    save_checkpoint(path, make_checkpoint(model))
     again, checkpoint = load_model(path)
     state = model.state_dict()
     assert (
@@ -190,7 +181,7 @@ def changed(state: dict, **changes) -> dict:
 )
 def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
     model = random_model()
-    save_checkpoint(path, checkpoint_of(model, model=changed(model.state_dict(), **changes)))
+    save_checkpoint(path, make_checkpoint(model, model=changed(model.state_dict(), **changes)))
     with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + said):
         load_model(path)
 
@@ -218,7 +209,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
     ids=str,
 )
 def test_args_that_no_llama_has_are_refused(saved, path):
-    save_checkpoint(path, checkpoint_of(random_model(), model_args=saved))
+    save_checkpoint(path, make_checkpoint(random_model(), model_args=saved))
     with pytest.raises(ValueError, match=r"ckpt\.pt: model_args are not those of a Llama"):
         load_model(path)
 
@@ -227,7 +218,7 @@ def test_args_that_no_llama_has_are_refused(saved, path):
     "lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
 )
 def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, path):
-    save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | lie))
+    save_checkpoint(path, make_checkpoint(random_model(), model_args=TINY | lie))
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
 
@@ -292,7 +283,7 @@ class Hostile:
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 def test_a_checkpoint_runs_no_code(how, path, tmp_path):
     touched = tmp_path / "touched"
-    checkpoint = checkpoint_of(random_model(), config={"seed": Hostile(touched)})
+    checkpoint = make_checkpoint(random_model(), config={"seed": Hostile(touched)})
     if how == "pickle":
         with open(path, "wb") as file:
             pickle.dump(checkpoint["config"], file, protocol=2)
@@ -338,7 +329,7 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good
     with pytest.raises(
         ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"
     ):
-        save_checkpoint(path, checkpoint_of(model))
+        save_checkpoint(path, make_checkpoint(model))
     assert only_the_old_file_is_there(path, good)
 
 
@@ -358,7 +349,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path
         raising=False,
     )
     with pytest.raises(OSError, match=r"ckpt\.pt|No space left"):
-        save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+        save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
     assert only_the_old_file_is_there(path, good)
 
 
@@ -371,11 +362,11 @@ def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+        save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
     assert only_the_old_file_is_there(path, good)
 
 
 def test_a_new_checkpoint_replaces_the_old_one_and_leaves_nothing_else(good, path):
-    save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
+    save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
     assert load_checkpoint(path)["iter_num"] == 8
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]

@@ -1,7 +1,7 @@
 """
 kill -9 at random moments of a run that checkpoints after every step: nothing is lost.
 
-CRIA_KILLS=20 python -m pytest tests/test_kill.py kills oftener.
+CRIA_KILLS=20 python -m pytest tests/checkpoints/test_kill.py kills oftener.
 """
 
 import os
@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from checkpoints.file import load_checkpoint
-from tests.test_train import ROOT, TINY, same_state
+from tests.helpers import TINY_RUN, same_training_state
+from tests.processes import ROOT
 
 KILLS = int(os.environ.get("CRIA_KILLS", "2"))
 STEPS = 60 * KILLS  # too many for one life, so that every kill hits
@@ -20,7 +21,9 @@ STEPS = 60 * KILLS  # too many for one life, so that every kill hits
 
 def start(out_dir: Path, data_dir: str) -> subprocess.Popen:
     """A run from its beginning, or from its checkpoint if it has one, once it is taking steps."""
-    options = ["--init_from=resume"] if (out_dir / "ckpt.pt").exists() else [*TINY, "--dropout=0.1"]
+    options = (
+        ["--init_from=resume"] if (out_dir / "ckpt.pt").exists() else [*TINY_RUN, "--dropout=0.1"]
+    )
     options += [f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={STEPS}"]
     options += ["--checkpoint_interval=1", "--eval_interval=25"]
     command = [sys.executable, str(ROOT / "train.py"), *options]
@@ -48,5 +51,5 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     process = start(killed, data_dir)
     process.communicate()
     assert process.returncode == 0
-    assert same_state(undisturbed / "ckpt.pt", killed / "ckpt.pt")
-    assert same_state(undisturbed / "best.pt", killed / "best.pt")
+    assert same_training_state(undisturbed / "ckpt.pt", killed / "ckpt.pt")
+    assert same_training_state(undisturbed / "best.pt", killed / "best.pt")

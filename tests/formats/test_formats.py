@@ -13,30 +13,19 @@ import weakref
 import pytest
 import torch
 
-import export
 from checkpoints.file import save_checkpoint, write_model_args
 from export import write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, LazyTensor, from_model
 from formats.registry import FORMATS, detect_format, open_model
 from generation.engine import continuation
-from model import ModelArgs, Transformer, parameter_shapes
+from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
+from tests.helpers import LLAMA3, model_logits, random_model
 
 TARGETS = [name for module in FORMATS for name in module.DTYPES]
 EXACT = [name for name in TARGETS if name != "v2"]  # in float32
-LLAMA3 = dict(rope_theta=500000.0, norm_eps=1e-6, rope_scaling=RopeScaling("llama3", 8.0))
 SAYS_ALL = [name for name in TARGETS if name[0] != "v"]
-
-
-def random_model(**overrides) -> Transformer:
-    torch.manual_seed(0)
-    args = dict(dim=48, n_layers=2, n_heads=4, vocab_size=512, hidden_dim=96, max_seq_len=160)
-    model = Transformer(ModelArgs(**(args | overrides)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-    return model.eval()
 
 
 def through(target, folder, model, tokenizer, dtype="auto") -> LazyModel:
@@ -44,12 +33,6 @@ def through(target, folder, model, tokenizer, dtype="auto") -> LazyModel:
     path = os.path.join(folder, f"model.{target}")
     write_model(from_model(model, tokenizer=tokenizer), path, target, dtype)
     return open_model(path)
-
-
-def logits_of(model: Transformer) -> torch.Tensor:
-    tokens = torch.arange(model.args.max_seq_len)[None] * 7 % model.args.vocab_size
-    with torch.no_grad():
-        return model(tokens)[0]
 
 
 def same_args(a: ModelArgs, b: ModelArgs) -> bool:
@@ -78,7 +61,9 @@ def test_a_model_comes_back_bit_for_bit(target, n_kv_heads, tied, hidden_dim, to
     state, state_again = model.state_dict(), again.model().state_dict()
     assert list(state) == list(state_again)
     assert all(torch.equal(state[name], state_again[name]) for name in state)
-    assert torch.equal(logits_of(model), logits_of(open_model(again.path, max_seq_len=160).model()))
+    assert torch.equal(
+        model_logits(model), model_logits(open_model(again.path, max_seq_len=160).model())
+    )
     expected = model.args if target != "meta" else dataclasses.replace(model.args, max_seq_len=4096)
     assert same_args(again.args, expected)
     assert again.own_tokenizer().hash == tokenizer.hash
@@ -104,7 +89,7 @@ def test_a_quantized_model_is_off_by_half_a_step_at_most(
             step = weight.reshape(-1, group).abs().amax(dim=1, keepdim=True) / 127
             rounding = 1 + 2**-11 if target == "gguf" else 1 + 2**-20  # of the scale
             assert ((weight - read).abs().reshape(-1, group) <= step / 2 * rounding).all()
-    assert (logits_of(model) - logits_of(again)).abs().max() < 0.2
+    assert (model_logits(model) - model_logits(again)).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -115,7 +100,7 @@ def test_a_llama_3_goes_from_every_format_to_every_other(first, second, tied, to
     write_model(between, str(tmp_path / "end"), second)
     end = open_model(str(tmp_path / "end"), max_seq_len=160)
     assert same_args(end.args, model.args) and end.own_tokenizer().hash == tokenizer.hash
-    assert torch.equal(logits_of(end.model()), logits_of(model))
+    assert torch.equal(model_logits(end.model()), model_logits(model))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -252,9 +237,9 @@ def place(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_export(run_here):
-    """run_export("model.bin", "--from=x") runs the command here; returns (status, output, error)."""
-    return functools.partial(run_here, export)
+def run_export(run_script, tmp_path):
+    """run_export("model.bin", "--from=x") runs the command in tmp_path; returns (status, output, error)."""
+    return functools.partial(run_script, "export.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

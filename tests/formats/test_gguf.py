@@ -15,8 +15,7 @@ from formats import gguf, gguf_file
 from formats.lazy_model import expand_layers, from_model
 from formats.registry import open_model
 from generation.engine import continuation
-from tests.formats.test_formats import LLAMA3, random_model
-from tests.formats.test_hugging_face import slices_of, small_llama3
+from tests.helpers import LLAMA3, random_model, random_slices, small_llama3_tokenizer
 from textdata.tokenizer import load_tokenizer
 
 
@@ -114,7 +113,7 @@ def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tm
     source = published(shared)
     ask, tokenizer = llama_cpp(exported(tmp_path, source, "q8_0")), source.own_tokenizer()
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
-        for piece in slices_of(file.read()):
+        for piece in random_slices(file.read()):
             assert ask("tokenize", content=piece, add_special=False, parse_special=False)[
                 "tokens"
             ] == (tokenizer.encode(piece))
@@ -126,7 +125,7 @@ def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(
     ask = llama_cpp(
         exported(tmp_path, from_model(random_model(dim=64), tokenizer=tokenizer), "float16")
     )
-    for piece in slices_of("\n\n".join(stories), 300):
+    for piece in random_slices("\n\n".join(stories), 300):
         assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(
             piece
         )
@@ -140,7 +139,7 @@ def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
 def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path):
     """The rotary layout and its scaling show at late positions."""
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     args = dict(
         dim=64,
         hidden_dim=100,
@@ -163,10 +162,10 @@ def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path
 
 
 def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, tmp_path):
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     model = random_model(dim=32, vocab_size=tokenizer.vocab_size)
     ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
-    for piece in [*slices_of("\n\n".join(stories), 300), "naïve 🦙", "1234567", " \n\n \t x"]:
+    for piece in [*random_slices("\n\n".join(stories), 300), "naïve 🦙", "1234567", " \n\n \t x"]:
         assert ask("tokenize", content=piece, add_special=False)["tokens"] == tokenizer.encode(
             piece
         )
@@ -291,7 +290,7 @@ def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokeni
 
 
 def test_a_llama_3_vocabulary_comes_back(tmp_path):
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     again = open_model(
         exported(tmp_path, from_model(model, tokenizer=tokenizer), "float16")

@@ -4,7 +4,6 @@ Hugging Face folders, against transformers itself: theirs here and ours there.
 
 import io
 import json
-import random
 
 import pytest
 import sentencepiece
@@ -16,7 +15,13 @@ from formats import hugging_face
 from formats.lazy_model import from_model
 from formats.registry import open_model
 from ops.rope import RopeScaling
-from tests.formats.test_formats import LLAMA3, logits_of, random_model
+from tests.helpers import (
+    LLAMA3,
+    model_logits,
+    random_model,
+    random_slices,
+    small_llama3_tokenizer,
+)
 from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
 
 LINEAR = dict(rope_scaling=RopeScaling("linear", 4.0))
@@ -26,12 +31,6 @@ def exported(tmp_path, model, tokenizer=None, dtype="auto") -> str:
     path = str(tmp_path / "exported")
     write_model(from_model(model, tokenizer=tokenizer), path, "hf", dtype)
     return path
-
-
-def slices_of(text: str, number: int = 1000) -> list[str]:
-    rng = random.Random(0)
-    starts = [rng.randrange(len(text)) for _ in range(number)]
-    return [text[start : start + rng.randrange(1, 200)] for start in starts]
 
 
 @pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
@@ -111,7 +110,7 @@ def test_an_older_folder_of_pickles_is_read(tied, tokenizer, tmp_path):
     as_version_4_wrote_it(tmp_path / "exported")
     again = open_model(path)
     assert again.dtype == torch.float16 and again.args.rope_theta == 500000.0
-    assert (logits_of(again.model()) - logits_of(model)).abs().max() < 1e-2
+    assert (model_logits(again.model()) - model_logits(model)).abs().max() < 1e-2
 
 
 def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
@@ -126,7 +125,7 @@ def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path
     tokens = torch.arange(100)[None]
     with torch.no_grad():
         assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
-    assert torch.equal(logits_of(open_model(path).model()), logits_of(model))
+    assert torch.equal(model_logits(open_model(path).model()), model_logits(model))
     (tmp_path / "exported" / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"the shard {files[1]} is missing"):
         open_model(path)
@@ -147,7 +146,7 @@ def test_transformers_cuts_and_joins_a_text_as_sentencepiece_does(model, text, s
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
-        slices = slices_of(file.read())
+        slices = random_slices(file.read())
     slices += [
         "",
         " ",
@@ -175,7 +174,7 @@ def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shar
     again = hugging_face.read_tokenizer(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
         assert all(
-            again.encode(piece) == tokenizer.encode(piece) for piece in slices_of(file.read())
+            again.encode(piece) == tokenizer.encode(piece) for piece in random_slices(file.read())
         )
     assert (again.bos_id, again.eos_id, again.vocab_size) == (
         tokenizer.bos_id,
@@ -306,33 +305,8 @@ def test_a_shard_outside_the_folder_is_refused(tokenizer, tmp_path):
         open_model(path)
 
 
-def small_llama3() -> Llama3Tokenizer:
-    """Bytes, some longer tokens, and Llama 3's special ones."""
-    words = [
-        "th",
-        "he",
-        "the",
-        " t",
-        " the",
-        "in",
-        "ing",
-        "er",
-        "\n\n",
-        " a",
-        "an",
-        " an",
-        "and",
-        " and",
-        "  ",
-        "12",
-    ]
-    return Llama3Tokenizer(
-        [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
-    )
-
-
 def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_path):
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
@@ -390,7 +364,7 @@ def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_
 
 
 def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
-    base = small_llama3()
+    base = small_llama3_tokenizer()
     tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
@@ -405,7 +379,7 @@ def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
 
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])
 def test_a_tokenizer_json_that_cuts_otherwise_is_refused(change, tmp_path):
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     (tmp_path / "exported" / "tokenizer.model").unlink()
     file = tmp_path / "exported" / "tokenizer.json"

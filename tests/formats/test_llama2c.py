@@ -1,3 +1,4 @@
+import functools
 import math
 import struct
 
@@ -10,11 +11,13 @@ from formats import lazy_model, llama2c
 from formats.lazy_model import LazyModel
 from formats.registry import open_model
 from generation.engine import continuation
-from model import ModelArgs, Transformer
+from model import Transformer
 from ops.rope import precompute_rope_cache
+from tests import helpers
 from textdata.tokenizer import load_tokenizer
 
 TINY = dict(dim=16, n_layers=2, n_heads=4, vocab_size=19, hidden_dim=24, max_seq_len=6)
+random_model = functools.partial(helpers.random_model, TINY, 0.3)
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 
 
@@ -24,15 +27,6 @@ def write_v0(model: Transformer, path):
 
 def read_v0(path) -> Transformer:
     return llama2c.read(str(path)).model()
-
-
-def random_model(**overrides) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(ModelArgs(**(TINY | overrides)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    return model.eval()
 
 
 @pytest.fixture

@@ -19,8 +19,13 @@ from formats.lazy_model import from_model
 from formats.registry import open_model
 from generation.engine import continuation
 from ops.rope import RopeScaling
-from tests.formats.test_formats import LLAMA3, logits_of, random_model
-from tests.formats.test_hugging_face import slices_of, small_llama3
+from tests.helpers import (
+    LLAMA3,
+    model_logits,
+    random_model,
+    random_slices,
+    small_llama3_tokenizer,
+)
 from textdata.tokenizer import load_tokenizer
 
 # Llama 3 8B's params.json; scaled down it keeps its proportions.
@@ -75,7 +80,7 @@ def test_shards_are_put_together(number, axis, tied, tokenizer, tmp_path):
     again = open_model(str(folder), max_seq_len=160)
     # A classifier cut in rows cannot be known to be an embedding cut in columns; its values are the same.
     assert again.args.tie_embeddings == (tied and (axis == 0 or number == 1))
-    assert torch.equal(logits_of(again.model()), logits_of(model))
+    assert torch.equal(model_logits(again.model()), model_logits(model))
 
 
 def test_the_file_is_one_for_torch_load(tmp_path):
@@ -126,7 +131,7 @@ def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokeni
 
 def test_llama_3s_code_is_told_the_base_of_its_positions(tmp_path):
     """It takes 500000 where nothing is said."""
-    tokenizer = small_llama3()
+    tokenizer = small_llama3_tokenizer()
     folder = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     assert json.loads((folder / "params.json").read_text())["rope_theta"] == 10000.0
     assert open_model(str(folder)).own_tokenizer().hash == tokenizer.hash
@@ -270,7 +275,9 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
         write_model(open_model(place, max_seq_len=256), str(tmp_path / step), step)
         place = str(tmp_path / step)
     end = open_model(place, max_seq_len=256)
-    assert end.dtype == torch.bfloat16 and torch.equal(logits_of(end.model()), logits_of(model))
+    assert end.dtype == torch.bfloat16 and torch.equal(
+        model_logits(end.model()), model_logits(model)
+    )
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (
         llama3_folder / "tokenizer.model"
     ).read_bytes()
@@ -295,7 +302,7 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
     )
     server = xllamacpp.Server(params)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
-        slices = slices_of(file.read())
+        slices = random_slices(file.read())
     slices += [
         "naïve café — “quoted” 🦙🦙",
         "日本語 русский",

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -6,7 +7,10 @@ import torch
 
 from generation.beam_search import beam_search
 from generation.engine import window_start
-from tests.test_model import in_transformers, random_model
+from tests import helpers
+from tests.helpers import to_transformers
+
+random_model = functools.partial(helpers.random_model, helpers.REFERENCE_MODEL, 0.2)
 
 PROMPT = [1, 5, 9]
 PENALTIES = [0.0, 1.0, 2.0, -1.0]
@@ -21,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def twin(model):
-    return in_transformers(model)
+    return to_transformers(model)
 
 
 def search_in_transformers(twin, num_beams, length_penalty=1.0, stop=(), **options):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import shutil
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from generation.compile import compiled_check, compiled_tell, for_inference, prepared
 from generation.engine import Decoder, Decoding, Draft, Sequence, one_step
 from ops.quantized_linear import Int8Linear, PackedLinear, row_product
-from tests.generation.test_generation import V, random_model, together
+from tests import helpers
+from tests.helpers import generate_batch
+
+V = helpers.GENERATION_MODEL["vocab_size"]
+random_model = functools.partial(helpers.random_model, helpers.GENERATION_MODEL, 0.3)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
@@ -80,7 +85,7 @@ def test_drafting_changes_no_token(drafted_by, options):
     draft = Draft(for_inference(model, "int8") if drafted_by != "another" else other, tokens=5)
     for stop_ids in ([], [V - 1, 3, 5]):
         for prompt in ([1], list(range(50)), list(range(60)) * 2):
-            alone = together(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
+            alone = generate_batch(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
             drafted = Sequence(prompt)
             decoder = Decoder(
                 model, Decoding(max_new_tokens=150, **options), 1, stop_ids, draft=draft
@@ -88,7 +93,9 @@ def test_drafting_changes_no_token(drafted_by, options):
             list(decoder.run([drafted]))
             assert drafted.tokens == alone[0]
             drafted.tokens += [7, 8]
-            again = together(model, [drafted.tokens], 1, stop_ids, max_new_tokens=150, **options)
+            again = generate_batch(
+                model, [drafted.tokens], 1, stop_ids, max_new_tokens=150, **options
+            )
             list(
                 decoder.run([drafted])
             )  # goes on with a cache in which more was drafted than was taken
@@ -100,7 +107,7 @@ def test_several_texts_may_be_drafted_at_once():
     draft = Draft(for_inference(model, "int8"), tokens=3)
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     list(Decoder(model, Decoding(100), 2, [V - 1], draft=draft).run(sequences))
-    assert [sequence.tokens for sequence in sequences] == together(
+    assert [sequence.tokens for sequence in sequences] == generate_batch(
         model, prompts, 1, [V - 1], max_new_tokens=100
     )
 
@@ -163,7 +170,7 @@ def test_a_loop_with_a_truncated_draw_can_be_compiled_too(truncation, capfd):
     model, told = random_model(max_seq_len=64), Sequence([1])
     engine = dict(model=for_inference(model, "float32"), tell=compiled_tell(4), at_once=4)
     list(Decoder(options=Decoding(40, **truncation), **engine).run([told]))
-    assert [told.tokens] == together(model, [[1]], 1, max_new_tokens=40, **truncation)
+    assert [told.tokens] == generate_batch(model, [[1]], 1, max_new_tokens=40, **truncation)
     assert "cannot compile" not in capfd.readouterr().err
 
 
@@ -175,7 +182,7 @@ def test_compiled_steps_tell_the_same_texts_past_the_context(batch_size, capfd):
     sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     engine = prepared(model, "float32", batch_size, compile=True)
     list(Decoder(options=Decoding(70), batch_size=batch_size, **engine).run(sequences))
-    assert [sequence.tokens for sequence in sequences] == together(
+    assert [sequence.tokens for sequence in sequences] == generate_batch(
         model, prompts, 1, max_new_tokens=70
     )
     assert "cannot compile" not in capfd.readouterr().err
@@ -190,7 +197,7 @@ def test_a_compiled_loop_ends_where_a_text_does_and_not_for_one_that_is_over():
         [],
     )
     options, stop_ids = dict(max_new_tokens=60, seed=0), [41]
-    without_end = together(model, prompts, 1, **options)[1]
+    without_end = generate_batch(model, prompts, 1, **options)[1]
 
     def tell(model, cache, token, starts, end, keys, **how):
         logits, tokens, known = run(model, cache, token, starts, end, keys, **how)
@@ -200,7 +207,7 @@ def test_a_compiled_loop_ends_where_a_text_does_and_not_for_one_that_is_over():
 
     told = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
     list(Decoder(model, Decoding(**options), 2, stop_ids, tell=tell, at_once=8).run(told))
-    assert [text.tokens for text in told] == together(model, prompts, 1, stop_ids, **options)
+    assert [text.tokens for text in told] == generate_batch(model, prompts, 1, stop_ids, **options)
     assert len(told[0].tokens) < 60 and told[1].tokens == without_end
     for asked, ends, _ in calls:
         assert not ends[:, :-1].any() and (ends.shape[1] == asked or ends[:, -1].any())
@@ -219,7 +226,7 @@ def test_several_compiled_models_are_not_taken_for_one_another():
         Decoder(options=Decoding(20), **prepared(model, "float32", compile=True))
         for model in models
     ]
-    alone = [together(model, [[1]], 1, max_new_tokens=20)[0] for model in models]
+    alone = [generate_batch(model, [[1]], 1, max_new_tokens=20)[0] for model in models]
     with torch._dynamo.config.patch(recompile_limit=2):
         for decoder, expected in zip(decoders, alone, strict=True):
             told = Sequence([1])
@@ -252,7 +259,7 @@ def test_drafts_of_a_compiled_step_are_nearly_always_right():
     decoder.draft_and_check = lambda: counts.append(check()) or counts[-1]
     told = Sequence([1])
     list(decoder.run([told]))
-    assert [told.tokens] == together(model, [[1]], 1, max_new_tokens=200)
+    assert [told.tokens] == generate_batch(model, [[1]], 1, max_new_tokens=200)
     assert sum(map(len, counts)) / len(counts) > 4  # of 8
 
 

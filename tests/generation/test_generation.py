@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -17,24 +18,13 @@ from generation.sampling import (
 )
 from generation.scoring import SCORED_AT_ONCE, log_probabilities
 from generation.streaming import Story
-from model import ModelArgs, Transformer
+from tests import helpers
+from tests.helpers import generate_batch
 from textdata.tokenizer import Tokenizer
 
 INF = math.inf
-V = 61
-
-
-def random_model(max_seq_len=16, vocab_size=V) -> Transformer:
-    """Weights large enough that the tokens it likes best depend on all of the context."""
-    torch.manual_seed(0)
-    args = ModelArgs(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocab_size, max_seq_len=max_seq_len
-    )
-    model = Transformer(args)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    return model.eval()
+V = helpers.GENERATION_MODEL["vocab_size"]
+random_model = functools.partial(helpers.random_model, helpers.GENERATION_MODEL, 0.3)
 
 
 GREEDY = dict(temperature=0)
@@ -48,7 +38,7 @@ def test_cached_and_uncached_greedy_tokens_are_equal_up_to_and_past_max_seq_len(
     prompt, max_seq_len
 ):
     """nanoGPT PR #613: the cache changed the output."""
-    model, expected = random_model(max_seq_len), list(prompt)
+    model, expected = random_model(max_seq_len=max_seq_len), list(prompt)
     with torch.no_grad():
         for _ in range(100):
             context = expected[window_start(len(expected), max_seq_len) :]
@@ -79,13 +69,6 @@ HOW = {
 }
 
 
-def together(model, prompts, batch_size, stop_ids=(), how=HOW[""], **options) -> list[list[int]]:
-    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    for _ in Decoder(model, Decoding(**options), batch_size, stop_ids, **how).run(sequences):
-        pass
-    return [sequence.tokens for sequence in sequences]
-
-
 OPTIONS = [
     GREEDY,
     dict(top_k=20, top_p=0.9, repetition_penalty=1.1),
@@ -102,9 +85,11 @@ def test_texts_told_together_are_those_told_alone_over_1000_tokens(options):
         torch.randint(V, (length,), generator=draw).tolist() for length in (1, 30, 7, 620, 2)
     ]
     for stop_ids, batch_size, how in (([], 5, ""), *(([V - 1, 17], 3, how) for how in HOW)):
-        alone = together(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
+        alone = generate_batch(model, prompts, 1, stop_ids, max_new_tokens=1000, **options)
         assert (
-            together(model, prompts, batch_size, stop_ids, HOW[how], max_new_tokens=1000, **options)
+            generate_batch(
+                model, prompts, batch_size, stop_ids, HOW[how], max_new_tokens=1000, **options
+            )
             == alone
         )
     assert max(map(len, alone)) < 1000
@@ -433,7 +418,7 @@ class Spelled(Tokenizer):
 @pytest.mark.parametrize("max_seq_len", [16, 15, 1, SCORED_AT_ONCE + 100])
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 60, SCORED_AT_ONCE + 60])
 def test_log_probabilities_are_those_of_the_context_that_generation_sees(max_seq_len, length):
-    model = random_model(max_seq_len)
+    model = random_model(max_seq_len=max_seq_len)
     tokens = torch.randint(V, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = []
     with torch.no_grad():

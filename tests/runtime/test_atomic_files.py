@@ -7,7 +7,7 @@ import pytest
 
 from runtime import atomic_files as atomic
 from runtime.atomic_files import AtomicFile, run_lock, write_atomically
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 
 def test_a_file_is_written_and_nothing_else_is_left(tmp_path):
@@ -80,7 +80,7 @@ def test_a_file_in_the_current_folder_needs_no_folder_in_its_path(tmp_path, monk
 HOLD = """
 import sys
 from runtime.atomic_files import run_lock
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 with run_lock(sys.argv[1]):
     print("holding", flush=True)
     input()

@@ -25,7 +25,8 @@ import uuid
 from pathlib import Path
 
 from checkpoints.latest import latest_path, load_latest, remove_checkpoint
-from tests.conftest import ROOT, VOCAB_SIZE, largest_difference, write_stories
+from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
+from tests.processes import ROOT
 from textdata.synthetic import story
 from textdata.tokenizer import train_sentencepiece
 from tinystories import Pretokenize, run_pretokenize
@@ -63,7 +64,7 @@ FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "delet
 def make_data(folder: Path) -> Path:
     rng = random.Random(1337)
     stories = [story(rng) for _ in range(300)]
-    write_stories(folder / "stories" / "data00.json", stories)
+    write_tinystories_shard(folder / "stories" / "data00.json", stories)
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(stories, VOCAB_SIZE))
     tokenizer, stories_dir = str(folder / "tokenizer.model"), str(folder / "stories")
     options = dict(
@@ -215,7 +216,7 @@ def hurt_run(data: Path, folder: Path, lengths: dict, number: int, seed: int) ->
         if (status := end(start(data, out_dir, kind_of_life()))) != 0 or lives > len(faults) + 3:
             problem = "hangs" if status is None else f"does not end: status {status}"
     if not problem:
-        off = largest_difference(folder / f"undisturbed {KINDS[0]}", out_dir)
+        off = max_weight_difference(folder / f"undisturbed {KINDS[0]}", out_dir)
         if off > (0 if kind == "1 process" else 1e-5):
             problem = f"other weights, by {off:.1e}"
     return kind, hits, problem
@@ -233,7 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic()
         assert end(start(data, folder / f"undisturbed {kind}", kind)) == 0
         lengths[kind] = time.monotonic() - began
-        off = largest_difference(folder / f"undisturbed {KINDS[0]}", folder / f"undisturbed {kind}")
+        off = max_weight_difference(
+            folder / f"undisturbed {KINDS[0]}", folder / f"undisturbed {kind}"
+        )
         print(f"undisturbed, {kind}: {lengths[kind]:.0f} s, weights off by {off:.1e}", flush=True)
     table, problems = collections.Counter(), []
     for number in range(arguments.runs):

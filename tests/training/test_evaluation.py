@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from formats.registry import open_model
 from model import ModelArgs, Transformer
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset
-from training.evaluation import EvalResult, evaluate
+from training.evaluation import EvalResult, EvalSettings, evaluate
 
 SEQ_LEN = 32
 
@@ -43,10 +44,10 @@ def quality_of(token_folder, tokenizer):
 
     def measure(model, batch_size=8, num_batches=0, dtype="float32", dist_ctx=None, split="val"):
         windows = TokenDataset(token_folder, split, SEQ_LEN, include_partial=True)
-        more = () if dist_ctx is None else (dist_ctx,)
-        return evaluate(
-            model, windows, tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype, *more
-        )
+        settings = EvalSettings(tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype)
+        if dist_ctx is not None:
+            settings = dataclasses.replace(settings, dist_ctx=dist_ctx)
+        return evaluate(model, windows, settings)
 
     return measure
 

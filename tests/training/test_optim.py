@@ -1,17 +1,22 @@
 import copy
+import dataclasses
+import functools
 import itertools
 import math
 
 import pytest
 import torch
 
-from model import ModelArgs, Transformer
-from training.optim import load_optimizer, lr_at_step, make_optimizer
+from model import Transformer
+from tests import helpers
+from training.optim import LRSchedule, load_optimizer, lr_at_step, make_optimizer
 
-TINY = dict(
-    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=19, multiple_of=8, max_seq_len=6
-)
-SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
+random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
+COSINE = LRSchedule("cosine", 5e-4, 5e-5, warmup_steps=1000, total_steps=100_000)
+
+
+def rates_of(schedule: LRSchedule, steps) -> list[float]:
+    return [lr_at_step(step, schedule) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -26,57 +31,50 @@ SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
         (200_000, 5e-5),
     ],
 )
-def test_the_learning_rate_at_key_points(step, expected):
-    assert lr_at_step(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+def test_cosine_learning_rate_at_key_steps(step, expected):
+    assert lr_at_step(step, COSINE) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("floor", [0.0, 5e-5, 5e-4])
-def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
-    rates = [lr_at_step(step, 5e-4, floor, 10, 100) for step in range(101)]
+@pytest.mark.parametrize("min_lr", [0.0, 5e-5, 5e-4])
+def test_learning_rate_rises_then_falls_to_its_minimum(min_lr):
+    rates = rates_of(LRSchedule("cosine", 5e-4, min_lr, 10, 100), range(101))
     assert rates[:10] == sorted(set(rates[:10]))
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[9] == 5e-4 and rates[100] == floor
-    assert min(rates[10:]) >= floor and rates[0] > 0
+    assert rates[9] == 5e-4 and rates[100] == min_lr
+    assert min(rates[10:]) >= min_lr and rates[0] > 0
 
 
-def test_the_learning_rate_without_decay_stays_at_its_peak():
-    rates = [
-        lr_at_step(step, **SCHEDULE, kind="constant")
-        for step in (999, 1000, 50_000, 100_000, 10**9)
-    ]
-    assert rates == [5e-4] * 5
+def test_constant_learning_rate_stays_at_its_peak():
+    schedule = dataclasses.replace(COSINE, name="constant")
+    assert rates_of(schedule, (999, 1000, 50_000, 100_000, 10**9)) == [5e-4] * 5
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 100])
-def test_the_learning_rate_without_warm_up_begins_at_its_peak(total_steps):
-    assert lr_at_step(0, 5e-4, 0.0, 0, total_steps) == 5e-4
-    assert lr_at_step(total_steps, 5e-4, 0.0, 0, total_steps) == 0
+def test_learning_rate_without_warmup_starts_at_its_peak(total_steps):
+    schedule = LRSchedule("cosine", 5e-4, 0.0, 0, total_steps)
+    assert rates_of(schedule, (0, total_steps)) == [5e-4, 0]
 
 
-def test_a_warm_up_longer_than_the_run_only_rises():
-    rates = [lr_at_step(step, 1.0, 0.0, 1000, 10) for step in range(10)]
+def test_warmup_longer_than_the_run_only_rises():
+    rates = rates_of(LRSchedule("cosine", 1.0, 0.0, 1000, 10), range(10))
     assert rates == pytest.approx([(step + 1) / 1000 for step in range(10)])
 
 
-@pytest.mark.parametrize("floor", [0.0, 5e-5])
-def test_wsd_stays_at_its_peak_and_comes_down_in_the_last_fifth(floor):
-    rates = [lr_at_step(step, 5e-4, floor, 10, 100, "wsd") for step in range(101)]
+@pytest.mark.parametrize("min_lr", [0.0, 5e-5])
+def test_wsd_is_constant_and_decays_in_the_last_fifth(min_lr):
+    schedule = LRSchedule("wsd", 5e-4, min_lr, 10, 100)
+    rates = rates_of(schedule, range(101))
     assert rates[9:81] == [5e-4] * 72
     assert rates[80:] == sorted(set(rates[80:]), reverse=True)
-    assert rates[85] == pytest.approx(floor + (5e-4 - floor) * (1 - math.sqrt(5 / 20)))
-    assert rates[100] == floor
-    assert lr_at_step(150, 5e-4, floor, 10, 100, "wsd") == floor
+    assert rates[85] == pytest.approx(min_lr + (5e-4 - min_lr) * (1 - math.sqrt(5 / 20)))
+    assert rates[100] == min_lr
+    assert lr_at_step(150, schedule) == min_lr
 
 
-def test_a_warm_up_that_reaches_into_the_cooldown_of_wsd_shortens_it():
-    rates = [lr_at_step(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
+def test_warmup_into_the_decay_of_wsd_shortens_the_decay():
+    rates = rates_of(LRSchedule("wsd", 1.0, 0.0, 90, 100), range(101))
     assert rates[89] == rates[90] == 1.0 and rates[100] == 0.0
     assert rates[95] == pytest.approx(1 - math.sqrt(0.5))
-
-
-def random_model(**overrides) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelArgs(**(TINY | overrides)))
 
 
 def optimizer_of(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, name="adamw"):

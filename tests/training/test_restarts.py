@@ -10,11 +10,10 @@ import pytest
 
 from benchmarks.timing import free_port
 from checkpoints.file import load_checkpoint
-from tests.conftest import largest_difference, wait_for
-from tests.nursery import places
-from tests.test_train import ROOT, TINY, records, train_on
+from tests.helpers import TINY_RUN, max_weight_difference, read_metrics
+from tests.processes import ROOT, rank_environments, read_until, train_on_ranks
 
-RUN = (*TINY, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
+RUN = (*TINY_RUN, "--decay_lr=False", "--learning_rate=1e-3", "--init_from=auto")
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def undisturbed(tmp_path_factory, data_dir):
     """A run of 40 steps on one process."""
     out_dir = tmp_path_factory.mktemp("undisturbed")
     options = (*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=40")
-    train_on(1, *options)
+    train_on_ranks(1, *options)
     return out_dir
 
 
@@ -70,16 +69,16 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
             process = run(processes, *options, f"--out_dir={tmp_path}", *shape)
             assert process.communicate(timeout=180) and process.returncode == 0
         else:
-            train_on(processes, *options, f"--out_dir={tmp_path}", *shape)
+            train_on_ranks(processes, *options, f"--out_dir={tmp_path}", *shape)
         is_sharded_checkpoint = parallel == "fsdp" and processes > 1
         newest, older = (
             ("ckpt.dcp", "ckpt.pt") if is_sharded_checkpoint else ("ckpt.pt", "ckpt.dcp")
         )
         assert (tmp_path / newest).exists() and not (tmp_path / older).exists()
         assert not list(tmp_path.glob("*.partial*")) and len(list(tmp_path.glob("ckpt_*"))) == 1
-    assert largest_difference(undisturbed, tmp_path) < 1e-5
-    assert records(tmp_path, "val_loss")[-1] == pytest.approx(
-        records(undisturbed, "val_loss")[-1], abs=1e-5
+    assert max_weight_difference(undisturbed, tmp_path) < 1e-5
+    assert read_metrics(tmp_path, "val_loss")[-1] == pytest.approx(
+        read_metrics(undisturbed, "val_loss")[-1], abs=1e-5
     )
 
 
@@ -89,16 +88,16 @@ def test_a_run_whose_process_is_killed_begins_again_by_itself(options, undisturb
     restarting = ("--standalone", "--max-restarts=2")
     slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40")
     process = run(2, *options, *slowly, f"--out_dir={tmp_path}", torchrun=restarting)
-    wait_for(process, "5 | loss ")
+    read_until(process, "5 | loss ")
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     said = process.communicate(timeout=180)[0]
     assert process.returncode == 0 and "another one is gone" in said, said
-    assert "init_from = 'resume'" in said and largest_difference(undisturbed, tmp_path) < 1e-5
+    assert "init_from = 'resume'" in said and max_weight_difference(undisturbed, tmp_path) < 1e-5
 
 
 def pair(*args, of_the_second=()) -> list[subprocess.Popen]:
     """Two processes of one run, as torchrun would start them."""
-    first, second = (os.environ | place for place in places(2))
+    first, second = (os.environ | place for place in rank_environments(2))
     return [run(1, *args, env=first), run(1, *args, *of_the_second, env=second)]
 
 
@@ -127,7 +126,7 @@ def test_processes_that_do_not_see_the_same_checkpoint_refuse_to_begin(
 
 def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
     first, second = pair(*options, f"--out_dir={tmp_path}", "--timeout=3", "--max_iters=100000")
-    wait_for(first, "5 | loss ")
+    read_until(first, "5 | loss ")
     second.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     said = first.communicate(timeout=60)[0]
@@ -165,7 +164,7 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undis
         return run(1, *options, *slowly, torchrun=(*place, *conf), env=environment)
 
     first, second = start(1), start(0)
-    wait_for(first, "5 | loss ")
+    read_until(first, "5 | loss ")
     for pid in [second.pid, *children(second.pid)]:
         os.kill(pid, signal.SIGKILL)
     second.communicate()
@@ -175,4 +174,4 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undis
         first.returncode == 0 and "rank 0: this process ends because another one is gone" in said
     ), said
     assert second.communicate(timeout=180) and second.returncode == 0
-    assert "init_from = 'resume'" in said and largest_difference(undisturbed, tmp_path) < 1e-5
+    assert "init_from = 'resume'" in said and max_weight_difference(undisturbed, tmp_path) < 1e-5
