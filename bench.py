@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from training.saving import save
 
 import train
 from benchmarks import baselines as peers
@@ -40,7 +41,6 @@ from runtime.atomic_files import write_atomically
 from runtime.device import disable_malloc_trim, peak_flops, pick_device, pick_dtype
 from runtime.distributed import init_distributed
 from training.parallel import is_sharded, load_weights
-from training.saving import save
 from training.setup import equip
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
 from checkpoints.latest import load_latest
-from generation.engine import Decoder, Decoding, Sequence
+from generation.engine import InferenceEngine
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
@@ -175,9 +177,10 @@ def generate_batch(
     **options,
 ) -> list[list[int]]:
     """The tokens of each prompt and its completion. decode: arguments of the engine; options: of sampling."""
-    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    decoder = Decoder(model, Decoding(**options), batch_size, stop_ids, **(decode or {}))
-    for _ in decoder.run(sequences):
+    sequences = [SequenceState(prompt, number) for number, prompt in enumerate(prompts)]
+    params = SamplingParams(**options)
+    engine = InferenceEngine(model, params, batch_size, stop_ids, **(decode or {}))
+    for _ in engine.generate(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 

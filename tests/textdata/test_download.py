@@ -56,7 +56,7 @@ def files_beside(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**21 + 1])
-def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
+def test_a_download_leaves_only_the_file(server, target, size):
     server.content["file"] = (CONTENT * 3)[:size]
     download(server.url("file"), target)
     assert content_of(target) == server.content["file"] and files_beside(target) == [
@@ -64,7 +64,7 @@ def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
     ]
 
 
-def test_a_cut_connection_is_continued_where_it_stopped(server, target):
+def test_a_cut_connection_resumes_where_it_stopped(server, target):
     server.content["file"], server.cuts = CONTENT, [3 * MIB + 5, MIB + 5]
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
@@ -79,7 +79,7 @@ def test_a_cut_connection_is_continued_where_it_stopped(server, target):
     assert files_beside(target) == ["archive.tar.gz"]
 
 
-def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_after):
+def test_a_later_run_resumes_an_earlier_download(server, target, give_up_after):
     give_up_after()
     have = os.path.getsize(f"{target}.partial")
     download(server.url("file"), target)
@@ -89,9 +89,7 @@ def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_
 
 @pytest.mark.parametrize("before", ['"one"', 'W/"one"', None])
 @pytest.mark.parametrize("now", ['"two"', 'W/"two"', None])
-def test_another_content_under_the_same_address_is_fetched_anew(
-    server, target, give_up_after, before, now
-):
+def test_changed_content_is_downloaded_from_the_start(server, target, give_up_after, before, now):
     """Two contents may not be joined. An empty If-Range is none to many servers, and a weak tag
     may not stand in it (RFC 9110, 13.1.5)."""
     give_up_after(before)
@@ -101,14 +99,14 @@ def test_another_content_under_the_same_address_is_fetched_anew(
     assert not any((request["If-Range"] or "").startswith("W/") for request in server.requests)
 
 
-def test_a_server_that_ignores_ranges_sends_everything_again(server, target, give_up_after):
+def test_a_server_that_ignores_ranges_restarts_the_download(server, target, give_up_after):
     give_up_after()
     server.knows_ranges = False
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
 
 
-def test_a_partial_file_that_is_whole_already_only_gets_its_name(server, target, give_up_after):
+def test_a_complete_partial_file_is_only_renamed(server, target, give_up_after):
     give_up_after()
     with open(f"{target}.partial", "wb") as file:
         file.write(CONTENT)
@@ -117,7 +115,7 @@ def test_a_partial_file_that_is_whole_already_only_gets_its_name(server, target,
     assert len(server.requests) == 1
 
 
-def test_a_partial_file_longer_than_the_content_is_fetched_anew(server, target, give_up_after):
+def test_a_partial_file_that_is_too_long_is_downloaded_again(server, target, give_up_after):
     give_up_after()
     with open(f"{target}.partial", "wb") as file:
         file.write(CONTENT + b"too much")
@@ -126,13 +124,13 @@ def test_a_partial_file_longer_than_the_content_is_fetched_anew(server, target, 
 
 
 @pytest.mark.parametrize("statuses", [[503], [503, 502, 500, 504]])
-def test_a_server_in_trouble_is_asked_again(server, target, statuses):
+def test_server_errors_are_retried(server, target, statuses):
     server.content["file"], server.statuses = CONTENT, statuses
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
 
 
-def test_a_server_that_stays_in_trouble_is_given_up_with_the_reason(server, target):
+def test_persistent_server_errors_give_up_with_the_reason(server, target):
     server.content["file"], server.statuses = CONTENT, [503] * 100
     with pytest.raises(ConnectionError, match=r"gave up on http\S+/file after 5 attempts: 503 "):
         download(server.url("file"), target)
@@ -140,21 +138,21 @@ def test_a_server_that_stays_in_trouble_is_given_up_with_the_reason(server, targ
 
 
 @pytest.mark.parametrize("status", [404, 403, 410])
-def test_what_is_not_there_is_asked_for_once(server, target, status):
+def test_client_errors_are_not_retried(server, target, status):
     server.statuses = [status]
     with pytest.raises(requests.HTTPError, match=str(status)):
         download(server.url("file"), target)
     assert len(server.requests) == 1 and not os.path.exists(target)
 
 
-def test_a_server_that_announces_more_than_it_sends_is_given_up(server, target):
+def test_a_body_shorter_than_content_length_gives_up(server, target):
     server.content["file"], server.extra_length, server.knows_ranges = CONTENT, 5, False
     with pytest.raises(ConnectionError, match="after 5 attempts"):
         download(server.url("file"), target)
     assert not os.path.exists(target)
 
 
-def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
+def test_an_unreachable_server_gives_up_with_a_plain_reason(target):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # not listening
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
@@ -165,7 +163,7 @@ def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
     assert files_beside(target) == []
 
 
-def test_an_earlier_file_is_kept_until_the_new_one_is_whole(server, target):
+def test_the_old_file_stays_until_the_new_one_is_complete(server, target):
     with open(target, "wb") as file:
         file.write(b"old")
     server.content["file"], server.statuses = CONTENT, [503] * 5
@@ -231,21 +229,21 @@ EVIL = {
 
 
 @pytest.mark.parametrize("kind", EVIL)
-def test_an_archive_that_would_write_elsewhere_is_refused(pack, tmp_path, kind):
+def test_an_archive_that_writes_outside_its_folder_is_refused(pack, tmp_path, kind):
     with pytest.raises(tarfile.TarError):
         unpack(pack([member("data00.json"), *EVIL[kind]]), str(tmp_path / "deep" / "folder"))
     left = [name for _, folders, files in os.walk(tmp_path) for name in folders + files]
     assert sorted(left) == ["packed"] or sorted(left) == ["deep", "packed"]
 
 
-def test_an_absolute_path_stays_inside(pack, tmp_path):
+def test_an_absolute_path_stays_inside_the_folder(pack, tmp_path):
     outside = tmp_path / "outside"
     unpack(pack([member(str(outside))]), str(tmp_path / "folder"))
     assert not outside.exists()
     assert sorted(os.listdir(tmp_path)) == ["folder", "packed"]
 
 
-def test_an_executable_with_the_rights_of_another_user_loses_them(pack, tmp_path):
+def test_setuid_and_write_permissions_are_removed(pack, tmp_path):
     unpack(pack([member("tool", mode=0o6777)]), str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "tool").stat().st_mode & 0o6022 == 0
 
@@ -289,7 +287,7 @@ def test_a_damaged_archive_is_refused(pack, tmp_path, content):
         assert os.listdir(tmp_path) == ["packed"]
 
 
-def test_what_an_interrupted_unpacking_left_is_not_mixed_in(pack, tmp_path):
+def test_files_of_an_interrupted_unpacking_are_removed(pack, tmp_path):
     (tmp_path / "folder.partial").mkdir()
     (tmp_path / "folder.partial" / "stale.json").write_text("x")
     unpack(pack([member("data00.json")]), str(tmp_path / "folder"))
