@@ -1,12 +1,13 @@
 """
 The documents: their commands run, their options exist, their links resolve.
 
-The commands of a fenced block run in order, in a copy of a folder with tiny models and little data, with
-options added that shrink them. A comment directly before a block says that it cannot run here:
+The commands of a fenced block run in order, in a copy of a folder with tiny models and little
+data, with options added that shrink them. A comment directly before a block marks it as one that
+the tests do not run:
 
     <!-- not run by the tests: needs a GPU -->
 
-Of all commands, in blocks and in running text, the scripts and options must exist.
+The scripts and options of all commands, in blocks and in running text, must exist.
 """
 
 import contextlib
@@ -30,16 +31,12 @@ from torch.distributed.run import get_args_parser
 from tests.helpers import VOCAB_SIZE, write_tinystories_shard
 from tests.processes import ROOT, Result, run_in_process
 
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
-)
+DOCS = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *DOCS)
 FENCE = re.compile(r"```(\w*)$")
 MARK = re.compile(r"<!-- not run by the tests: \S.* -->$")
 LANGUAGES = {"sh", "python", "mermaid"}
 FILE_COMMANDS = {"mkdir", "cp"}  # run as they are
-PROGRAMS = {"python", "torchrun", "make"}
 
 # Options added to a command, so that it runs within a second.
 TINY_TRAIN = (
@@ -155,7 +152,7 @@ SHELL_BLOCKS = [block for block in BLOCKS if block.language == "sh"]
 
 
 def runnable(language: str) -> list:
-    """The blocks that are run, as parameters of a test; torchrun needs real processes and is slow."""
+    """The blocks that are run, as parameters of a test; torchrun starts processes and is slow."""
     blocks = [block for block in BLOCKS if block.language == language and not block.is_marked]
     slow = {block for block in blocks if "torchrun" in block.text}
     return [
@@ -212,13 +209,17 @@ def run_successfully(script: str, *arguments: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared_folder(stories, tokenizer_path, tmp_path_factory) -> Path:
-    """A folder with everything that the documents' commands read: texts, tokens, a run, models."""
-    folder = tmp_path_factory.mktemp("documents")
+    """A folder with everything that the documents' commands read: texts, tokens, a run, models.
+
+    A test uses a copy of it in the folder in which it was made, as tokens record the paths of their
+    texts."""
+    folder = tmp_path_factory.mktemp("documents") / "copy"
+    folder.mkdir()
     (folder / "config").symlink_to(ROOT / "config")
     for number in range(2):
         shard = folder / "data" / "TinyStories_all_data" / f"data{number:02d}.json"
         write_tinystories_shard(shard, stories[number::2])
-    (folder / "mytext.txt").write_text("\n\n".join(stories), encoding="utf-8")
+    (folder / "mytext.txt").write_text("\n\n".join(stories[:40]), encoding="utf-8")
     (folder / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
     (folder / "prompts.txt").write_text("Once upon a time\nTom saw\n", encoding="utf-8")
     shutil.copy(tokenizer_path, folder / "tokenizer.model")
@@ -229,7 +230,7 @@ def prepared_folder(stories, tokenizer_path, tmp_path_factory) -> Path:
     for path in re.findall(r"out/ckpt_\d+\.pt", read_document("README.md")):
         shutil.copy(folder / "out" / "ckpt.pt", folder / path)
     export_models(folder)
-    return folder
+    return folder.rename(folder.parent / "prepared")
 
 
 def export_models(folder: Path) -> None:
@@ -245,9 +246,11 @@ def export_models(folder: Path) -> None:
 
 
 @pytest.fixture
-def folder(prepared_folder, tmp_path) -> Path:
+def folder(prepared_folder) -> Iterator[Path]:
     """A copy of the prepared folder."""
-    return Path(shutil.copytree(prepared_folder, tmp_path / "copy", symlinks=True))
+    copy = prepared_folder.parent / "copy"
+    yield Path(shutil.copytree(prepared_folder, copy, symlinks=True))
+    shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("block", runnable("sh"))
@@ -311,9 +314,13 @@ def check_options(script: str, arguments: list[str], command: Command) -> None:
         raise Parsed
 
     arguments = [argument for argument in arguments if argument != "--help"]
-    with mock.patch.object(module, "configure", read_options_and_stop), readable_errors(command):
-        with contextlib.chdir(ROOT), pytest.raises(Parsed):
-            module.main(arguments)
+    with (
+        mock.patch.object(module, "configure", read_options_and_stop),
+        contextlib.chdir(ROOT),
+        readable_errors(command),
+        pytest.raises(Parsed),
+    ):
+        module.main(arguments)
 
 
 def check_module(module: str, arguments: list[str]) -> None:
