@@ -450,3 +450,23 @@ def test_files_named_in_running_text_exist(document):
     for code in inline_code(read_document(document)):
         if re.fullmatch(r"[\w/]+\.(py|md|sh)", code) and code.split("/")[0] in folders:
             assert (ROOT / code).exists() or "NAME" in code, code
+
+
+def test_names_in_the_table_of_where_things_are_exist():
+    """Rows such as | the training loop | `train.py`: `train` and `training_step` |."""
+    rows = re.findall(r"^\|.*\| `(\w[\w/]*\.py)`: (.*) \|$", read_document("README.md"), re.M)
+    assert rows
+    for path, names in rows:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w.]+)`", names):
+            last = name.split(".")[-1]
+            assert re.search(rf"^\s*(def|class) {last}\b", text, re.M), f"{path}: {name}"
+
+
+def test_the_messages_in_the_table_of_troubleshooting_exist():
+    """The messages are in italics: | *no tokens here* | ... |."""
+    messages = re.findall(r"^\| \*([^*]+)\* \|", read_document("README.md"), re.M)
+    code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*/*.py"))
+    assert messages
+    for message in messages:
+        assert message in code, message
