@@ -109,7 +109,7 @@ class Pretokenize:
 
 
 def vocab_size_problems(vocab_size: int) -> Iterator[str]:
-    """Yield what is wrong with --vocab_size."""
+    """Yield the problem with --vocab_size, if there is one."""
     if not 260 <= vocab_size <= 2**31:
         yield (
             f"--vocab_size={vocab_size}: must be at least 260, "

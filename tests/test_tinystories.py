@@ -59,7 +59,9 @@ def packed(members: dict[str, bytes]) -> bytes:
 
 
 def test_download_unpacks_the_archive_once(run_script, server, story_shards, tmp_path):
-    server.content[ARCHIVE], server.statuses, server.cuts = packed(story_shards), [503], [100]
+    server.content[ARCHIVE] = packed(story_shards)
+    server.statuses = [503]
+    server.cuts = [100]
     options = "--data_dir=data", f"--url={server.url(ARCHIVE)}"
     result = run_script("tinystories.py", "download", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -90,7 +92,8 @@ def test_a_failed_download_names_the_alternative(run_script, server, tmp_path):
 
 def test_a_download_that_gave_up_can_be_resumed(server, story_shards, monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0)
-    server.content[ARCHIVE], server.statuses = packed(story_shards), [503] * 5
+    server.content[ARCHIVE] = packed(story_shards)
+    server.statuses = [503] * 5
     with pytest.raises(
         ValueError, match=rf"cannot download {server.url(ARCHIVE)} .* after 5 attempts"
     ):
@@ -152,12 +155,12 @@ def test_a_smaller_set_removes_the_shards_of_a_larger_one(tmp_path, monkeypatch)
     """Else a small run after a large one is pretokenized as the large one."""
     monkeypatch.setattr(tinystories, "STORIES_PER_SHARD", 100)
     (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "mine.json").write_text("[]")
+    (tmp_path / "some" / "other.json").write_text("[]")
     run_stage("synthesize", "--num_stories=250", "--data_dir=some")
     run_stage("synthesize", "--num_stories=100", "--data_dir=some")
     assert {name for name in os.listdir("some") if name.endswith(".json")} == {
         "synthetic00.json",
-        "mine.json",
+        "other.json",
     }
 
 
@@ -256,7 +259,7 @@ def test_torchrun_processes_write_the_same_tokens(tmp_path, stories, tokenizer_p
         f"--tokenizer={tokenizer_path}",
     ]
     script += [f"--vocab_size={VOCAB_SIZE}", "--num_workers=1"]
-    found = []
+    folders = []
     for name, start in (
         ("one", []),
         ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
@@ -265,6 +268,6 @@ def test_torchrun_processes_write_the_same_tokens(tmp_path, stories, tokenizer_p
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0 and result.stdout.count("5 shard(s)") == 1, result.stderr
         folder = tmp_path / name / f"tok{VOCAB_SIZE}"
-        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert len(found[0]) == 5 + len(["meta.json", "tokenizer.model", ".lock"])
-    assert found[0] == found[1]
+        folders.append(read_folder(folder))
+    assert len(folders[0]) == 5 + len(["meta.json", "tokenizer.model", ".lock"])
+    assert folders[0] == folders[1]

@@ -70,7 +70,8 @@ class Tokenizer:
         for token in ids:
             added = self.token_bytes[token]
             if at_start and added:
-                added, at_start = added.removeprefix(b" "), False
+                added = added.removeprefix(b" ")
+                at_start = False
             at_start = at_start or (token == self.bos_id and self.has_dummy_prefix)
             yield utf8.decode(added)
         yield utf8.decode(b"", final=True)

@@ -104,11 +104,13 @@ class SentencePieceTokenizer(Tokenizer):
         """The content of llama2.c's tokenizer.bin. Raises ValueError for a vocabulary that its
         readers would misinterpret."""
         if not self.is_bpe:
-            raise ValueError("tokenizer.bin holds byte-pair encoding, and this vocabulary is not")
+            raise ValueError(
+                "tokenizer.bin is read as byte-pair encoding, but this vocabulary is not"
+            )
         if not self.has_dummy_prefix or (self.bos_id, self.eos_id) != (BOS_ID, EOS_ID):
             raise ValueError(
-                "readers of tokenizer.bin put a space before each text and take token 1 as BOS and "
-                "token 2 as EOS, and this vocabulary differs"
+                "readers of tokenizer.bin begin a text with a space and token 1 and end it with "
+                "token 2, but this vocabulary differs"
             )
         return self.pieces_as_bin()
 

@@ -111,7 +111,8 @@ def expand_choices(rng: random.Random, text: str) -> str:
 
 def lost_thing(rng: random.Random) -> str:
     """A child loses a thing; an animal that fits the thing finds it."""
-    hero, parent = somebody(rng), rng.choice(FAMILY)
+    hero = somebody(rng)
+    parent = rng.choice(FAMILY)
     nature, finder, offer, spot = rng.choice(FINDERS)
     thing = rng.choice(LOSABLE[nature])
     return f"""
@@ -137,7 +138,8 @@ def lost_thing(rng: random.Random) -> str:
 
 def night_noise(rng: random.Random) -> str:
     """A child fears a noise in the night; a parent shows what makes it."""
-    hero, parent = somebody(rng), rng.choice(FAMILY)
+    hero = somebody(rng)
+    parent = rng.choice(FAMILY)
     sound, where, maker, why, deed = rng.choice(NIGHT_NOISES)
     return f"""
     {once(hero)} {hero.He} [liked the day, but {hero.he} was afraid of the dark|was brave in the
@@ -215,7 +217,8 @@ def stuck_in_tree(rng: random.Random) -> str:
 
 def broken_thing(rng: random.Random) -> str:
     """A child breaks a thing; somebody of the family mends it."""
-    hero, helper = somebody(rng), rng.choice(FAMILY)
+    hero = somebody(rng)
+    helper = rng.choice(FAMILY)
     thing, mishap, tools, mending, use = rng.choice(BROKEN)
     return f"""
     {once(hero)} {hero.He} had a [small|pretty] {rng.choice(COLORS)} {thing}. {hero.He} [loved it
@@ -238,7 +241,8 @@ def broken_thing(rng: random.Random) -> str:
 
 def rainy_day(rng: random.Random) -> str:
     """It rains; somebody of the family invents a game for inside."""
-    hero, helper = somebody(rng), rng.choice(FAMILY)
+    hero = somebody(rng)
+    helper = rng.choice(FAMILY)
     idea, needs, making, fun = rng.choice(RAINY_GAMES)
     return f"""
     One [day|morning], a little {hero.noun} named {hero} sat by the window. {hero.He} wanted to
@@ -263,7 +267,8 @@ def shy_friend(rng: random.Random) -> str:
     """A shy neighbor hides; a patient child makes friends."""
     hero, friend = two_friends(rng)
     move, answer, game = rng.choice(SHY_GAMES)
-    parent, hiding = rng.choice(FAMILY), rng.choice(("tree", "bush", "fence", "rock"))
+    parent = rng.choice(FAMILY)
+    hiding = rng.choice(("tree", "bush", "fence", "rock"))
     return f"""
     {once(hero)} {hero.He} [had nobody to play with|wanted to have a friend]. One day, a new
     {friend.noun} came to live [next door|near {hero.him}]. {hero} ran outside to say hello.
@@ -313,7 +318,8 @@ def small_rescue(rng: random.Random) -> str:
 
 def mistake(rng: random.Random) -> str:
     """A child spoils something, hides, confesses and is forgiven."""
-    hero, parent = somebody(rng), rng.choice(FAMILY)
+    hero = somebody(rng)
+    parent = rng.choice(FAMILY)
     fun, mishap, spoiled, repair = rng.choice(MISTAKES)
     return f"""
     {once(hero)} One [day|morning], {hero} {fun}. {hero.He} knew that {hero.his} {parent.noun} would

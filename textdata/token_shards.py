@@ -9,7 +9,7 @@ the dtype, and for each shard its number of tokens and the ranges for training a
 import json
 import os
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +174,7 @@ class TokenDataset:
         if not len(self):
             self.raise_too_short(folder, split, include_partial)
 
-    def raise_too_short(self, folder: str, split: str, include_partial: bool) -> None:
+    def raise_too_short(self, folder: str, split: str, include_partial: bool) -> NoReturn:
         """Raise ValueError with both numbers of tokens and the option to change."""
         longest = max((shard.stop - shard.start for shard in self.shards), default=0)
         needed = 2 if include_partial else self.seq_len + 1

@@ -1,5 +1,5 @@
 """
-What the tests of tokens and tinystories.py share.
+Helpers for the tests of text, tokens and tinystories.py.
 """
 
 import contextlib

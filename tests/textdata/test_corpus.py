@@ -222,7 +222,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 def test_progress_ends_at_the_size_of_the_file(texts_of, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK_SIZE", 1000)
-    content, positions = "naïve text\n\n" * 5000, []
+    content = "naïve text\n\n" * 5000
+    positions = []
     texts_of("a.txt", content, progress=positions.append)
     assert positions == sorted(positions) and positions[-1] == len(content.encode())
     assert len(set(positions)) > 3
@@ -240,8 +241,8 @@ def test_all_text_files_below_a_folder_are_found_in_order(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]
-    assert found == ["a.json", "b.txt", "deep/d.txt", "deep/er/c.jsonl"]
+    names = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]
+    assert names == ["a.json", "b.txt", "deep/d.txt", "deep/er/c.jsonl"]
     assert find_files(str(tmp_path / "b.txt")) == [str(tmp_path / "b.txt")]
 
 

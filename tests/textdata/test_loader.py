@@ -72,15 +72,16 @@ def sequences(windows, seed: int, batch_size: int, positions) -> list[list[int]]
     "world_size, batch_size", [(1, 1), (1, 4), (1, 24), (2, 3), (3, 4), (4, 6)]
 )
 def test_the_order_depends_on_neither_processes_nor_micro_batches(folder, world_size, batch_size):
-    windows, total = TokenDataset(folder, "train", SEQ_LEN), 72  # several epochs
+    windows = TokenDataset(folder, "train", SEQ_LEN)
+    total = 72  # several epochs
     expected = sequences(windows, 1337, 1, range(total))
     read = [None] * total
     for rank in range(world_size):
         positions = range(rank * batch_size, total, world_size * batch_size)
-        mine = sequences(windows, 1337, batch_size, positions)
-        assert len(mine) == len(positions) * batch_size
+        rank_rows = sequences(windows, 1337, batch_size, positions)
+        assert len(rank_rows) == len(positions) * batch_size
         for number, position in enumerate(positions):
-            read[position : position + batch_size] = mine[
+            read[position : position + batch_size] = rank_rows[
                 number * batch_size : (number + 1) * batch_size
             ]
     assert read == expected
@@ -109,11 +110,11 @@ def predicted_by(batches) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_divide_an_evaluation_without_overlap_or_gap(folder, batch_size, world_size):
     windows = TokenDataset(folder, "train", SEQ_LEN, include_partial=True)
-    shares = [
+    by_rank = [
         predicted_by(evaluation_batches(windows, batch_size, 0, rank, world_size))
         for rank in range(world_size)
     ]
-    assert sorted(itertools.chain(*shares)) == [
+    assert sorted(itertools.chain(*by_rank)) == [
         *range(101, 200),
         *range(201, 205),
         *range(301, 364),
@@ -126,8 +127,8 @@ def test_a_partial_evaluation_is_constant_and_spread_over_the_split(folder):
     assert alone == predicted_by(evaluation_batches(windows, 2, 3))
     assert len(set(alone)) == len(alone) == 6 * SEQ_LEN
     assert min(alone) == 101 and max(alone) > 330
-    shares = [predicted_by(evaluation_batches(windows, 2, 3, rank, 2)) for rank in range(2)]
-    assert sorted(shares[0] + shares[1]) == sorted(alone)
+    by_rank = [predicted_by(evaluation_batches(windows, 2, 3, rank, 2)) for rank in range(2)]
+    assert sorted(by_rank[0] + by_rank[1]) == sorted(alone)
 
 
 def test_too_many_evaluation_batches_evaluate_everything_once(folder):
@@ -181,7 +182,8 @@ def test_prefetch_raises_the_exception_of_the_reader():
         raise ValueError("00000.bin changed or is damaged")
 
     def read():
-        reader, seen = prefetch(failing(), "cpu"), 0
+        reader = prefetch(failing(), "cpu")
+        seen = 0
         with pytest.raises(ValueError, match="changed or is damaged"):
             for _ in reader:
                 seen += 1
@@ -191,7 +193,8 @@ def test_prefetch_raises_the_exception_of_the_reader():
 
 
 def test_prefetch_reads_few_batches_ahead_and_stops_when_closed():
-    started, drawn = set(threading.enumerate()), []
+    started = set(threading.enumerate())
+    drawn = []
 
     def endless():
         for i in itertools.count():

@@ -131,17 +131,17 @@ def test_no_validation_tokens_are_refused_with_the_option(folder):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, problem",
     [(-2, "has 198 bytes, not 200"), (+2, "has 202 bytes, not 200"), (None, "is missing")],
 )
-def test_a_shard_of_another_length_is_refused(folder, change, told):
+def test_a_shard_of_another_length_is_refused(folder, change, problem):
     path = os.path.join(folder, "00000.bin")
     if change is None:
         os.remove(path)
     else:
         os.truncate(path, os.path.getsize(path) + change)
     with pytest.raises(
-        ValueError, match=rf"00000\.bin {told}; run python tinystories.py pretokenize again"
+        ValueError, match=rf"00000\.bin {problem}; run python tinystories.py pretokenize again"
     ):
         TokenDataset(folder, "train", SEQ_LEN)
 
@@ -218,20 +218,23 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/statm"), reason="needs Linux to see its own memory"
-)
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_resident_memory_stays_flat_over_a_large_file(tmp_path):
     """Mapped files count as resident: a run over large data then looks as if it leaked."""
-    folder, tokens = write_token_folder(tmp_path / "tok", [range(10)]), 128 * 2**20
-    os.truncate(os.path.join(folder, "00000.bin"), 2 * tokens)  # 256 MiB of zeros that take no disk
+    folder = write_token_folder(tmp_path / "tok", [range(10)])
+    num_tokens = 128 * 2**20
+    os.truncate(os.path.join(folder, "00000.bin"), 2 * num_tokens)  # 256 MiB, sparse
     meta = read_meta(folder)
-    meta["shards"][0] |= {"tokens": tokens, "train": [0, tokens], "val": [tokens, tokens]}
+    meta["shards"][0] |= {
+        "tokens": num_tokens,
+        "train": [0, num_tokens],
+        "val": [num_tokens, num_tokens],
+    }
     write_meta(folder, meta)
     windows = TokenDataset(folder, "train", 2**16)
     windows[0]
     before = resident_bytes()
-    assert sum(len(window) - 1 for window in windows) > 0.99 * tokens
+    assert sum(len(window) - 1 for window in windows) > 0.99 * num_tokens
     assert resident_bytes() - before < 32 * 2**20
 
 

@@ -74,7 +74,8 @@ def test_a_truncated_model_is_refused_wherever_it_ends(tokenizer, tmp_path):
 
 
 def test_a_truncated_bin_is_refused_wherever_its_last_token_ends(tokenizer, tmp_path):
-    content, path = tokenizer.to_bin(), tmp_path / "cut.bin"
+    content = tokenizer.to_bin()
+    path = tmp_path / "cut.bin"
     last_token = 8 + len(tokenizer.processor.id_to_piece(511).replace("▁", " ").encode())
     for missing in range(1, last_token):
         path.write_bytes(content[:-missing])
@@ -82,10 +83,12 @@ def test_a_truncated_bin_is_refused_wherever_its_last_token_ends(tokenizer, tmp_
             load_tokenizer(str(path))
 
 
-@pytest.mark.parametrize("kind", ["model", "bin"])
-def test_a_damaged_file_is_refused_or_another_vocabulary(tokenizer, tmp_path, kind):
-    whole = tokenizer.content if kind == "model" else tokenizer.to_bin()
-    rng, path, refused = random.Random(3), tmp_path / f"damaged.{kind}", 0
+@pytest.mark.parametrize("suffix", ["model", "bin"])
+def test_a_damaged_file_is_refused_or_another_vocabulary(tokenizer, tmp_path, suffix):
+    whole = tokenizer.content if suffix == "model" else tokenizer.to_bin()
+    rng = random.Random(3)
+    path = tmp_path / f"damaged.{suffix}"
+    refused = 0
     for _ in range(200):
         content = bytearray(whole)
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -112,7 +112,7 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
         assert re.search(rf"^ *{position}  {re.escape(path)}:{start}  loss", result.stdout, re.M)
 
 
-def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train, tmp_path):
+def test_nan_loss_names_step_sequence_and_debug_command(train, tmp_path):
     blown_up = (
         "--learning_rate=1e30",
         "--grad_clip=0",

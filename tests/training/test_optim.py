@@ -234,7 +234,7 @@ def is_hidden_matrix(name: str) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else_once(tied):
+def test_muon_takes_block_matrices_and_adamw_the_rest(tied):
     model = random_model(tie_embeddings=tied)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = muon_of(model).param_groups
@@ -287,7 +287,7 @@ def test_a_loaded_muon_goes_on_as_if_never_saved():
     assert str(loaded.state_dict()) == str(optimizer.state_dict())
 
 
-def test_muon_under_a_scaler_steps_as_without_and_skips_a_step_that_overflows():
+def test_muon_with_grad_scaler_skips_overflow_steps_only():
     plain, scaled = random_model(), random_model()
     alone, optimizer = muon_of(plain), muon_of(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
