@@ -20,8 +20,8 @@ import torch
 from benchmarks import baselines as peers
 from benchmarks.data import path_problems
 from benchmarks.timing import Measured, Variant, measure, timing_problems
-from export import write_model
 from formats.lazy_model import from_model
+from formats.writer import write_model
 from generation.compile import prepared
 from generation.engine import Decoder, Decoding, Sequence
 from model import ModelArgs, Transformer

@@ -102,7 +102,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
     assert checkpoint["best_val_loss"] == min(records(tmp_path, "val_loss"))
     assert same_tensors(
-        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict()
+        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).load().state_dict()
     )
 
 

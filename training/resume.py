@@ -130,11 +130,11 @@ def restore(run: Run, checkpoint: dict, path: str):
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     else:
         run.say(f"{path} has no optimizer state: its moments begin anew")
-    if "shares" in checkpoint:
+    if "sharded_tensors" in checkpoint:
         from checkpoints.sharded import split_sharded, without_tied_head
 
         state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-        checkpoint["shares"].read(without_tied_head(split_sharded(state)[0], run.model.args))
+        checkpoint["sharded_tensors"].read(without_tied_head(split_sharded(state)[0], run.model.args))
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
             run.scaler.load_state_dict(checkpoint["scaler"])

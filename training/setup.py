@@ -38,7 +38,7 @@ def set_up(
         )
     check_agreement(config, checkpoint, dist_ctx)
     data = open_data(config)
-    if checkpoint and "shares" in checkpoint and not in_shares(config, dist_ctx):
+    if checkpoint and "sharded_tensors" in checkpoint and not in_shares(config, dist_ctx):
         from checkpoints.sharded import gather_full_state
 
         checkpoint = gather_full_state(checkpoint)
@@ -69,7 +69,7 @@ def set_up(
 def check_agreement(config, checkpoint: dict | None, dist_ctx: DistContext):
     """Raise ValueError, in all processes, unless they begin with the same checkpoint and the same options."""
     step, is_sharded_checkpoint = (
-        (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
+        (checkpoint["iter_num"], "sharded_tensors" in checkpoint) if checkpoint else (0, False)
     )
     if not dist_ctx.all_equal(2 * step + is_sharded_checkpoint):
         raise ValueError(
@@ -130,7 +130,7 @@ def first_weights(
         weights = ((name, pretrained.read(name)) for name in names)
     else:
         weights = (
-            () if "shares" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+            () if "sharded_tensors" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
         )
     return dataclasses.replace(args, dropout=config.dropout), weights
 
@@ -138,7 +138,7 @@ def first_weights(
 def hash_of_tokenizer(pretrained: LazyModel) -> str | None:
     """That of the vocabulary a model was trained with, if it tells, or else of one in or beside it."""
     try:
-        tokenizer = pretrained.own_tokenizer() if pretrained.tokenizer_hash is None else None
+        tokenizer = pretrained.read_tokenizer() if pretrained.tokenizer_hash is None else None
     except ValueError:  # a vocabulary that we cannot read
         return None
     if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:

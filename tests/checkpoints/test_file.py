@@ -111,7 +111,7 @@ def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_what_is_saved_loads_bit_for_bit(tied, path):
+def test_a_saved_checkpoint_loads_bit_for_bit(tied, path):
     model = random_model(tie_embeddings=tied, hidden_dim=33, rope_theta=500000.0, norm_eps=1e-6)
     save_checkpoint(path, checkpoint_of(model))
     again, checkpoint = load_model(path)
@@ -126,7 +126,7 @@ def test_what_is_saved_loads_bit_for_bit(tied, path):
     assert (again.output.weight is again.tok_embeddings.weight) == tied
 
 
-def test_what_is_saved_is_plain_for_any_reader(good, path):
+def test_a_saved_checkpoint_is_readable_with_torch_load(good, path):
     plain = torch.load(path, weights_only=True)
     assert set(plain["model"]) == set(random_model().state_dict())
     assert plain["model_args"] == TINY | dict(dropout=0.0)
@@ -135,7 +135,7 @@ def test_what_is_saved_is_plain_for_any_reader(good, path):
 @pytest.mark.parametrize(
     "shape", [{}, TINY, TINY | dict(n_kv_heads=None), TINY | dict(dropout=0.1)]
 )
-def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
+def test_default_model_args_have_exactly_the_keys_of_llama2c(shape):
     assert set(LLAMA2C_MODEL_ARGS) == LLAMA2C_KEYS
     args = ModelArgs(**shape)
     saved = write_model_args(args)
@@ -155,7 +155,7 @@ def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
     ],
     ids=str,
 )
-def test_args_have_further_keys_only_where_the_architecture_needs_them(further):
+def test_model_args_have_further_keys_only_where_needed(further):
     args = ModelArgs(**TINY, **further)
     saved = write_model_args(args)
     assert saved == TINY | dict(dropout=0.0) | further
@@ -188,7 +188,7 @@ def changed(state: dict, **changes) -> dict:
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
+def test_mismatched_weights_are_refused_by_name(changes, said, path):
     model = random_model()
     save_checkpoint(path, checkpoint_of(model, model=changed(model.state_dict(), **changes)))
     with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + said):
@@ -217,7 +217,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
     ],
     ids=str,
 )
-def test_args_that_no_llama_has_are_refused(saved, path):
+def test_invalid_model_args_are_refused(saved, path):
     save_checkpoint(path, checkpoint_of(random_model(), model_args=saved))
     with pytest.raises(ValueError, match=r"ckpt\.pt: model_args are not those of a Llama"):
         load_model(path)
@@ -226,7 +226,7 @@ def test_args_that_no_llama_has_are_refused(saved, path):
 @pytest.mark.parametrize(
     "lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
 )
-def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, path):
+def test_oversized_model_args_are_refused_before_allocation(lie, path):
     save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | lie))
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
@@ -248,13 +248,13 @@ def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, pa
     ids=["list", "tensor", "empty", "state dict", "no model_args", "model a list", "weight missing and no tensor",
          "weights no tensors", "names no text"],
 )  # fmt: skip
-def test_what_is_no_checkpoint_is_refused(content, path):
+def test_other_torch_files_are_refused(content, path):
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
 
 
-def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
+def test_a_missing_checkpoint_is_named_with_advice():
     with pytest.raises(ValueError, match=r"nowhere/ckpt\.pt: .*train\.py"):
         load_checkpoint("nowhere/ckpt.pt")
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
     ],
     ids=["memory", "input"],
 )
-def test_what_says_nothing_of_the_file_is_not_called_damage(error, good, path, monkeypatch):
+def test_transient_errors_are_not_reported_as_damage(error, good, path, monkeypatch):
     """A run would go on from an older checkpoint, and put a good one aside."""
 
     def fail(*args, **options):
@@ -290,7 +290,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_a_checkpoint_runs_no_code(how, path, tmp_path):
+def test_loading_a_checkpoint_runs_no_code(how, path, tmp_path):
     touched = tmp_path / "touched"
     checkpoint = checkpoint_of(random_model(), config={"seed": Hostile(touched)})
     if how == "pickle":
@@ -318,7 +318,7 @@ def test_a_truncated_checkpoint_is_refused(twentieth, good, path):
 @pytest.mark.parametrize(
     "content", [b"\0" * 5000, b"PK\3\4" + b"x" * 5000, b"Once upon a time " * 300]
 )
-def test_what_is_no_checkpoint_at_all_is_refused(content, path):
+def test_arbitrary_bytes_are_refused(content, path):
     with open(path, "wb") as file:
         file.write(content)
     with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
@@ -330,7 +330,7 @@ def only_the_old_file_is_there(path, content: bytes) -> bool:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good, path):
+def test_nan_weights_never_replace_a_good_checkpoint(value, good, path):
     """nanoGPT #167: a run in float16 turned to NaN and saved itself."""
     model = random_model()
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, 10_000, 20_000])
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path, monkeypatch):
+def test_a_full_disk_leaves_only_the_old_checkpoint(room, good, path, monkeypatch):
     class FullDisk(io.FileIO):
         def write(self, data):
             if self.tell() + len(data) > room:
@@ -363,7 +363,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else(
+def test_a_failed_fsync_or_rename_leaves_only_the_old_checkpoint(
     call, good, path, monkeypatch
 ):
     def fail(*args):
@@ -375,7 +375,7 @@ def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else
     assert only_the_old_file_is_there(path, good)
 
 
-def test_a_new_checkpoint_replaces_the_old_one_and_leaves_nothing_else(good, path):
+def test_a_new_checkpoint_replaces_the_old_one(good, path):
     save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
     assert load_checkpoint(path)["iter_num"] == 8
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]

@@ -54,7 +54,7 @@ def folder(file, tmp_path) -> str:
     return str(tmp_path / "ckpt.dcp")
 
 
-def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
+def test_a_sharded_checkpoint_has_the_content_of_the_file(file, folder, run_here, tmp_path):
     assert (
         run_here(export, str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True")[0]
         == 0
@@ -68,7 +68,7 @@ def test_shares_hold_what_the_file_holds(file, folder, run_here, tmp_path):
     assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
 
 
-def test_shares_are_exported_as_the_file_is(file, folder, run_here, tmp_path):
+def test_a_sharded_checkpoint_exports_the_same_model(file, folder, run_here, tmp_path):
     for source, target in ((file, "a.bin"), (folder, "b.bin")):
         assert run_here(export, str(tmp_path / target), f"--from={source}")[0] == 0
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
@@ -118,14 +118,14 @@ def with_table(folder: str, table):
     )
 
 
-def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
+def test_metadata_that_would_run_code_is_refused(folder, tmp_path):
     with_table(folder, Hostile(tmp_path / "harmed"))
     with pytest.raises(ValueError, match="open is no part of a table"):
         open_sharded(folder)
     assert not os.path.exists(tmp_path / "harmed")
 
 
-def test_a_table_that_is_no_pickle_is_refused(folder):
+def test_metadata_with_a_damaged_pickle_is_refused(folder):
     with_table(folder, None)
     with open(os.path.join(folder, ".metadata"), "wb") as file:
         file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
@@ -136,8 +136,8 @@ def test_a_table_that_is_no_pickle_is_refused(folder):
         open_sharded(folder)
 
 
-def test_a_table_that_names_files_elsewhere_is_refused(folder):
-    table = open_sharded(folder)["shares"].table
+def test_metadata_that_names_other_files_is_refused(folder):
+    table = open_sharded(folder)["sharded_tensors"].metadata
     for place in table.storage_data.values():
         place.relative_path = "../file.pt"
     with_table(folder, table)
@@ -145,7 +145,7 @@ def test_a_table_that_names_files_elsewhere_is_refused(folder):
         open_sharded(folder)
 
 
-def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
+def test_the_latest_checkpoint_is_a_file_or_a_folder(file, folder, tmp_path):
     os.rename(file, tmp_path / "ckpt_000007.pt")
     assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
@@ -156,7 +156,7 @@ def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
     )
 
 
-def test_weights_drawn_one_at_a_time_are_a_new_model_s():
+def test_initial_weights_one_at_a_time_match_a_new_model():
     for args in (
         ModelArgs(64, 2, 4, vocab_size=96),
         ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False),
@@ -171,7 +171,7 @@ def test_weights_drawn_one_at_a_time_are_a_new_model_s():
         )
 
 
-def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch):
+def test_a_transient_disk_error_is_not_reported_as_damage(folder, monkeypatch):
     def fails(path):
         raise OSError(errno.EIO, "Input/output error", path)
 
@@ -180,7 +180,7 @@ def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch
         open_sharded(folder)
 
 
-def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
+def test_a_folder_changed_while_reading_is_refused(file, folder, tmp_path):
     outline = open_sharded(folder)
     os.rename(folder, tmp_path / "ckpt_000007.dcp")
     with pytest.raises(ValueError, match="changed while it was read"):
@@ -191,8 +191,8 @@ def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
 
 
 @pytest.mark.parametrize("lie", ["no parts", "larger than the files", "a part beyond it"])
-def test_a_table_that_promises_what_is_not_there_is_refused(folder, lie):
-    table = open_sharded(folder)["shares"].table
+def test_metadata_that_does_not_match_the_files_is_refused(folder, lie):
+    table = open_sharded(folder)["sharded_tensors"].metadata
     entry = table.state_dict_metadata["model/norm.weight"]
     if lie == "no parts":
         entry.chunks.clear()

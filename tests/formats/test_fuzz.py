@@ -1,5 +1,5 @@
 """
-A few of the files of tests/tools/fuzz.py, and whether it would see what it looks for.
+A short run of tests/tools/fuzz.py, and tests of its own ability to detect faults.
 """
 
 import os
@@ -20,11 +20,11 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system sets no alarms"),
     pytest.mark.filterwarnings(
         "ignore:Duplicate name"
-    ),  # an archive with a record twice is one of the damages
+    ),  # some damaged archives have a record twice
 ]
 
 
-def test_damaged_files_are_refused_in_a_sentence_or_read_right():
+def test_damaged_files_are_refused_in_one_line_or_read_correctly():
     verdicts = list(fuzz(READERS, range(FILES)))
     failures = [verdict for verdict in verdicts if verdict.outcome == "failed"]
     assert not failures, explain(failures)
@@ -37,7 +37,7 @@ def test_damaged_files_are_refused_in_a_sentence_or_read_right():
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_a_number_makes_the_same_file_again(reader, tmp_path):
+def test_a_number_determines_the_damaged_file(reader, tmp_path):
     first, second = (Bench(reader, str(tmp_path / name)) for name in ("first", "second"))
     damaged = [first.damaged(0, number) for number in range(20)]
     assert [(one.file, one.reach) for one in damaged] == [
@@ -52,7 +52,7 @@ def write_good(folder: str):
 
 
 def bad_read(path: str, fault) -> Reading:
-    """Reads the good file; does what it should not on any other."""
+    """Read the good file; show the fault on any other."""
     return Reading(None, {}, None) if Path(path).read_bytes() == GOOD else fault(path)
 
 
@@ -112,7 +112,7 @@ BAD_READERS = {
 }
 
 
-def test_bad_readers_are_found_out():
+def test_bad_readers_are_detected():
     readers = [
         Reader(
             fault.__name__,
@@ -131,7 +131,7 @@ def test_bad_readers_are_found_out():
         assert verdict.outcome == "failed" and verdict.cause.startswith(cause)
 
 
-def test_weights_that_the_damage_does_not_explain_are_found_out(tmp_path):
+def test_weights_that_the_damage_does_not_explain_are_detected(tmp_path):
     bench = Bench(next(reader for reader in READERS if reader.name == "v1"), str(tmp_path))
     damaged, good = Damage("v1.bin", bench.originals["v1.bin"], reach=1), bench.expected
     name, weight = "norm.weight", good.tensors["norm.weight"]

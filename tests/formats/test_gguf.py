@@ -10,7 +10,7 @@ import pytest
 import requests
 import torch
 
-from export import write_model
+from formats.writer import write_model
 from formats import gguf, gguf_file
 from formats.lazy_model import expand_layers, from_model
 from formats.registry import open_model
@@ -64,15 +64,15 @@ def greedy(model, tokenizer, number):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_llama_cpp_tells_the_same_story(dtype, shared, llama_cpp, tmp_path):
+def test_llama_cpp_generates_the_same_tokens(dtype, shared, llama_cpp, tmp_path):
     source = published(shared)
     path = exported(tmp_path, source, dtype)
     ask = llama_cpp(path)
     told = ask(
         "completion", prompt=[1], n_predict=200, temperature=0, ignore_eos=True, return_tokens=True
     )
-    ours = greedy(open_model(path).model(), source.own_tokenizer(), 200)
-    assert told["tokens"] == ours == greedy(source.model(), source.own_tokenizer(), 200)
+    ours = greedy(open_model(path).load(), source.read_tokenizer(), 200)
+    assert told["tokens"] == ours == greedy(source.load(), source.read_tokenizer(), 200)
 
 
 def log_probabilities(ask, tokens: list[int]) -> list[dict[int, float]]:
@@ -93,13 +93,13 @@ def log_probabilities(ask, tokens: list[int]) -> list[dict[int, float]]:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float16", 0.05), ("q8_0", 0.5)])
-def test_llama_cpp_computes_our_probabilities(dtype, tolerance, shared, llama_cpp, tmp_path):
+def test_llama_cpp_computes_the_same_logprobs(dtype, tolerance, shared, llama_cpp, tmp_path):
     """Of all 512 tokens at 20 positions. In Q8_0 it also quantizes the activations, as we do not."""
     source = published(shared)
     path = exported(tmp_path, source, dtype)
-    tokens = [1, *greedy(source.model(), source.own_tokenizer(), 20)]
+    tokens = [1, *greedy(source.load(), source.read_tokenizer(), 20)]
     with torch.no_grad():
-        ours = open_model(path).model()(torch.tensor([tokens]))[0][0].log_softmax(-1)
+        ours = open_model(path).load()(torch.tensor([tokens]))[0][0].log_softmax(-1)
     worst = 0.0
     for position, table in enumerate(log_probabilities(llama_cpp(path), tokens)):
         assert len(table) > 400
@@ -110,9 +110,9 @@ def test_llama_cpp_computes_our_probabilities(dtype, tolerance, shared, llama_cp
 
 
 @pytest.mark.parametrize("text", ["tinystories.txt", "tinystories_lowercase.txt"])
-def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tmp_path):
+def test_llama_cpp_tokenizes_as_sentencepiece(text, shared, llama_cpp, tmp_path):
     source = published(shared)
-    ask, tokenizer = llama_cpp(exported(tmp_path, source, "q8_0")), source.own_tokenizer()
+    ask, tokenizer = llama_cpp(exported(tmp_path, source, "q8_0")), source.read_tokenizer()
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
         for piece in slices_of(file.read()):
             assert ask("tokenize", content=piece, add_special=False, parse_special=False)[
@@ -120,7 +120,7 @@ def test_llama_cpp_cuts_a_text_as_sentencepiece_does(text, shared, llama_cpp, tm
             ] == (tokenizer.encode(piece))
 
 
-def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(
+def test_llama_cpp_tokenizes_with_a_trained_vocabulary_as_cria(
     tokenizer, stories, llama_cpp, tmp_path
 ):
     ask = llama_cpp(
@@ -138,7 +138,7 @@ def test_llama_cpp_cuts_a_text_with_our_own_vocabulary_as_we_do(
 @pytest.mark.parametrize("extra", [{}, LLAMA3], ids=["plain", "llama3"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path):
+def test_llama_cpp_computes_the_same_logprobs_for_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path):
     """The rotary layout and its scaling show at late positions."""
     tokenizer = small_llama3()
     args = dict(
@@ -162,7 +162,7 @@ def test_llama_cpp_runs_every_shape(n_kv_heads, tied, extra, llama_cpp, tmp_path
     assert max(abs(ours[entry["id"]].item() - entry["logprob"]) for entry in entries) < 1e-3
 
 
-def test_llama_cpp_cuts_a_text_as_llama_3s_vocabulary_does(stories, llama_cpp, tmp_path):
+def test_llama_cpp_tokenizes_as_a_llama_3_tokenizer(stories, llama_cpp, tmp_path):
     tokenizer = small_llama3()
     model = random_model(dim=32, vocab_size=tokenizer.vocab_size)
     ask = llama_cpp(exported(tmp_path, from_model(model, tokenizer=tokenizer), "float32"))
@@ -181,14 +181,14 @@ def test_the_gguf_package_reads_the_same_tensors(dtype, tokenizer, tmp_path):
     path = exported(tmp_path, from_model(model, tokenizer=tokenizer), dtype)
     tensors = {tensor.name: tensor for tensor in reference.GGUFReader(path).tensors}
     again = open_model(path)
-    for ours, theirs in expand_layers(gguf.TABLE, model.args):
+    for ours, theirs in expand_layers(gguf.TENSOR_NAMES, model.args):
         tensor = tensors.pop(theirs)
         values = reference.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(values, again.read(ours).float().numpy())
     assert not tensors
 
 
-def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
+def test_a_file_that_the_gguf_package_wrote_is_read(tokenizer, tmp_path):
     """As llama.cpp's converter writes it, Q8_0 by its own quantization."""
     model, path = random_model(dim=64, hidden_dim=96, n_kv_heads=2), str(tmp_path / "theirs.gguf")
     writer = reference.GGUFWriter(path, "llama")
@@ -203,7 +203,7 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
     writer.add_token_list([piece for piece, _, _ in tokenizer.pieces])
     writer.add_token_scores([score for _, score, _ in tokenizer.pieces])
     writer.add_token_types([kind for _, _, kind in tokenizer.pieces])
-    for ours, theirs in expand_layers(gguf.TABLE, model.args):
+    for ours, theirs in expand_layers(gguf.TENSOR_NAMES, model.args):
         weight = model.get_parameter(ours).detach().numpy()
         if weight.ndim == 2:
             quantized = reference.quants.quantize(weight, reference.GGMLQuantizationType.Q8_0)
@@ -215,12 +215,12 @@ def test_a_file_of_the_gguf_package_is_read(tokenizer, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     again = open_model(path)
-    assert again.own_tokenizer().hash == tokenizer.hash and again.args.norm_eps == 1e-5
+    assert again.read_tokenizer().hash == tokenizer.hash and again.args.norm_eps == 1e-5
     for name, weight in model.named_parameters():
         assert (again.read(name) - weight).abs().max() <= weight.abs().max() / 127
 
 
-def test_q8_0_blocks_are_those_of_the_definition(tokenizer, tmp_path):
+def test_q8_0_blocks_have_the_bytes_of_the_definition(tokenizer, tmp_path):
     """Scale in float16, then 32 int8; computed here in float64."""
     model = random_model(dim=32, hidden_dim=64)
     path = exported(tmp_path, from_model(model, tokenizer=tokenizer), "q8_0")
@@ -234,7 +234,7 @@ def test_q8_0_blocks_are_those_of_the_definition(tokenizer, tmp_path):
     assert tensor.data.tobytes() == expected
 
 
-def test_weights_too_large_for_a_scale_in_float16_are_refused(tokenizer, tmp_path):
+def test_weights_too_large_for_a_float16_scale_are_refused(tokenizer, tmp_path):
     model = random_model(dim=64)
     with torch.no_grad():
         model.layers[0].feed_forward.w1.weight[0, 0] = 1e8
@@ -246,13 +246,13 @@ def header_changed(path, **changes):
     """Put other values of the same length into a file's key-value pairs."""
     content = open(path, "rb").read()
     for key, value in changes.items():
-        encoded = gguf_file.packed_string(key.replace("__", "."))
+        encoded = gguf_file.pack_string(key.replace("__", "."))
         at = content.index(encoded) + len(encoded)
         old = struct.unpack_from("<I", content, at)[0]
         size = 8 + struct.unpack_from("<Q", content, at + 4)[0]
-        if old in gguf_file.SCALARS:
-            size = struct.calcsize(gguf_file.SCALARS[old])
-        new = gguf_file.packed_value(value)
+        if old in gguf_file.SCALAR_LAYOUTS:
+            size = struct.calcsize(gguf_file.SCALAR_LAYOUTS[old])
+        new = gguf_file.pack_value(value)
         assert len(new) == 4 + size, "the alignment of what follows would be another"
         content = content[:at] + new + content[at + 4 + size :]
     with open(path, "wb") as file:
@@ -281,21 +281,21 @@ def test_a_header_of_another_architecture_is_refused_by_name(changes, said, toke
         open_model(path)
 
 
-def test_a_vocabulary_of_another_kind_is_refused_but_the_weights_are_read(tokenizer, tmp_path):
+def test_an_unsupported_vocabulary_is_refused_but_the_weights_are_read(tokenizer, tmp_path):
     path = exported(tmp_path, from_model(random_model(), tokenizer=tokenizer), "float32")
     header_changed(path, tokenizer__ggml__model="bert!")
     again = open_model(path)
     with pytest.raises(ValueError, match="a vocabulary of type 'bert!'"):
-        again.own_tokenizer()
+        again.read_tokenizer()
     assert torch.equal(again.read("norm.weight"), random_model().norm.weight)
 
 
-def test_a_llama_3_vocabulary_comes_back(tmp_path):
+def test_a_llama_3_vocabulary_round_trips(tmp_path):
     tokenizer = small_llama3()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     again = open_model(
         exported(tmp_path, from_model(model, tokenizer=tokenizer), "float16")
-    ).own_tokenizer()
+    ).read_tokenizer()
     assert again.hash == tokenizer.hash and again.special == tokenizer.special
 
 
@@ -305,7 +305,7 @@ def test_a_model_without_a_vocabulary_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_published_tokenizer_keeps_its_identity(shared, tmp_path):
+def test_the_published_tokenizer_keeps_its_hash(shared, tmp_path):
     source = published(shared)
     again = open_model(exported(tmp_path, source, "q8_0"))
-    assert again.own_tokenizer().hash == load_tokenizer(shared("models/tok512.bin")).hash
+    assert again.read_tokenizer().hash == load_tokenizer(shared("models/tok512.bin")).hash

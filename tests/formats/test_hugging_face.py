@@ -11,8 +11,8 @@ import sentencepiece
 import torch
 import transformers
 
-from export import write_model
-from formats import hugging_face
+from formats.writer import write_model
+from formats import hugging_face, hugging_face_config
 from formats.lazy_model import from_model
 from formats.registry import open_model
 from ops.rope import RopeScaling
@@ -37,7 +37,7 @@ def slices_of(text: str, number: int = 1000) -> list[str]:
 @pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_transformers_computes_our_logits(n_kv_heads, tied, extra, tokenizer, tmp_path):
+def test_transformers_computes_the_same_logits(n_kv_heads, tied, extra, tokenizer, tmp_path):
     """llama2.c #321: an export that did not load; llama2.c #286: one that was right for twenty tokens."""
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, max_seq_len=200, **extra)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model, tokenizer))
@@ -47,13 +47,13 @@ def test_transformers_computes_our_logits(n_kv_heads, tied, extra, tokenizer, tm
     assert theirs.dtype == torch.float32 and theirs.config.max_position_embeddings == 200
 
 
-def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
+def test_transformers_computes_the_logits_of_a_published_model(shared, tmp_path):
     source = open_model(shared("models/stories260K.bin"), shared("models/tok512.bin"))
-    path, model = str(tmp_path / "exported"), source.model()
+    path, model = str(tmp_path / "exported"), source.load()
     write_model(source, path, "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
-        tokens = torch.tensor([source.own_tokenizer().encode(file.read(2000), bos=True)[:200]])
+        tokens = torch.tensor([source.read_tokenizer().encode(file.read(2000), bos=True)[:200]])
     with (
         torch.no_grad()
     ):  # its logits reach 20, where transformers' own two attention kernels differ by 2.2e-5
@@ -63,8 +63,8 @@ def test_a_published_model_has_the_same_logits_there(shared, tmp_path):
 @pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_model_that_transformers_saved_computes_its_logits_here(shards, tied, extra, tmp_path):
-    settings = hugging_face.config_of(
+def test_a_model_that_transformers_saved_has_the_same_logits(shards, tied, extra, tmp_path):
+    settings = hugging_face_config.to_config(
         random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None
     )
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_a_model_that_transformers_saved_computes_its_logits_here(shards, tied, 
         if shards == 1
         else (tmp_path / INDEX).exists()
     )
-    ours = open_model(str(tmp_path)).model()
+    ours = open_model(str(tmp_path)).load()
     tokens = torch.randint(512, (2, 160))
     with torch.no_grad():
         assert (theirs(tokens).logits - ours(tokens)[0]).abs().max() < 2e-5
@@ -105,16 +105,16 @@ def as_version_4_wrote_it(folder):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_an_older_folder_of_pickles_is_read(tied, tokenizer, tmp_path):
+def test_a_folder_of_transformers_4_with_pickles_is_read(tied, tokenizer, tmp_path):
     model = random_model(tie_embeddings=tied, rope_theta=500000.0)
     path = exported(tmp_path, model, tokenizer)
     as_version_4_wrote_it(tmp_path / "exported")
     again = open_model(path)
     assert again.dtype == torch.float16 and again.args.rope_theta == 500000.0
-    assert (logits_of(again.model()) - logits_of(model)).abs().max() < 1e-2
+    assert (logits_of(again.load()) - logits_of(model)).abs().max() < 1e-2
 
 
-def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
+def test_a_large_model_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(hugging_face, "SHARD_SIZE", 100_000)
     model = random_model()
     path = exported(tmp_path, model, tokenizer)
@@ -126,7 +126,7 @@ def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path
     tokens = torch.arange(100)[None]
     with torch.no_grad():
         assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
-    assert torch.equal(logits_of(open_model(path).model()), logits_of(model))
+    assert torch.equal(logits_of(open_model(path).load()), logits_of(model))
     (tmp_path / "exported" / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"the shard {files[1]} is missing"):
         open_model(path)
@@ -141,7 +141,7 @@ def test_a_model_too_large_for_one_file_is_written_in_shards(tokenizer, tmp_path
         ("llama2_tokenizer.model", "tinyshakespeare.txt"),
     ],
 )
-def test_transformers_cuts_and_joins_a_text_as_sentencepiece_does(model, text, shared, tmp_path):
+def test_transformers_encodes_and_decodes_as_sentencepiece(model, text, shared, tmp_path):
     """LLMs-from-scratch and litgpt #1359: a tokenizer that did not load, or cut otherwise."""
     tokenizer = load_tokenizer(shared(f"models/{model}"))
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
@@ -168,7 +168,7 @@ def test_transformers_cuts_and_joins_a_text_as_sentencepiece_does(model, text, s
 
 
 @pytest.mark.parametrize("model", ["tok512.bin", "llama2_tokenizer.model"])
-def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shared, tmp_path):
+def test_tokenizer_json_alone_gives_an_equivalent_tokenizer(model, shared, tmp_path):
     tokenizer = load_tokenizer(shared(f"models/{model}"))
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
     (tmp_path / "exported" / "tokenizer.model").unlink()
@@ -185,7 +185,7 @@ def test_a_tokenizer_json_alone_gives_a_tokenizer_that_cuts_the_same(model, shar
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(
+def test_tokenizer_json_with_a_metaspace_pretokenizer_is_read(
     scheme, tokenizer, tmp_path
 ):
     """Its spaces are turned into ▁ by a pre-tokenizer. Where a text begins with a space, that one puts
@@ -213,7 +213,7 @@ def test_a_tokenizer_json_of_transformers_later_kind_gives_the_same_tokenizer(
         hugging_face.read_tokenizer(path)
 
 
-def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
+def test_transformers_knows_the_bos_and_eos_tokens(tokenizer, tmp_path):
     path = exported(tmp_path, random_model(), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
@@ -226,7 +226,7 @@ def test_the_folder_says_where_a_text_begins_and_ends(tokenizer, tmp_path):
     assert theirs.decode(ids, skip_special_tokens=True) == "Hi"
 
 
-def test_a_vocabulary_that_changes_the_text_is_refused(stories, tmp_path):
+def test_a_normalizing_vocabulary_is_refused(stories, tmp_path):
     tokenizer = sentencepiece_of(stories, model_type="bpe", remove_extra_whitespaces=True)
     with pytest.raises(ValueError, match=r"normalizes a text before it cuts it.*train_vocab"):
         exported(tmp_path, random_model(), tokenizer)
@@ -268,7 +268,7 @@ def test_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_p
 @pytest.mark.parametrize(
     "rope", [dict(rope_parameters=None), dict(rope_theta=None, rope_scaling=None)]
 )
-def test_the_rotary_settings_of_either_version_are_enough(rope, tokenizer, tmp_path):
+def test_rope_settings_of_either_transformers_version_are_sufficient(rope, tokenizer, tmp_path):
     path = exported(tmp_path, random_model(**LLAMA3), tokenizer)
     file = tmp_path / "exported" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | rope))
@@ -286,7 +286,7 @@ class Hostile:
         return open, (self.path, "w")
 
 
-def test_a_pickle_runs_no_code(tokenizer, tmp_path):
+def test_loading_a_pickle_runs_no_code(tokenizer, tmp_path):
     path = exported(tmp_path, random_model(), tokenizer)
     folder = tmp_path / "exported"
     (folder / "model.safetensors").unlink()
@@ -331,7 +331,7 @@ def small_llama3() -> Llama3Tokenizer:
     )
 
 
-def test_a_llama_3_vocabulary_cuts_the_same_there_and_comes_back(stories, tmp_path):
+def test_transformers_tokenizes_as_a_llama_3_tokenizer(stories, tmp_path):
     tokenizer = small_llama3()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
@@ -364,7 +364,7 @@ def sentencepiece_of(stories, **options) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(content.getvalue())
 
 
-def test_a_vocabulary_of_another_algorithm_is_refused_and_has_another_identity(stories, tmp_path):
+def test_a_unigram_vocabulary_is_refused(stories, tmp_path):
     tokenizer = sentencepiece_of(stories, model_type="unigram")
     with pytest.raises(ValueError, match="no byte-pair encoding"):
         exported(tmp_path, random_model(), tokenizer)
@@ -373,7 +373,7 @@ def test_a_vocabulary_of_another_algorithm_is_refused_and_has_another_identity(s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_bin(
+def test_a_vocabulary_without_dummy_prefix_is_exported(
     stories, tmp_path
 ):
     tokenizer = sentencepiece_of(stories, model_type="bpe", add_dummy_prefix=False)
@@ -389,14 +389,14 @@ def test_a_vocabulary_without_a_prefix_keeps_its_identity_and_fits_no_tokenizer_
         tokenizer.to_bin()
 
 
-def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
+def test_custom_special_tokens_are_preserved_or_refused(tmp_path):
     base = small_llama3()
     tokenizer = Llama3Tokenizer(base.ranks, [*base.special[:-1], "<|im_end|>"])
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
     assert (
         tokenizer.hash != base.hash
-        and open_model(path).own_tokenizer().special == tokenizer.special
+        and open_model(path).read_tokenizer().special == tokenizer.special
     )
     for target in ("ckpt", "meta"):
         with pytest.raises(ValueError, match="no place for special tokens other than"):
@@ -404,7 +404,7 @@ def test_other_special_tokens_than_llama_3s_are_kept_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])
-def test_a_tokenizer_json_that_cuts_otherwise_is_refused(change, tmp_path):
+def test_tokenizer_json_with_another_algorithm_is_refused(change, tmp_path):
     tokenizer = small_llama3()
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     (tmp_path / "exported" / "tokenizer.model").unlink()

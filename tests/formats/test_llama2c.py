@@ -23,7 +23,7 @@ def write_v0(model: Transformer, path):
 
 
 def read_v0(path) -> Transformer:
-    return llama2c.read(str(path)).model()
+    return llama2c.read(str(path)).load()
 
 
 def random_model(**overrides) -> Transformer:
@@ -77,7 +77,7 @@ def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
 @pytest.mark.parametrize("hidden_dim", [24, 33])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_a_model_comes_back_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
+def test_a_model_round_trips_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
     """llama2.c #403 and #431: grouped queries were lost on the way."""
     path = str(tmp_path / "model.bin")
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, hidden_dim=hidden_dim)
@@ -92,13 +92,13 @@ def test_a_model_comes_back_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
         assert torch.equal(model(tokens)[0], again(tokens)[0])
 
 
-def test_the_hidden_width_that_multiple_of_gives_is_written(tmp_path):
+def test_the_hidden_dim_from_multiple_of_is_written(tmp_path):
     path = str(tmp_path / "model.bin")
     write_v0(random_model(hidden_dim=None, multiple_of=4), path)
     assert struct.unpack_from("<7i", content_of(path))[1] == read_v0(path).args.ffn_dim == 44
 
 
-def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp_path):
+def test_exporting_is_deterministic_and_does_not_change_the_model(tmp_path):
     model = random_model(tie_embeddings=False)
     args, state = model.args, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("first.bin", "second.bin"):
@@ -109,7 +109,7 @@ def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp
     )
 
 
-def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, tmp_path):
+def test_a_published_model_round_trips_and_generates_its_text(shared, tmp_path):
     path, copy = shared("models/stories260K.bin"), str(tmp_path / "model.bin")
     model, tokenizer = read_v0(path), load_tokenizer(shared("models/tok512.bin"))
     write_v0(model, copy)
@@ -121,7 +121,7 @@ def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, 
     )
 
 
-def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
+def test_the_format_is_detected_by_content_not_name(model_bin, tmp_path):
     model, tokens = read_v0(model_bin), torch.tensor([[1, 2, 3]])
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
@@ -130,7 +130,7 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
         open_model(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt")
     )
     assert from_checkpoint.tokenizer_hash == "abc" and from_weights.tokenizer_hash is None
-    from_checkpoint, from_weights = from_checkpoint.model(), from_weights.model()
+    from_checkpoint, from_weights = from_checkpoint.load(), from_weights.load()
     with torch.no_grad():
         assert torch.equal(from_checkpoint(tokens)[0], model(tokens)[0])
         assert torch.equal(from_weights(tokens)[0], model(tokens)[0])
@@ -140,7 +140,7 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
     "name, overrides",
     [("rope_theta=500000", dict(rope_theta=500000.0)), ("norm_eps=1e-06", dict(norm_eps=1e-6))],
 )
-def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, overrides, tmp_path):
     with pytest.raises(ValueError, match=name):
         write_v0(random_model(**overrides), str(tmp_path / "model.bin"))
     assert list(tmp_path.iterdir()) == []
@@ -150,7 +150,7 @@ def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path
 @pytest.mark.parametrize(
     "name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"]
 )
-def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(
+def test_nan_weights_are_refused_and_the_old_file_remains(
     name, value, model_bin, tmp_path
 ):
     before, model = content_of(model_bin), random_model()
@@ -174,7 +174,7 @@ def builds_nothing(monkeypatch):
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("field", range(7), ids=FIELDS)
-def test_a_header_that_lies_is_refused_before_anything_is_built(
+def test_a_wrong_header_is_refused_before_allocation(
     field, change, model_bin, builds_nothing
 ):
     content = bytearray(content_of(model_bin))
@@ -189,7 +189,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_built(
         read_v0(model_bin)
 
 
-def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bin, builds_nothing):
+def test_a_header_of_huge_consistent_sizes_is_refused(model_bin, builds_nothing):
     with open(model_bin, "r+b") as file:
         file.write(struct.pack("<7i", 2**30, 2**30, 2**31 - 1, 2**10, 2**10, -(2**31), 2**31 - 1))
     with pytest.raises(ValueError, match=r"model\.bin: "):
@@ -212,7 +212,7 @@ def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bi
     ids=["empty", "part of a header", "header alone", "half", "a byte less", "a value less", "a byte more", "twice",
          "text"],
 )  # fmt: skip
-def test_a_file_of_another_length_is_refused_before_anything_is_built(
+def test_a_file_of_another_length_is_refused_before_allocation(
     damage, model_bin, builds_nothing
 ):
     content = content_of(model_bin)
@@ -222,7 +222,7 @@ def test_a_file_of_another_length_is_refused_before_anything_is_built(
         read_v0(model_bin)
 
 
-def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
+def test_a_file_with_another_rope_theta_is_refused(model_bin):
     """The format says nothing of rope_theta, but the tables in the file do."""
     tables = b"".join(table.numpy().tobytes() for table in precompute_rope_cache(4, 6, 500000.0))
     with open(model_bin, "r+b") as file:
@@ -232,7 +232,7 @@ def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
         read_v0(model_bin)
 
 
-def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
+def test_a_file_with_nan_values_is_refused(model_bin):
     with open(model_bin, "r+b") as file:
         file.seek(28 + 4 * 100)
         file.write(struct.pack("<f", math.nan))
@@ -315,14 +315,14 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     assert content_of(path) == expected
 
 
-def test_a_half_goes_to_the_even_neighbour():
+def test_quantization_rounds_halves_to_even():
     groups = torch.tensor([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5, 126.5, -127.0]])
     quantized, scales = llama2c.quantize(groups)
     assert quantized.tolist() == [[127, 0, 2, 0, -2, 2, 126, -127]] and scales.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("value", [1e-45, 190e-45, 1e-40, 3e38])
-def test_groups_of_extreme_values_stay_in_range(value):
+def test_quantized_extreme_values_stay_in_range(value):
     quantized, scales = llama2c.quantize(torch.tensor([[value, -value, 0.0, value / 2]]))
     assert quantized.abs().max() <= 127 and scales.isfinite().all()
     assert quantized[0, 1] == -quantized[0, 0] and quantized[0, 2] == 0
@@ -331,7 +331,7 @@ def test_groups_of_extreme_values_stay_in_range(value):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("position", [4, *range(8, 40, 4)])
 @pytest.mark.parametrize("value", [0, -1, 2**31 - 1])
-def test_a_later_header_that_lies_is_refused(version, position, value, tmp_path):
+def test_a_wrong_header_of_version_1_or_2_is_refused(version, position, value, tmp_path):
     path = str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(random_model(n_kv_heads=2)), path, version)
     content = bytearray(content_of(path))

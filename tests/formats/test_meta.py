@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from export import write_model
+from formats.writer import write_model
 from formats import meta
 from formats.lazy_model import from_model
 from formats.registry import open_model
@@ -68,17 +68,17 @@ def cut_in_shards(folder: Path, number: int, embedding_axis: int):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["Llama 3", "Llama 2"])
 @pytest.mark.parametrize("number", [1, 2, 4])
-def test_shards_are_put_together(number, axis, tied, tokenizer, tmp_path):
+def test_shards_are_concatenated(number, axis, tied, tokenizer, tmp_path):
     model = random_model(n_kv_heads=4, tie_embeddings=tied)
     folder = exported(tmp_path, model, tokenizer)
     cut_in_shards(folder, number, axis)
     again = open_model(str(folder), max_seq_len=160)
     # A classifier cut in rows cannot be known to be an embedding cut in columns; its values are the same.
     assert again.args.tie_embeddings == (tied and (axis == 0 or number == 1))
-    assert torch.equal(logits_of(again.model()), logits_of(model))
+    assert torch.equal(logits_of(again.load()), logits_of(model))
 
 
-def test_the_file_is_one_for_torch_load(tmp_path):
+def test_torch_load_reads_the_file(tmp_path):
     model = random_model(tie_embeddings=True)
     state = torch.load(
         exported(tmp_path, model) / "consolidated.00.pth", weights_only=True, mmap=True
@@ -99,7 +99,7 @@ def test_the_file_is_one_for_torch_load(tmp_path):
         (4001, 1, 2.5),
     ],
 )
-def test_the_feed_forward_width_comes_back_whatever_it_is(
+def test_any_feed_forward_width_round_trips(
     hidden_dim, multiple_of, multiplier, tmp_path
 ):
     """params.json has no hidden_dim, only a rule."""
@@ -109,7 +109,7 @@ def test_the_feed_forward_width_comes_back_whatever_it_is(
     assert open_model(str(exported(tmp_path, model))).args.ffn_dim == model.args.ffn_dim
 
 
-def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokenizer, tmp_path):
+def test_params_json_has_only_keys_that_llama_2_knows(tokenizer, tmp_path):
     known = {
         "dim",
         "n_layers",
@@ -124,15 +124,15 @@ def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokeni
     assert json.loads((folder / "params.json").read_text()).keys() == known
 
 
-def test_llama_3s_code_is_told_the_base_of_its_positions(tmp_path):
+def test_params_json_for_llama_3_has_rope_theta(tmp_path):
     """It takes 500000 where nothing is said."""
     tokenizer = small_llama3()
     folder = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     assert json.loads((folder / "params.json").read_text())["rope_theta"] == 10000.0
-    assert open_model(str(folder)).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(folder)).read_tokenizer().hash == tokenizer.hash
 
 
-def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_next_door(
+def test_llama_2_without_vocab_size_and_with_tokenizer_in_parent_folder(
     tokenizer, tmp_path
 ):
     folder = exported(tmp_path, random_model(), tokenizer)
@@ -140,11 +140,11 @@ def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_ne
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
     again = open_model(str(folder))
-    assert again.args.vocab_size == 512 and again.own_tokenizer().hash == tokenizer.hash
+    assert again.args.vocab_size == 512 and again.read_tokenizer().hash == tokenizer.hash
     assert again.args.max_seq_len == 4096
 
 
-def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
+def test_a_scaled_rope_with_its_own_factor_is_read(tmp_path):
     """Llama 3.2's factor, in the words of Meta's later code."""
     folder = exported(tmp_path, random_model(**LLAMA3))
     params = json.loads((folder / "params.json").read_text())
@@ -174,7 +174,7 @@ def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_fit_are_refused_by_name(changes, said, tmp_path):
+def test_invalid_params_are_refused_by_name(changes, said, tmp_path):
     folder = exported(tmp_path, random_model())
     params = json.loads((folder / "params.json").read_text()) | changes
     (folder / "params.json").write_text(
@@ -203,14 +203,14 @@ def test_shards_of_different_models_are_refused(tmp_path):
         open_model(str(folder))
 
 
-def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+def test_a_flipped_bit_of_a_weight_is_detected(tmp_path):
     folder = exported(tmp_path, random_model())
     content = bytearray((folder / "consolidated.00.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "consolidated.00.pth").write_bytes(content)
     again = open_model(str(folder))
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth: its record .* it is damaged"):
-        again.model()
+        again.load()
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +242,7 @@ def llama3_tokenizer(tmp_path_factory) -> str:
 def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
     """A folder as Meta's for Llama 3 8B, scaled down, in bfloat16."""
     (tmp_path / "llama3").mkdir()
-    args = meta.args_of(SCALED_DOWN, "params.json", tied=False)
+    args = meta.parse_args(SCALED_DOWN, "params.json", tied=False)
     torch.manual_seed(0)
     state = (
         random_model(**{name: getattr(args, name) for name in vars(args)}).bfloat16().state_dict()
@@ -253,9 +253,9 @@ def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
     return tmp_path / "llama3"
 
 
-def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path):
+def test_a_llama_3_folder_generates_and_round_trips(llama3_folder, tmp_path):
     source = open_model(str(llama3_folder), max_seq_len=256)
-    model, tokenizer = source.model(), source.own_tokenizer()
+    model, tokenizer = source.load(), source.read_tokenizer()
     assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (
         224,
         128256,
@@ -270,13 +270,13 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
         write_model(open_model(place, max_seq_len=256), str(tmp_path / step), step)
         place = str(tmp_path / step)
     end = open_model(place, max_seq_len=256)
-    assert end.dtype == torch.bfloat16 and torch.equal(logits_of(end.model()), logits_of(model))
+    assert end.dtype == torch.bfloat16 and torch.equal(logits_of(end.load()), logits_of(model))
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (
         llama3_folder / "tokenizer.model"
     ).read_bytes()
 
 
-def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
+def test_the_llama_3_tokenizer_is_the_same_in_all_programs(
     llama3_folder, llama3_tokenizer, shared, tmp_path
 ):
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
@@ -311,7 +311,7 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
         )
         assert answer.json()["tokens"] == ids
     (tmp_path / "hf" / "tokenizer.model").unlink()
-    assert open_model(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(tmp_path / "hf")).read_tokenizer().hash == tokenizer.hash
 
 
 def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
@@ -323,6 +323,6 @@ def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
         "use_scaled_rope": True,
     }
     with pytest.raises(ValueError, match=r'add "rope_scaling_factor": 32\.0'):
-        meta.args_of(params, "params.json", tied=True)
-    args = meta.args_of(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)
+        meta.parse_args(params, "params.json", tied=True)
+    args = meta.parse_args(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)
     assert args.rope_scaling.factor == 32.0

@@ -35,11 +35,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from export import write_model
 from formats import hugging_face
 from formats.lazy_model import from_model
 from formats.registry import open_model
 from formats.safetensors_file import read_safetensors
+from formats.writer import write_model
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from tests.tools.damage import (
@@ -191,7 +191,7 @@ def used(tokenizer: Tokenizer | None) -> str | None:
 def read_whole_model(path: str) -> Reading:
     model = open_model(path)
     tensors = {name: model.read(name) for name in model.names()}
-    return Reading(model.args, tensors, used(model.own_tokenizer()), model.model)
+    return Reading(model.args, tensors, used(model.read_tokenizer()), model.load)
 
 
 def read_vocabulary(path: str, load=load_tokenizer) -> Reading:
