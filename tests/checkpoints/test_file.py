@@ -1,3 +1,7 @@
+"""
+Checkpoints in one file: saved atomically, loaded strictly, compatible with llama2.c.
+"""
+
 import errno
 import io
 import math
@@ -45,7 +49,7 @@ def path(tmp_path) -> str:
 
 @pytest.fixture
 def good(path) -> bytes:
-    """The content of a good checkpoint, which is at path."""
+    """The content of a good checkpoint, written to path."""
     save_checkpoint(path, checkpoint_of(random_model()))
     return content_of(path)
 
@@ -56,7 +60,7 @@ def content_of(path) -> bytes:
 
 
 def llama2c_checkpoint(prefix: str) -> dict:
-    """As llama2.c's train.py writes it, n_kv_heads among the rest; hidden width 48."""
+    """A checkpoint as llama2.c's train.py writes it, with n_kv_heads; hidden_dim is 48."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"tok_embeddings": (19, 16), "norm": (16,)}
     for layer in range(2):
@@ -97,14 +101,14 @@ def llama2c_checkpoint(prefix: str) -> dict:
     "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
 )
 def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
-    """nanoGPT #325: what was compiled or trained by several processes did not load."""
-    theirs = llama2c_checkpoint(prefix)
-    torch.save(theirs, path)
+    """nanoGPT #325: checkpoints of compiled models or of DDP did not load."""
+    original = llama2c_checkpoint(prefix)
+    torch.save(original, path)
     model, checkpoint = load_model(path)
     assert model.args == ModelArgs(**TINY) and not model.training
-    assert {prefix + name for name in model.state_dict()} == set(theirs["model"])
+    assert {prefix + name for name in model.state_dict()} == set(original["model"])
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, theirs["model"][prefix + name]), name
+        assert torch.equal(weight, original["model"][prefix + name]), name
     assert model.output.weight is model.tok_embeddings.weight
     assert checkpoint["iter_num"] == 1000 and checkpoint["best_val_loss"] == 1.25
     assert checkpoint["config"]["vocab_source"] == "custom"
@@ -144,7 +148,7 @@ def test_default_model_args_have_exactly_the_keys_of_llama2c(shape):
 
 
 @pytest.mark.parametrize(
-    "further",
+    "extra",
     [
         dict(hidden_dim=33),
         dict(ffn_dim_multiplier=1.3),
@@ -155,21 +159,21 @@ def test_default_model_args_have_exactly_the_keys_of_llama2c(shape):
     ],
     ids=str,
 )
-def test_model_args_have_further_keys_only_where_needed(further):
-    args = ModelArgs(**TINY, **further)
+def test_model_args_have_further_keys_only_where_needed(extra):
+    args = ModelArgs(**TINY, **extra)
     saved = write_model_args(args)
-    assert saved == TINY | dict(dropout=0.0) | further
+    assert saved == TINY | dict(dropout=0.0) | extra
     assert ModelArgs(**saved) == args
 
 
 def changed(state: dict, **changes) -> dict:
-    """The state dict with some tensors replaced; None takes one away."""
+    """The state dict with some tensors replaced, or removed where the value is None."""
     state = state | {name.replace("__", "."): tensor for name, tensor in changes.items()}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(norm__weight=None), r"no norm\.weight"),
         (dict(layers__1__attention__wk__weight=None), r"no layers\.1\.attention\.wk\.weight"),
@@ -184,14 +188,17 @@ def changed(state: dict, **changes) -> dict:
             dict(layers__0__attention__wk__weight=torch.ones(16, 8)),
             r"wk\.weight is \(16, 8\), not \(8, 16\)",
         ),
-        (dict(output__weight=torch.zeros(19, 16)), "classifier differs from its embedding"),
+        (
+            dict(output__weight=torch.zeros(19, 16)),
+            r"output\.weight differs from tok_embeddings\.weight",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_mismatched_weights_are_refused_by_name(changes, said, path):
+def test_mismatched_weights_are_refused_by_name(changes, message, path):
     model = random_model()
     save_checkpoint(path, checkpoint_of(model, model=changed(model.state_dict(), **changes)))
-    with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + said):
+    with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + message):
         load_model(path)
 
 
@@ -224,10 +231,10 @@ def test_invalid_model_args_are_refused(saved, path):
 
 
 @pytest.mark.parametrize(
-    "lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
+    "oversized", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
 )
-def test_oversized_model_args_are_refused_before_allocation(lie, path):
-    save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | lie))
+def test_oversized_model_args_are_refused_before_allocation(oversized, path):
+    save_checkpoint(path, checkpoint_of(random_model(), model_args=TINY | oversized))
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
 
@@ -245,9 +252,18 @@ def test_oversized_model_args_are_refused_before_allocation(lie, path):
         dict(model={name: 3 for name in random_model().state_dict()}, model_args=TINY, iter_num=0),
         dict(model={0: torch.zeros(3)}, model_args=TINY, iter_num=0),
     ],
-    ids=["list", "tensor", "empty", "state dict", "no model_args", "model a list", "weight missing and no tensor",
-         "weights no tensors", "names no text"],
-)  # fmt: skip
+    ids=[
+        "list",
+        "tensor",
+        "empty",
+        "state dict",
+        "no model_args",
+        "model is a list",
+        "a weight is missing, one is not a tensor",
+        "weights are not tensors",
+        "names are not strings",
+    ],
+)
 def test_other_torch_files_are_refused(content, path):
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
@@ -268,7 +284,7 @@ def test_a_missing_checkpoint_is_named_with_advice():
     ids=["memory", "input"],
 )
 def test_transient_errors_are_not_reported_as_damage(error, good, path, monkeypatch):
-    """A run would go on from an older checkpoint, and put a good one aside."""
+    """The run would resume from an older checkpoint and rename a good one."""
 
     def fail(*args, **options):
         raise error
@@ -289,19 +305,19 @@ class Hostile:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_loading_a_checkpoint_runs_no_code(how, path, tmp_path):
+@pytest.mark.parametrize("file_format", ["zip", "legacy", "pickle"])
+def test_loading_a_checkpoint_runs_no_code(file_format, path, tmp_path):
     touched = tmp_path / "touched"
     checkpoint = checkpoint_of(random_model(), config={"seed": Hostile(touched)})
-    if how == "pickle":
+    if file_format == "pickle":
         with open(path, "wb") as file:
             pickle.dump(checkpoint["config"], file, protocol=2)
     else:
-        torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=file_format == "zip")
     with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
         load_checkpoint(path)
     assert not touched.exists()
-    # The control: what would do harm is in the file, and does it where a pickle is trusted.
+    # Control: the file contains the harmful pickle, and pickle.loads executes it.
     assert str(touched).encode() in Path(path).read_bytes()
     pickle.loads(pickle.dumps(Hostile(touched)))
     assert touched.exists()
@@ -325,13 +341,13 @@ def test_arbitrary_bytes_are_refused(content, path):
         load_checkpoint(path)
 
 
-def only_the_old_file_is_there(path, content: bytes) -> bool:
+def only_the_old_file_remains(path, content: bytes) -> bool:
     return os.listdir(os.path.dirname(path)) == ["ckpt.pt"] and content_of(path) == content
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_weights_never_replace_a_good_checkpoint(value, good, path):
-    """nanoGPT #167: a run in float16 turned to NaN and saved itself."""
+    """nanoGPT #167: a run in float16 diverged to NaN and overwrote its checkpoint."""
     model = random_model()
     with torch.no_grad():
         model.layers[1].feed_forward.w3.weight[-1, -1] = value
@@ -339,7 +355,7 @@ def test_nan_weights_never_replace_a_good_checkpoint(value, good, path):
         ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"
     ):
         save_checkpoint(path, checkpoint_of(model))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, 10_000, 20_000])
@@ -359,20 +375,18 @@ def test_a_full_disk_leaves_only_the_old_checkpoint(room, good, path, monkeypatc
     )
     with pytest.raises(OSError, match=r"ckpt\.pt|No space left"):
         save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_fsync_or_rename_leaves_only_the_old_checkpoint(
-    call, good, path, monkeypatch
-):
+def test_a_failed_fsync_or_rename_leaves_only_the_old_checkpoint(call, good, path, monkeypatch):
     def fail(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         save_checkpoint(path, checkpoint_of(random_model(), iter_num=8))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
 def test_a_new_checkpoint_replaces_the_old_one(good, path):

@@ -1,4 +1,4 @@
-"""Checkpoints in shares: written, read, joined, and refused where they are damaged."""
+"""Sharded checkpoints: written, read, converted, and refused if they are damaged."""
 
 import dataclasses
 import errno
@@ -32,7 +32,7 @@ ARGS = dict(dim=32, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=32)
 
 
 def trained_state(step: int) -> dict:
-    """What load_checkpoint gives of a model with AdamW's moments."""
+    """A checkpoint of a model with AdamW's moments."""
     model = random_model()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
@@ -97,7 +97,7 @@ def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_here, tmp
 
 
 class Hostile:
-    """What would write a file, were its pickle believed."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -106,10 +106,10 @@ class Hostile:
         return open, (self.path, "w")
 
 
-def with_table(folder: str, table):
-    """The folder with another table, its hash put right."""
+def replace_metadata(folder: str, metadata):
+    """Replace DCP's metadata in the folder, with a valid hash."""
     with open(os.path.join(folder, ".metadata"), "wb") as file:
-        pickle.dump(table, file)
+        pickle.dump(metadata, file)
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
     rest["files"][".metadata"] = sharded.file_sha256(os.path.join(folder, ".metadata"))
     torch.save(
@@ -119,14 +119,14 @@ def with_table(folder: str, table):
 
 
 def test_metadata_that_would_run_code_is_refused(folder, tmp_path):
-    with_table(folder, Hostile(tmp_path / "harmed"))
-    with pytest.raises(ValueError, match="open is no part of a table"):
+    replace_metadata(folder, Hostile(tmp_path / "harmed"))
+    with pytest.raises(ValueError, match=r"io\.open is not allowed in \.metadata"):
         open_sharded(folder)
     assert not os.path.exists(tmp_path / "harmed")
 
 
 def test_metadata_with_a_damaged_pickle_is_refused(folder):
-    with_table(folder, None)
+    replace_metadata(folder, None)
     with open(os.path.join(folder, ".metadata"), "wb") as file:
         file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
@@ -137,11 +137,11 @@ def test_metadata_with_a_damaged_pickle_is_refused(folder):
 
 
 def test_metadata_that_names_other_files_is_refused(folder):
-    table = open_sharded(folder)["sharded_tensors"].metadata
-    for place in table.storage_data.values():
-        place.relative_path = "../file.pt"
-    with_table(folder, table)
-    with pytest.raises(ValueError, match=r"names another file, \.\./file\.pt"):
+    metadata = open_sharded(folder)["sharded_tensors"].metadata
+    for info in metadata.storage_data.values():
+        info.relative_path = "../file.pt"
+    replace_metadata(folder, metadata)
+    with pytest.raises(ValueError, match=r"names a file of no shard, \.\./file\.pt"):
         open_sharded(folder)
 
 
@@ -181,31 +181,31 @@ def test_a_transient_disk_error_is_not_reported_as_damage(folder, monkeypatch):
 
 
 def test_a_folder_changed_while_reading_is_refused(file, folder, tmp_path):
-    outline = open_sharded(folder)
+    checkpoint = open_sharded(folder)
     os.rename(folder, tmp_path / "ckpt_000007.dcp")
     with pytest.raises(ValueError, match="changed while it was read"):
-        gather_full_state(outline)
-    write_single_rank(load_checkpoint(file), folder)  # as training puts a new one in its place
+        gather_full_state(checkpoint)
+    write_single_rank(load_checkpoint(file), folder)  # as training replaces it
     with pytest.raises(ValueError, match="changed while it was read"):
-        gather_full_state(outline)
+        gather_full_state(checkpoint)
 
 
-@pytest.mark.parametrize("lie", ["no parts", "larger than the files", "a part beyond it"])
-def test_metadata_that_does_not_match_the_files_is_refused(folder, lie):
-    table = open_sharded(folder)["sharded_tensors"].metadata
-    entry = table.state_dict_metadata["model/norm.weight"]
-    if lie == "no parts":
+@pytest.mark.parametrize("fault", ["no shards", "larger than the files", "out of range"])
+def test_metadata_that_does_not_match_the_files_is_refused(folder, fault):
+    metadata = open_sharded(folder)["sharded_tensors"].metadata
+    entry = metadata.state_dict_metadata["model/norm.weight"]
+    if fault == "no shards":
         entry.chunks.clear()
     else:
         entry.size = torch.Size([2**44])
-        entry.chunks[0].sizes = torch.Size([2**44 if lie == "larger than the files" else 2**45])
-    with_table(folder, table)
+        entry.chunks[0].sizes = torch.Size([2**44 if fault == "larger than the files" else 2**45])
+    replace_metadata(folder, metadata)
     expected = {
-        "no parts": "not all of",
+        "no shards": "some values of .* are missing",
         "larger than the files": "larger than its",
-        "a part beyond it": "is beyond it",
+        "out of range": "exceeds its shape",
     }
-    with pytest.raises(ValueError, match=expected[lie]):
+    with pytest.raises(ValueError, match=expected[fault]):
         open_sharded(folder)
 
 

@@ -1,5 +1,5 @@
 """
-Hugging Face folders, against transformers itself: theirs here and ours there.
+Hugging Face folders, compared with transformers in both directions.
 """
 
 import io
@@ -11,10 +11,10 @@ import sentencepiece
 import torch
 import transformers
 
-from formats.writer import write_model
 from formats import hugging_face, hugging_face_config
 from formats.lazy_model import from_model
 from formats.registry import open_model
+from formats.writer import write_model
 from ops.rope import RopeScaling
 from tests.formats.test_formats import LLAMA3, logits_of, random_model
 from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
@@ -28,7 +28,7 @@ def exported(tmp_path, model, tokenizer=None, dtype="auto") -> str:
     return path
 
 
-def slices_of(text: str, number: int = 1000) -> list[str]:
+def random_slices(text: str, number: int = 1000) -> list[str]:
     rng = random.Random(0)
     starts = [rng.randrange(len(text)) for _ in range(number)]
     return [text[start : start + rng.randrange(1, 200)] for start in starts]
@@ -38,26 +38,27 @@ def slices_of(text: str, number: int = 1000) -> list[str]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
 def test_transformers_computes_the_same_logits(n_kv_heads, tied, extra, tokenizer, tmp_path):
-    """llama2.c #321: an export that did not load; llama2.c #286: one that was right for twenty tokens."""
+    """llama2.c #321: an export did not load; #286: its logits were right for twenty tokens only."""
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, max_seq_len=200, **extra)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model, tokenizer))
+    path = exported(tmp_path, model, tokenizer)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokens = torch.randint(512, (2, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
-    assert theirs.dtype == torch.float32 and theirs.config.max_position_embeddings == 200
+        assert (hf_model(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
+    assert hf_model.dtype == torch.float32 and hf_model.config.max_position_embeddings == 200
 
 
 def test_transformers_computes_the_logits_of_a_published_model(shared, tmp_path):
     source = open_model(shared("models/stories260K.bin"), shared("models/tok512.bin"))
     path, model = str(tmp_path / "exported"), source.load()
     write_model(source, path, "hf")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
         tokens = torch.tensor([source.read_tokenizer().encode(file.read(2000), bos=True)[:200]])
-    with (
-        torch.no_grad()
-    ):  # its logits reach 20, where transformers' own two attention kernels differ by 2.2e-5
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], rtol=1.3e-6, atol=2e-5)
+    with torch.no_grad():
+        # The logits reach 20, where transformers' two attention kernels differ by 2.2e-5.
+        logits, hf_logits = model(tokens)[0], hf_model(tokens).logits
+        torch.testing.assert_close(hf_logits, logits, rtol=1.3e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("extra", [{}, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
@@ -68,26 +69,26 @@ def test_a_model_that_transformers_saved_has_the_same_logits(shards, tied, extra
         random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None
     )
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(
+    hf_model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**settings, attn_implementation="eager")
     ).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards > 1 else "1GB")
+    hf_model.save_pretrained(tmp_path, max_shard_size="100KB" if shards > 1 else "1GB")
     assert (
         len(list(tmp_path.glob("*.safetensors"))) == 1
         if shards == 1
         else (tmp_path / INDEX).exists()
     )
-    ours = open_model(str(tmp_path)).load()
+    model = open_model(str(tmp_path)).load()
     tokens = torch.randint(512, (2, 160))
     with torch.no_grad():
-        assert (theirs(tokens).logits - ours(tokens)[0]).abs().max() < 2e-5
+        assert (hf_model(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
 
 
 INDEX = "model.safetensors.index.json"
 
 
 def as_version_4_wrote_it(folder):
-    """Turn an exported folder into one of before rope_parameters and safetensors, in two shards."""
+    """Convert an exported folder to the older layout: no rope_parameters, two pickles."""
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"], config["dtype"], config["head_dim"]
     config["rope_scaling"] = None
@@ -122,10 +123,10 @@ def test_a_large_model_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
     files = sorted(file.name for file in (tmp_path / "exported").glob("*.safetensors"))
     assert len(files) == 3 and set(files) == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == 4 * model.num_parameters()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokens = torch.arange(100)[None]
     with torch.no_grad():
-        assert (theirs(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
+        assert (hf_model(tokens).logits - model(tokens)[0]).abs().max() < 2e-5
     assert torch.equal(logits_of(open_model(path).load()), logits_of(model))
     (tmp_path / "exported" / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"the shard {files[1]} is missing"):
@@ -142,12 +143,12 @@ def test_a_large_model_is_written_in_shards(tokenizer, tmp_path, monkeypatch):
     ],
 )
 def test_transformers_encodes_and_decodes_as_sentencepiece(model, text, shared, tmp_path):
-    """LLMs-from-scratch and litgpt #1359: a tokenizer that did not load, or cut otherwise."""
+    """LLMs-from-scratch, litgpt #1359: a tokenizer did not load, or tokenized differently."""
     tokenizer = load_tokenizer(shared(f"models/{model}"))
     path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size, dim=16), tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     with open(shared(f"data/{text}"), encoding="utf-8") as file:
-        slices = slices_of(file.read())
+        slices = random_slices(file.read())
     slices += [
         "",
         " ",
@@ -160,9 +161,9 @@ def test_transformers_encodes_and_decodes_as_sentencepiece(model, text, shared, 
     ]
     for piece in slices:
         ids = tokenizer.encode(piece)
-        assert theirs.encode(piece, add_special_tokens=False) == ids, repr(piece)
-        assert theirs.encode(piece) == [tokenizer.bos_id, *ids]
-        assert theirs.decode(ids) == tokenizer.decode(ids) == tokenizer.processor.decode(ids)
+        assert hf_tokenizer.encode(piece, add_special_tokens=False) == ids, repr(piece)
+        assert hf_tokenizer.encode(piece) == [tokenizer.bos_id, *ids]
+        assert hf_tokenizer.decode(ids) == tokenizer.decode(ids) == tokenizer.processor.decode(ids)
     again = hugging_face.read_tokenizer(path)
     assert again.hash == tokenizer.hash
 
@@ -175,7 +176,7 @@ def test_tokenizer_json_alone_gives_an_equivalent_tokenizer(model, shared, tmp_p
     again = hugging_face.read_tokenizer(path)
     with open(shared("data/tinystories.txt"), encoding="utf-8") as file:
         assert all(
-            again.encode(piece) == tokenizer.encode(piece) for piece in slices_of(file.read())
+            again.encode(piece) == tokenizer.encode(piece) for piece in random_slices(file.read())
         )
     assert (again.bos_id, again.eos_id, again.vocab_size) == (
         tokenizer.bos_id,
@@ -185,11 +186,11 @@ def test_tokenizer_json_alone_gives_an_equivalent_tokenizer(model, shared, tmp_p
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_tokenizer_json_with_a_metaspace_pretokenizer_is_read(
-    scheme, tokenizer, tmp_path
-):
-    """Its spaces are turned into ▁ by a pre-tokenizer. Where a text begins with a space, that one puts
-    no further one before it, and SentencePiece, with which the vocabulary was learned, does."""
+def test_tokenizer_json_with_a_metaspace_pretokenizer_is_read(scheme, tokenizer, tmp_path):
+    """Newer versions of transformers replace spaces by ▁ in a pre-tokenizer.
+
+    It differs from SentencePiece for a text that begins with a space: it adds no second one.
+    """
     path = exported(tmp_path, random_model(), tokenizer)
     (tmp_path / "exported" / "tokenizer.model").unlink()
     file = tmp_path / "exported" / "tokenizer.json"
@@ -201,67 +202,66 @@ def test_tokenizer_json_with_a_metaspace_pretokenizer_is_read(
         "split": False,
     }
     file.write_text(json.dumps(content), encoding="utf-8")
-    again, theirs = (
-        hugging_face.read_tokenizer(path),
-        transformers.AutoTokenizer.from_pretrained(path),
-    )
+    again = hugging_face.read_tokenizer(path)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     for text in ("Once upon a time", "two  spaces ", "Lily's\n\nball"):
-        assert again.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert again.encode(text) == hf_tokenizer.encode(text, add_special_tokens=False)
     content["pre_tokenizer"]["split"] = True
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="in another way than Llama 2"):
+    with pytest.raises(ValueError, match="its normalizer differs from that of Llama 2"):
         hugging_face.read_tokenizer(path)
 
 
 def test_transformers_knows_the_bos_and_eos_tokens(tokenizer, tmp_path):
     path = exported(tmp_path, random_model(), tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert hf_tokenizer.bos_token_id == tokenizer.bos_id
+    assert hf_tokenizer.eos_token_id == tokenizer.eos_id
     generation = transformers.GenerationConfig.from_pretrained(path)
     assert (
         generation.bos_token_id == tokenizer.bos_id
         and set(generation.eos_token_id) == tokenizer.stop_ids
     )
     ids = [tokenizer.bos_id, *tokenizer.encode("Hi"), tokenizer.eos_id]
-    assert theirs.decode(ids, skip_special_tokens=True) == "Hi"
+    assert hf_tokenizer.decode(ids, skip_special_tokens=True) == "Hi"
 
 
 def test_a_normalizing_vocabulary_is_refused(stories, tmp_path):
-    tokenizer = sentencepiece_of(stories, model_type="bpe", remove_extra_whitespaces=True)
-    with pytest.raises(ValueError, match=r"normalizes a text before it cuts it.*train_vocab"):
+    tokenizer = train_tokenizer(stories, model_type="bpe", remove_extra_whitespaces=True)
+    with pytest.raises(ValueError, match=r"normalizes text before tokenization.*train_vocab"):
         exported(tmp_path, random_model(), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(model_type="mistral"), "a model of type 'mistral', not llama"),
-        (dict(hidden_act="gelu"), "hidden_act='gelu' is more than"),
-        (dict(attention_bias=True), "attention_bias=True is more than"),
-        (dict(mlp_bias=True), "mlp_bias=True is more than"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+        (dict(attention_bias=True), "attention_bias=True is not supported"),
+        (dict(mlp_bias=True), "mlp_bias=True is not supported"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(head_dim=32), "head_dim=32"),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope scaling of type 'yarn'"),
         (dict(rope_parameters={"rope_type": "llama3", "factor": 4.0}), "low_freq_factor"),
         (dict(hidden_size=None), "no hidden_size"),
         (dict(num_hidden_layers=3), "it has no model.layers.2"),
-        (dict(num_hidden_layers=1), "model.layers.1.* is no part of a Llama"),
+        (dict(num_hidden_layers=1), "model.layers.1.* is not a tensor of the Llama"),
         (dict(num_hidden_layers=2**30), "it has no model.layers.2"),
         (dict(hidden_size=2**30, head_dim=None), "do not fit the model"),
         (dict(vocab_size=511), "do not fit the model: tok_embeddings.weight"),
         (dict(max_position_embeddings=2**30), "at most 1048576 positions"),
         (dict(num_attention_heads=5, head_dim=None), "n_heads=5: must divide dim=48"),
-        (dict(rms_norm_eps="tiny"), "not the settings of a Llama"),
+        (dict(rms_norm_eps="tiny"), "not the configuration of a Llama"),
         (dict(tie_word_embeddings=False), "it has no lm_head.weight"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_another_architecture_is_refused_by_name(changes, said, tokenizer, tmp_path):
+def test_another_architecture_is_refused_by_name(changes, message, tokenizer, tmp_path):
     path = exported(tmp_path, random_model(), tokenizer)
     file = tmp_path / "exported" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(ValueError, match=rf"exported.*{said}"):
+    with pytest.raises(ValueError, match=rf"exported.*{message}"):
         open_model(path)
 
 
@@ -307,7 +307,7 @@ def test_a_shard_outside_the_folder_is_refused(tokenizer, tmp_path):
 
 
 def small_llama3() -> Llama3Tokenizer:
-    """Bytes, some longer tokens, and Llama 3's special ones."""
+    """A tokenizer of bytes, some longer tokens and Llama 3's special tokens."""
     words = [
         "th",
         "he",
@@ -335,11 +335,11 @@ def test_transformers_tokenizes_as_a_llama_3_tokenizer(stories, tmp_path):
     tokenizer = small_llama3()
     model = random_model(vocab_size=tokenizer.vocab_size, **LLAMA3)
     path = exported(tmp_path, model, tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     for text in [*stories[:50], "naïve 🦙 <|eot_id", "1234567", " \n\n \t x", ""]:
         ids = tokenizer.encode(text)
-        assert theirs.encode(text) == [tokenizer.bos_id, *ids]
-        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+        assert hf_tokenizer.encode(text) == [tokenizer.bos_id, *ids]
+        assert hf_tokenizer.decode(ids) == tokenizer.decode(ids) == text
     messages = [
         ("system", "Be brief."),
         ("user", " Hello, the llama! "),
@@ -347,44 +347,48 @@ def test_transformers_tokenizes_as_a_llama_3_tokenizer(stories, tmp_path):
         ("user", "Bye"),
     ]
     chat = [{"role": role, "content": text} for role, text in messages]
-    templated = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert templated == tokenizer.encode_chat(messages)
+    ids = hf_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == tokenizer.encode_chat(messages)
     assert hugging_face.read_tokenizer(path).hash == tokenizer.hash
     (tmp_path / "exported" / "tokenizer.model").unlink()
     again = hugging_face.read_tokenizer(path)
     assert again.hash == tokenizer.hash and again.special == tokenizer.special
 
 
-def sentencepiece_of(stories, **options) -> SentencePieceTokenizer:
+def train_tokenizer(stories, **options) -> SentencePieceTokenizer:
     content = io.BytesIO()
+    defaults = dict(
+        normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True
+    )
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(stories), model_writer=content, vocab_size=512, minloglevel=2,
-        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True) | options,
-    )  # fmt: skip
+        sentence_iterator=iter(stories),
+        model_writer=content,
+        vocab_size=512,
+        minloglevel=2,
+        **defaults | options,
+    )
     return SentencePieceTokenizer(content.getvalue())
 
 
 def test_a_unigram_vocabulary_is_refused(stories, tmp_path):
-    tokenizer = sentencepiece_of(stories, model_type="unigram")
-    with pytest.raises(ValueError, match="no byte-pair encoding"):
+    tokenizer = train_tokenizer(stories, model_type="unigram")
+    with pytest.raises(ValueError, match="not a byte-pair encoding"):
         exported(tmp_path, random_model(), tokenizer)
     with pytest.raises(ValueError, match=r"tokenizer\.bin is read as byte-pair encoding"):
         tokenizer.to_bin()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_vocabulary_without_dummy_prefix_is_exported(
-    stories, tmp_path
-):
-    tokenizer = sentencepiece_of(stories, model_type="bpe", add_dummy_prefix=False)
+def test_a_vocabulary_without_dummy_prefix_is_exported(stories, tmp_path):
+    tokenizer = train_tokenizer(stories, model_type="bpe", add_dummy_prefix=False)
     path = exported(tmp_path, random_model(), tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     (tmp_path / "exported" / "tokenizer.model").unlink()
     again = hugging_face.read_tokenizer(path)
     for text in stories[:20]:
         ids = tokenizer.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
-        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+        assert hf_tokenizer.encode(text, add_special_tokens=False) == again.encode(text) == ids
+        assert hf_tokenizer.decode(ids) == tokenizer.decode(ids) == text
     with pytest.raises(ValueError, match="begin a text with a space"):
         tokenizer.to_bin()
 
@@ -399,7 +403,7 @@ def test_custom_special_tokens_are_preserved_or_refused(tmp_path):
         and open_model(path).read_tokenizer().special == tokenizer.special
     )
     for target in ("ckpt", "meta"):
-        with pytest.raises(ValueError, match="no place for special tokens other than"):
+        with pytest.raises(ValueError, match="cannot store special tokens other than"):
             write_model(from_model(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
 
 
@@ -420,5 +424,6 @@ def test_tokenizer_json_with_another_algorithm_is_refused(change, tmp_path):
     else:
         content["model"]["merges"].reverse()
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: it (cuts words|merges) in another"):
+    problem = "(pre-tokenizer differs|merges are in another)"
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: its {problem}"):
         hugging_face.read_tokenizer(path)

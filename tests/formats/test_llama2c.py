@@ -1,3 +1,7 @@
+"""
+llama2.c's .bin files: bytes by definition, round trips, and refusals of damaged files.
+"""
+
 import math
 import struct
 
@@ -63,11 +67,11 @@ def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
     header = struct.pack("<7i", 4, 5, 2, 1, 1, 3 if tied else -3, 3)
     weights = [value for name in names for value in state[name].flatten().tolist()]
     angles = [position * frequency for position in range(3) for frequency in (1.0, 10000**-0.5)]
-    classifier = [] if tied else state["output.weight"].flatten().tolist()
+    lm_head = [] if tied else state["output.weight"].flatten().tolist()
     write_v0(model, str(tmp_path / "model.bin"))
     written = content_of(tmp_path / "model.bin")
     before = header + struct.pack(f"<{len(weights)}f", *weights)
-    after = struct.pack(f"<{len(classifier)}f", *classifier)
+    after = struct.pack(f"<{len(lm_head)}f", *lm_head)
     assert written[: len(before)] == before
     assert written[len(written) - len(after) :] == after
     tables = struct.unpack("<12f", written[len(before) : len(written) - len(after)])
@@ -78,7 +82,7 @@ def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
 def test_a_model_round_trips_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
-    """llama2.c #403 and #431: grouped queries were lost on the way."""
+    """llama2.c #403, #431: an export lost grouped-query attention."""
     path = str(tmp_path / "model.bin")
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, hidden_dim=hidden_dim)
     write_v0(model, path)
@@ -150,9 +154,7 @@ def test_unsupported_settings_are_refused_by_name(name, overrides, tmp_path):
 @pytest.mark.parametrize(
     "name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"]
 )
-def test_nan_weights_are_refused_and_the_old_file_remains(
-    name, value, model_bin, tmp_path
-):
+def test_nan_weights_are_refused_and_the_old_file_remains(name, value, model_bin, tmp_path):
     before, model = content_of(model_bin), random_model()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -163,8 +165,8 @@ def test_nan_weights_are_refused_and_the_old_file_remains(
 
 
 @pytest.fixture
-def builds_nothing(monkeypatch):
-    """A file must be refused before the model it claims to hold takes memory."""
+def reads_no_tensor(monkeypatch):
+    """A file must be refused before memory is allocated for its model."""
 
     def forbidden(self, name):
         raise AssertionError(f"read {name}")
@@ -174,9 +176,7 @@ def builds_nothing(monkeypatch):
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("field", range(7), ids=FIELDS)
-def test_a_wrong_header_is_refused_before_allocation(
-    field, change, model_bin, builds_nothing
-):
+def test_a_wrong_header_is_refused_before_allocation(field, change, model_bin, reads_no_tensor):
     content = bytearray(content_of(model_bin))
     header = list(struct.unpack_from("<7i", content))
     header[field] = {+1: header[field] + 1, -1: header[field] - 1, "x2": 2 * header[field]}.get(
@@ -189,7 +189,7 @@ def test_a_wrong_header_is_refused_before_allocation(
         read_v0(model_bin)
 
 
-def test_a_header_of_huge_consistent_sizes_is_refused(model_bin, builds_nothing):
+def test_a_header_of_huge_consistent_sizes_is_refused(model_bin, reads_no_tensor):
     with open(model_bin, "r+b") as file:
         file.write(struct.pack("<7i", 2**30, 2**30, 2**31 - 1, 2**10, 2**10, -(2**31), 2**31 - 1))
     with pytest.raises(ValueError, match=r"model\.bin: "):
@@ -209,12 +209,19 @@ def test_a_header_of_huge_consistent_sizes_is_refused(model_bin, builds_nothing)
         lambda content: content + content,
         lambda content: b"Once upon a time, there was a little girl. " * 100,
     ],
-    ids=["empty", "part of a header", "header alone", "half", "a byte less", "a value less", "a byte more", "twice",
-         "text"],
-)  # fmt: skip
-def test_a_file_of_another_length_is_refused_before_allocation(
-    damage, model_bin, builds_nothing
-):
+    ids=[
+        "empty",
+        "part of a header",
+        "header alone",
+        "half",
+        "a byte less",
+        "a value less",
+        "a byte more",
+        "twice",
+        "text",
+    ],
+)
+def test_a_file_of_another_length_is_refused_before_allocation(damage, model_bin, reads_no_tensor):
     content = content_of(model_bin)
     with open(model_bin, "wb") as file:
         file.write(damage(content))
@@ -223,7 +230,7 @@ def test_a_file_of_another_length_is_refused_before_allocation(
 
 
 def test_a_file_with_another_rope_theta_is_refused(model_bin):
-    """The format says nothing of rope_theta, but the tables in the file do."""
+    """The header has no rope_theta, but the rotary tables in the file depend on it."""
     tables = b"".join(table.numpy().tobytes() for table in precompute_rope_cache(4, 6, 500000.0))
     with open(model_bin, "r+b") as file:
         file.seek(-len(tables), 2)
@@ -236,12 +243,12 @@ def test_a_file_with_nan_values_is_refused(model_bin):
     with open(model_bin, "r+b") as file:
         file.seek(28 + 4 * 100)
         file.write(struct.pack("<f", math.nan))
-    with pytest.raises(ValueError, match=r"model\.bin: .*no numbers"):
+    with pytest.raises(ValueError, match=r"model\.bin: .*NaN or Inf"):
         read_v0(model_bin)
 
 
-def parts_in_order() -> list[str]:
-    """The names of a model's tensors as llama2.c's versions 1 and 2 order them, for 2 layers."""
+def v1_names() -> list[str]:
+    """The names of a model's tensors in the order of versions 1 and 2, for 2 layers."""
     norms = [
         f"layers.{layer}.{norm}.weight"
         for norm in ("attention_norm", "ffn_norm")
@@ -274,14 +281,14 @@ def header_of(model: Transformer, version: int, rest: bytes = b"") -> bytes:
 def test_version_1_has_the_bytes_of_its_definition(tied, tmp_path):
     model, path = random_model(n_kv_heads=2, tie_embeddings=tied), str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(model), path, "v1")
-    names = parts_in_order() + ["output.weight"] * (not tied)
+    names = v1_names() + ["output.weight"] * (not tied)
     state = model.state_dict()
     values = [value for name in names for value in state[name].flatten().tolist()]
     assert content_of(path) == header_of(model, 1) + struct.pack(f"<{len(values)}f", *values)
 
 
 def q8_0(values: list[float], group_size: int) -> bytes:
-    """Quantized by the definition, in float32 a number at a time: q = round(x / s), s = max |x| / 127."""
+    """The definition, in float32, one number at a time: q = round(x / s), s = max |x| / 127."""
     quantized, scales = [], []
     for start in range(0, len(values), group_size):
         group = np.float32(values[start : start + group_size])
@@ -297,7 +304,7 @@ def q8_0(values: list[float], group_size: int) -> bytes:
     [(64, 128, 64), (128, 192, 64), (32, 64, 32), (48, 96, 16), (40, 88, 8), (12, 33, 1)],
 )
 def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, tied, tmp_path):
-    """Groups of 64, halved until they divide the rows of all matrices: runq.c drops the rest of a row."""
+    """The groups divide the rows of all matrices: runq.c ignores the rest of a row."""
     model = random_model(
         dim=dim, n_heads=2, hidden_dim=hidden_dim, vocab_size=67, tie_embeddings=tied
     )
@@ -306,7 +313,7 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     path = str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(model), path, "v2")
     expected = header_of(model, 2, struct.pack("<i", group_size))
-    for name in parts_in_order() + ["output.weight"] * (not tied):
+    for name in v1_names() + ["output.weight"] * (not tied):
         values = model.state_dict()[name].flatten().tolist()
         is_norm = "norm" in name
         expected += (
