@@ -155,7 +155,7 @@ def size_on_disk(path: str) -> int:
 
 def export_training_state(config: ExportConfig) -> None:
     """Convert a checkpoint with its training state."""
-    from checkpoints.sharded import convert_checkpoint  # imports DCP, which takes a second
+    from checkpoints.sharded import convert_checkpoint  # importing DCP takes a second
 
     step = convert_checkpoint(config.source, config.output)
     print(f"wrote {config.output}, the training state of step {step}")
@@ -174,7 +174,7 @@ def export_model(config: ExportConfig) -> None:
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Exit through the finally blocks, which remove partly written files."""
+    """Raise SystemExit, so that finally blocks remove partly written files."""
     sys.exit(128 + number)
 
 

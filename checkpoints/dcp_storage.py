@@ -31,7 +31,7 @@ ALLOWED_METADATA_CLASSES = {
 
 
 class DCPWriter(dcp.FileSystemWriter):
-    """DCP's writer without storage metadata, which would contain the path of the folder."""
+    """DCP's writer without storage metadata, because that contains the path of the folder."""
 
     def storage_meta(self) -> None:
         """Return no storage metadata."""

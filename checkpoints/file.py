@@ -102,7 +102,7 @@ def write_hashed(path: str, content: dict[str, Any]) -> None:
 
 
 def write_error(path: str, error: RuntimeError) -> OSError:
-    """The OSError to raise for a RuntimeError of PyTorch's writer, which hides a full disk."""
+    """The OSError for a RuntimeError of PyTorch's writer, which does not name its cause."""
     reason = str(error).splitlines()[0]
     return OSError(f"{path}: could not be written completely; is the disk full? ({reason})")
 
@@ -150,7 +150,7 @@ def write_model_args(args: ModelArgs) -> dict[str, Any]:
     extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
     if args.rope_scaling:
         scaling = dataclasses.asdict(args.rope_scaling)
-        extra["rope_scaling"] = {"kind": scaling.pop("type"), **scaling}  # name in files
+        extra["rope_scaling"] = {"kind": scaling.pop("type"), **scaling}  # the key in files
     return saved | {k: value for k, value in extra.items() if value != getattr(defaults, k)}
 
 
@@ -260,7 +260,7 @@ def read_model_args(path: str, saved: Any) -> ModelArgs:
     try:
         if saved.get("rope_scaling") is not None:
             scaling = dict(saved["rope_scaling"])
-            scaling["type"] = scaling.pop("kind")  # name in files
+            scaling["type"] = scaling.pop("kind")  # the key in files
             saved = saved | {"rope_scaling": RopeScaling(**scaling)}
         return ModelArgs(**saved)
     except (ValueError, KeyError, TypeError, OverflowError) as error:

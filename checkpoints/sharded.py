@@ -104,7 +104,7 @@ def copy_dicts(value: Any) -> Any:
 
 
 def without_tied_head(shards: dict[str, T], args: ModelArgs) -> dict[str, T]:
-    """The tensors without a tied output.weight, which is the embedding and is stored once."""
+    """The tensors without a tied output.weight: only the embedding is stored."""
     if not args.tie_embeddings:
         return shards
     return {key: shard for key, shard in shards.items() if key != LM_HEAD_KEY}
@@ -148,7 +148,7 @@ def save_sharded(
 
     Args:
         shards: the DTensors by key, as split_sharded returns them.
-        state: the rest of the checkpoint, which rank 0 writes.
+        state: the rest of the checkpoint; rank 0 writes it.
         folder: the final path; the files are written to a temporary folder beside it.
         mesh: the ranks that take part, on the CPU.
         commit: called on rank 0 with the path of the complete temporary folder; moves it.
@@ -193,7 +193,7 @@ def dcp_save(shards: dict[str, DTensor], folder: str, group: dist.ProcessGroup) 
         writer = DCPWriter(folder, per_thread_copy_ahead=0)
         dcp.save(shards, storage_writer=writer, process_group=group)
         return
-    except CheckpointException as error:  # a BaseException, whose traceback holds the shards
+    except CheckpointException as error:  # a BaseException; its traceback would keep the shards
         cause = first_cause(error)
     if isinstance(cause, RuntimeError):
         cause = write_error(folder, cause)
@@ -231,7 +231,7 @@ def finish_folder(
     for name in files:
         if not os.path.exists(os.path.join(folder, name)):
             raise ValueError(
-                f"{name}, which another rank wrote, is not in {folder}: "
+                f"{name} of another rank is not in {folder}: "
                 "--out_dir must be one folder that all machines see"
             )
     write_hashed(os.path.join(folder, STATE_FILE), state | {"files": files})
@@ -284,8 +284,8 @@ def write_single_rank(checkpoint: dict[str, Any], folder: str) -> None:
 def open_sharded(folder: str) -> dict[str, Any]:
     """The content of a checkpoint with tensors on the meta device.
 
-    The additional entry sharded_tensors is a ShardedTensors, which reads the values. The hash of
-    every file is verified. Raises ValueError if the checkpoint is damaged.
+    The additional entry sharded_tensors, a ShardedTensors, reads the values. The hash of every
+    file is verified. Raises ValueError if the checkpoint is damaged.
     """
     try:
         state = read_hashed(os.path.join(folder, STATE_FILE))

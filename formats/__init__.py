@@ -1,5 +1,5 @@
 """
-Model formats: one module per format, and registry.py, which lists the modules.
+Model formats: one module per format; registry.py lists the modules.
 
 To add a format, write a module with the following names and append it to registry.FORMATS:
 
@@ -13,6 +13,6 @@ To add a format, write a module with the following names and append it to regist
     write(model, path, target, dtype)   writes a LazyModel atomically, with one tensor at a time
                                         in memory; target is a key of DTYPES
 
-registry.Format is this interface as a typing.Protocol. The reader and the writer of a module share
-one ordered table of tensor names.
+registry.Format is this interface as a typing.Protocol. Reader and writer of a module use the same
+ordered table of tensor names.
 """

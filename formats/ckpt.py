@@ -1,5 +1,5 @@
 """
-ckpt.pt, a checkpoint of this project or of llama2.c, whose tensor names are those of the model.
+ckpt.pt, a checkpoint of this project or of llama2.c. Its tensor names are those of model.py.
 
 A sharded checkpoint, ckpt.dcp (see checkpoints/sharded.py), is read too. Training state beyond the
 weights is neither read nor written here; checkpoints/file.py does that.
@@ -57,7 +57,7 @@ def read(path: str) -> LazyModel:
 
 def read_sharded(path: str) -> LazyModel:
     """Open a sharded checkpoint. Raises ValueError if it is damaged."""
-    from checkpoints.sharded import open_sharded  # imports DCP, which takes a second
+    from checkpoints.sharded import open_sharded  # importing DCP takes a second
 
     checkpoint = open_sharded(path)
 

@@ -99,7 +99,7 @@ def read(path: str) -> LazyModel:
     tensors = {}
     for name, gguf_name in expand_layers(TENSOR_NAMES, args):
         if gguf_name not in gguf_tensors:
-            raise ValueError(f"{path}: it has no {gguf_name}, which its header requires")
+            raise ValueError(f"{path}: {gguf_name} is missing; its header requires it")
         tensors[name] = gguf_tensors.pop(gguf_name)
     if gguf_tensors:
         raise ValueError(f"{path}: {min(gguf_tensors)[:100]} is not a tensor of a Llama")
@@ -256,7 +256,7 @@ def unsupported_reason(args: ModelArgs) -> None:
 
 
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
-    """Write a file. In q8_0, a matrix whose row length is not a multiple of 32 is float16."""
+    """Write a file. In q8_0, a matrix is float16 if its row length is not a multiple of 32."""
     tokenizer = model.read_tokenizer()
     if tokenizer is None:
         raise ValueError(

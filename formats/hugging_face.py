@@ -94,7 +94,7 @@ def read(path: str) -> LazyModel:
     tensors = {}
     for name, hf_name in expand_layers(TENSOR_NAMES, args):
         if hf_name not in hf_tensors:
-            raise ValueError(f"{path}: it has no {hf_name}, which its config.json requires")
+            raise ValueError(f"{path}: {hf_name} is missing; its config.json requires it")
         tensors[name] = interleave_lazily(hf_tensors.pop(hf_name), rope_heads(args, name))
     for hf_name in hf_tensors:
         is_tied_head = hf_name == "lm_head.weight" and args.tie_embeddings
@@ -107,7 +107,7 @@ def read(path: str) -> LazyModel:
 
 
 def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
-    """A tensor whose rows are read in the interleaved layout, if n_heads is given."""
+    """A tensor that is read in the interleaved layout, if n_heads is given."""
     if n_heads is None or len(tensor.shape) != 2 or tensor.shape[0] % (2 * n_heads):
         return tensor  # LazyModel refuses a wrong shape
     return LazyTensor(tensor.shape, tensor.dtype, lambda: to_interleaved(tensor.read(), n_heads))
@@ -156,7 +156,7 @@ def read_shards(
         shard_path = os.path.join(path, shard)
         if os.path.basename(shard) != shard or not os.path.isfile(shard_path):
             raise ValueError(
-                f"{path}: the shard {shard} is missing, which {os.path.basename(index)} names"
+                f"{path}: the shard {shard} is missing; {os.path.basename(index)} names it"
             )
         tensors |= reader(shard_path)
     if missing := weight_map.keys() - tensors.keys():
@@ -167,9 +167,9 @@ def read_shards(
 def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
     """The tokenizer of a folder, None if it has none.
 
-    It is SentencePiece's tokenizer.model, which has the scores. It is tokenizer.json if that has
-    tokens which the tokenizer.model lacks, and for Llama 3, whose tokenizer.model has no names of
-    special tokens. Raises ValueError if it is damaged or not supported.
+    A SentencePiece tokenizer.model is preferred, because only it has the scores. tokenizer.json is
+    used if it has additional tokens, and for Llama 3, because only it has the names of the special
+    tokens. Raises ValueError if the tokenizer is damaged or not supported.
     """
     file = os.path.join(path, "tokenizer.json")
     tokenizer = find_tokenizer(path)

@@ -1,5 +1,5 @@
 """
-Models whose tensors are read from a file one at a time, and helpers that the formats share.
+Models with tensors that are read from a file one at a time, and helpers of several formats.
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def cast_lazily(
 ) -> LazyTensor:
     """A tensor of a model, to write in dtype.
 
-    Its read() checks the range of dtype and applies transform, which keeps the shape.
+    Its read() checks the range of dtype and applies transform. transform must not change the shape.
     """
 
     def read() -> torch.Tensor:
@@ -188,7 +188,7 @@ def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
-    """The tensor names of a model, from a table of names in which {} is the layer number.
+    """The tensor names of a model, from a table of names where {} is the layer number.
 
     Each row has the name in Transformer's state dict and the name in the format. A tied
     output.weight is left out.

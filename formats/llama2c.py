@@ -97,7 +97,7 @@ def list_tensors(args: ModelArgs, version: int) -> Iterator[tuple[str, tuple[int
 
 
 def is_quantized(shape: tuple[int, ...], group_size: int | None) -> bool:
-    """Whether a tensor is stored in int8: norms, which have one dimension, are not."""
+    """Whether a tensor is stored in int8: norms, with one dimension, are not."""
     return group_size is not None and len(shape) > 1
 
 

@@ -1,6 +1,6 @@
 """
 A folder as Meta publishes Llama 2 and 3: params.json, consolidated.NN.pth with the tensor names of
-model.py, and tokenizer.model, which is SentencePiece's or (Llama 3) a list of tiktoken's ranks.
+model.py, and tokenizer.model, a SentencePiece model or (Llama 3) a list of tiktoken's ranks.
 
 The files consolidated.NN.pth are the shards of tensor parallelism: wo and w2 are split by columns,
 the other matrices by rows, and norms are in every shard. The embedding is split by columns in
@@ -33,7 +33,7 @@ DTYPES = {"meta": ("float32", "float16", "bfloat16")}
 SPLIT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 # What use_scaled_rope means; params.json cannot store other scalings.
 SCALED_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-# (dim, n_layers) of Llama 3.2, whose params.json omits the scaling factor, which is not 3.1's.
+# (dim, n_layers) of Llama 3.2. Its params.json omits the scaling factor, 32 instead of 3.1's 8.
 LLAMA_3_2 = ((2048, 16), (3072, 28))
 # Context length by generation; params.json does not contain it.
 MAX_SEQ_LEN = {"llama2": 4096, "llama3": 8192, "llama3.1": 131072}

@@ -3,7 +3,7 @@ tokenizer.json, the vocabulary of Hugging Face's tokenizers library, and tokeniz
 
 SentencePiece's byte-pair encoding has a score for each token. The library has an ordered list of
 merges instead: every pair of tokens that joins to a token, sorted by the score of the joined token.
-Llama 3's ranks become merges in the same way. Its tokens are bytes, which are written in GPT-2's
+Llama 3's ranks become merges in the same way. Its tokens are bytes. They are written in GPT-2's
 byte-level alphabet: one printable character for each byte.
 """
 

@@ -1,6 +1,6 @@
 """
 PyTorch's files, read and written one tensor at a time: a zip archive with a pickle, data.pkl, and a
-record data/N for the values of each tensor, to which the pickle refers.
+record data/N for the values of each tensor. The pickle refers to the records.
 
 torch.load reads the pickle with weights_only, so that it runs no code. The archive is checked
 first, so that no record is larger than the file.
@@ -150,7 +150,7 @@ def read_record(source: FileSource, offset: int, record: zipfile.ZipInfo) -> tor
 
 @dataclass(frozen=True)
 class Storage:
-    """A record of the archive, to which the pickle refers."""
+    """A record of the archive, as the pickle refers to it."""
 
     key: str
     tensor: LazyTensor

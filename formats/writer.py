@@ -1,5 +1,5 @@
 """
-Write a model in any format, without losing what is already at the path.
+Write a model in any format, without overwriting other files.
 """
 
 import os

@@ -149,11 +149,9 @@ def test_the_latest_checkpoint_is_a_file_or_a_folder(file, folder, tmp_path):
     os.rename(file, tmp_path / "ckpt_000007.pt")
     assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
-    said = []
-    assert (
-        load_latest(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt")
-        and len(said) == 1
-    )
+    messages = []
+    path, _ = load_latest(str(tmp_path), messages.append)
+    assert path == str(tmp_path / "ckpt_000007.pt") and len(messages) == 1
 
 
 def test_initial_weights_one_at_a_time_match_a_new_model():

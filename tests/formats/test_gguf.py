@@ -276,7 +276,7 @@ def header_changed(path, **changes):
     "changes, message",
     [
         (dict(general__architecture="gptj0"), "architecture 'gptj0', not llama"),
-        (dict(llama__block_count=TypedValue(UINT32, 2**30)), r"it has no blk\.2"),
+        (dict(llama__block_count=TypedValue(UINT32, 2**30)), r"blk\.2\..* is missing"),
         (dict(llama__block_count=TypedValue(UINT32, 1)), r"blk\.1.* is not a tensor of a Llama"),
         (dict(llama__embedding_length=TypedValue(UINT32, 2**31)), "do not fit|must|dim"),
         (dict(llama__attention__head_count=TypedValue(UINT32, 5)), "n_heads=5: must divide"),

@@ -66,6 +66,7 @@ def baseline() -> float:
     return peak_of("import export")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="the system does not report peak memory"
 )
