@@ -110,7 +110,7 @@ class InferenceEngine:
     def ensure_capacity(self, length: int) -> None:
         """Allocate or grow the KV cache for sequences of this length."""
         rounded = 1 << (length - 1).bit_length()  # few different lengths mean few compilations
-        # One more position, as a full cache would need a compilation of its own.
+        # One more position: a full cache would need another compilation.
         length = min(rounded, self.max_seq_len) + 1
         if self.cache.batch_size != self.batch_size:
             dtype = self.prepared.cache_dtype

@@ -4,21 +4,25 @@ What several test files share: options, small models and tokenizers, comparisons
 
 import json
 import random
-from collections.abc import Sequence as Tokens
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
 from checkpoints.latest import load_latest
 from generation.engine import InferenceEngine
 from generation.sampling_params import SamplingParams
 from generation.sequence import SequenceState
+from generation.steps import PreparedModel
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
 from training.parallel import load_weights
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 VOCAB_SIZE = 512  # of the tokenizer that the fixtures train
 
@@ -104,8 +108,10 @@ def model_logits(model: Transformer) -> torch.Tensor:
         return model(tokens)[0]
 
 
-def to_transformers(model: Transformer) -> LlamaForCausalLM:
+def to_transformers(model: Transformer) -> "LlamaForCausalLM":
     """The same model in the transformers library, without any code of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     args, state = model.args, model.state_dict()
     config = LlamaConfig(
         hidden_size=args.dim,
@@ -169,17 +175,15 @@ def random_slices(text: str, count: int = 1000) -> list[str]:
 
 
 def generate_batch(
-    model: Transformer,
+    model: Transformer | PreparedModel,
     prompts: list[list[int]],
     batch_size: int,
-    stop_ids: Tokens[int] = (),
-    decode: dict | None = None,
+    stop_ids: Collection[int] = (),
     **options,
 ) -> list[list[int]]:
-    """The tokens of each prompt and its completion. decode: arguments of the engine; options: of sampling."""
-    sequences = [SequenceState(prompt, number) for number, prompt in enumerate(prompts)]
-    params = SamplingParams(**options)
-    engine = InferenceEngine(model, params, batch_size, stop_ids, **(decode or {}))
+    """The tokens of each prompt and its completion. options: those of SamplingParams."""
+    sequences = [SequenceState(prompt, index) for index, prompt in enumerate(prompts)]
+    engine = InferenceEngine(model, SamplingParams(**options), batch_size, stop_ids)
     for _ in engine.generate(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
