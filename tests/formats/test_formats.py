@@ -13,7 +13,6 @@ import weakref
 import pytest
 import torch
 
-import export
 from checkpoints.file import load_checkpoint, save_checkpoint, write_model_args
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, LazyTensor, from_model
@@ -241,9 +240,9 @@ def workspace(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_export(run_here):
-    """Runs the command in this process; returns (status, standard output, standard error)."""
-    return functools.partial(run_here, export)
+def run_export(run_script, tmp_path):
+    """run_export("model.bin", "--from=x") runs the command in tmp_path: (status, output, error)."""
+    return functools.partial(run_script, "export.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
