@@ -188,7 +188,7 @@ class InferenceEngine:
         rows = [self.rows.index(sequence) for sequence in sequences]
         batch_idx = torch.tensor(rows, device=self.device)
         x = self.model.forward_hidden(
-            tokens.to(self.device), self.cache, sequences[0].kv_len, rows=batch_idx
+            tokens.to(self.device), self.cache, sequences[0].kv_len, batch_idx=batch_idx
         )
         logits = self.model.output(x[torch.arange(len(sequences)), lengths - 1])  # (B, V)
         check_no_nan(logits)

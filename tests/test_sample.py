@@ -1,14 +1,11 @@
 import copy
 import functools
-import io
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-import sample
 from checkpoints.file import save_checkpoint, write_model_args
 from formats import llama2c
 from formats.lazy_model import from_model
@@ -43,16 +40,10 @@ def out_dir(model, tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def run_sample(run_here):
+def run_sample(run_script):
     """run_sample("--seed=1", ...) runs the script in this process; returns (status, stdout,
     stderr)."""
-    return functools.partial(run_here, sample, "--device=cpu", "--max_new_tokens=40")
-
-
-@pytest.fixture
-def standard_input(monkeypatch):
-    """standard_input(content) replaces standard input."""
-    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    return functools.partial(run_script, "sample.py", "--device=cpu", "--max_new_tokens=40")
 
 
 def text_of(output: str) -> str:
@@ -128,11 +119,10 @@ def test_the_prompt_may_be_in_a_file(run_sample, out_dir, tmp_path):
     assert text_of(output).startswith("Zoë had a red ball.\nShe")
 
 
-def test_standard_input_has_one_prompt_per_line(run_sample, out_dir, standard_input):
+def test_standard_input_has_one_prompt_per_line(run_sample, out_dir):
     """A prompt's samples are the same as when it is the only prompt."""
-    standard_input("Once\nZoë saw\r\n".encode())
     options = (f"--out_dir={out_dir}", "--format=jsonl", "--num_samples=2")
-    status, output, _ = run_sample(*options, "--start=-")
+    status, output, _ = run_sample(*options, "--start=-", stdin="Once\nZoë saw\r\n")
     samples = records(output)
     assert status == 0
     assert [record["prompt"] for record in samples] == ["Once", "Once", "Zoë saw", "Zoë saw"]
@@ -147,21 +137,19 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize("content, message", BAD_INPUTS)
-def test_standard_input_must_hold_text(content, message, run_sample, out_dir, standard_input):
-    standard_input(content)
-    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+def test_standard_input_must_hold_text(content, message, run_sample, out_dir):
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-", stdin=content)
     assert status == 1 and message in error and len(error.splitlines()) == 1
 
 
-def test_only_a_newline_ends_a_prompt(run_sample, out_dir, standard_input):
-    standard_input("a\u2028b\x0cc\n\nd".encode())
-    samples = records(run_sample(f"--out_dir={out_dir}", "--start=-", "--format=jsonl")[1])
+def test_only_a_newline_ends_a_prompt(run_sample, out_dir):
+    options = (f"--out_dir={out_dir}", "--start=-", "--format=jsonl")
+    samples = records(run_sample(*options, stdin="a\u2028b\x0cc\n\nd")[1])
     assert [record["prompt"] for record in samples] == ["a\u2028b\x0cc", "", "d"]
 
 
-def test_closed_standard_input_is_reported_in_one_sentence(run_sample, out_dir, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+def test_closed_standard_input_is_reported_in_one_sentence(run_sample, out_dir):
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-", stdin=None)
     assert status == 1 and "standard input is empty" in error and len(error.splitlines()) == 1
 
 
@@ -180,14 +168,14 @@ def test_jsonl_is_one_record_per_sample_only(run_sample, out_dir, tokenizer):
         assert record["finish"] == ("length" if len(record["tokens"]) == 40 else "stop")
 
 
-def test_samples_do_not_depend_on_the_batch_size(run_sample, out_dir, standard_input):
+def test_samples_do_not_depend_on_the_batch_size(run_sample, out_dir):
     """--format=events interleaves all samples; joined, its chunks are the samples of jsonl."""
     options = (f"--out_dir={out_dir}", "--start=-", "--num_samples=2", "--stop=a|e")
     outputs = []
     for output_format, batch_size in (("jsonl", 1), ("jsonl", 4), ("events", 4)):
-        standard_input("Once\nZoë saw a dog and a cat\n\n".encode())
         format_options = (f"--format={output_format}", f"--batch_size={batch_size}")
-        outputs.append(records(run_sample(*options, *format_options)[1]))
+        result = run_sample(*options, *format_options, stdin="Once\nZoë saw a dog and a cat\n\n")
+        outputs.append(records(result.stdout))
     alone, batch, events = outputs
     assert alone == batch and len(alone) == 6
     texts, order = {}, []
@@ -259,23 +247,22 @@ def test_bfloat16_generates(run_sample, out_dir):
 # Interactive mode
 
 
-def test_interactive_drops_what_follows_a_stop_string(run_sample, out_dir, standard_input):
+def test_interactive_drops_what_follows_a_stop_string(run_sample, out_dir):
     options = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=12")
     options += ("--interactive=True",)
-    standard_input(b"Once\n\n")
-    first, _ = text_of(run_sample(*options)[1]).removesuffix("\n").split("\n")
+    first, _ = text_of(run_sample(*options, stdin="Once\n\n")[1]).removesuffix("\n").split("\n")
     stop = first[-3:]
-    standard_input(b"Once\nthere\n")
-    stopped, _ = text_of(run_sample(*options, f"--stop={stop}")[1]).split("\n", 1)
+    result = run_sample(*options, f"--stop={stop}", stdin="Once\nthere\n")
+    stopped, _ = text_of(result.stdout).split("\n", 1)
     assert stopped == first[: first.find(stop, len("Once"))]
 
 
-def test_interactive_continues_the_text(run_sample, out_dir, standard_input):
+def test_interactive_continues_the_text(run_sample, out_dir):
     """As if its beginning had been the prompt."""
     options = (f"--out_dir={out_dir}", "--temperature=0")
     eight, sixteen = "--max_new_tokens=8", "--max_new_tokens=16"
-    standard_input("Zoë saw\n\na dog\n".encode())
-    status, output, error = run_sample(*options, eight, "--interactive=True")
+    typed = "Zoë saw\n\na dog\n"
+    status, output, error = run_sample(*options, eight, "--interactive=True", stdin=typed)
     first, second, third = text_of(output).removesuffix("\n").split("\n")
     assert status == 0 and "24 tokens" in error
     assert first == text_of(run_sample(*options, eight, "--start=Zoë saw")[1]).strip("\n")

@@ -82,7 +82,7 @@ def test_the_plain_model_goes_on_with_the_same_probabilities():
         torch.testing.assert_close(plain_twin(model).next_logits(tokens), model(tokens)[0][:, -1])
 
 
-def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
+def test_the_training_table_and_records(run_script, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench.train_variants
     chosen = ("plain", "ours")  # each takes seconds to start
     assert {*chosen, "plain, compiled"} <= {variant.name for variant in variants([], "cpu")}
@@ -99,7 +99,7 @@ def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
         "--device=cpu",
         f"--json={path}",
     )
-    status, told, error = run_here(bench, "train", *options)
+    status, told, error = run_script("bench.py", "train", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
     assert records.keys() == set(chosen)
@@ -114,7 +114,7 @@ def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
     assert 0 < records["ours"]["share_of_ceiling"] < 1
 
 
-def test_the_data_bench_reports_what_it_measured(run_here, monkeypatch, tmp_path):
+def test_the_data_bench_reports_what_it_measured(run_script, monkeypatch, tmp_path):
     path = tmp_path / "data.json"
     monkeypatch.setitem(
         bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"]
@@ -123,7 +123,7 @@ def test_the_data_bench_reports_what_it_measured(run_here, monkeypatch, tmp_path
         bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01)
     )
     options = ("--megabytes=1", "--rounds=1", "--vocab_size=512", f"--json={path}")
-    status, _, error = run_here(bench, "data", *options)
+    status, _, error = run_script("bench.py", "data", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
     assert records["pretokenize ours"]["tokens_per_second"] > 1000
@@ -302,7 +302,7 @@ def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
     assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
 
 
-def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
+def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench_sample.variants
     chosen = ("plain", "float32, not compiled")  # each takes seconds to start
     monkeypatch.setattr(
@@ -320,7 +320,7 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
         "--seconds=0.01",
         "--device=cpu",
     )
-    status, told, error = run_here(bench, "sample", *options, f"--json={path}")
+    status, told, error = run_script("bench.py", "sample", *options, f"--json={path}")
     assert status == 0, error
     assert (
         told.startswith("cpu: ")
@@ -336,7 +336,7 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
     assert 0.5 < first["seconds"] < 120
 
 
-def test_saving_is_measured_with_what_is_saved(run_here, monkeypatch, tmp_path):
+def test_saving_is_measured_with_what_is_saved(run_script, monkeypatch, tmp_path):
     path, steps, saved = tmp_path / "bench.json", [], []
     training_step, save_checkpoint = bench.train.training_step, saving.save_checkpoint
     monkeypatch.setattr(
@@ -355,7 +355,7 @@ def test_saving_is_measured_with_what_is_saved(run_here, monkeypatch, tmp_path):
         "--device=cpu",
         f"--json={path}",
     )
-    status, told, error = run_here(bench, "save", *options)
+    status, told, error = run_script("bench.py", "save", *options)
     assert status == 0, error
     assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
     (record,) = json.loads(path.read_text())

@@ -13,7 +13,6 @@ import weakref
 import pytest
 import torch
 
-import export
 from checkpoints.file import save_checkpoint, write_model_args
 from export import write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
@@ -238,9 +237,9 @@ def place(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_export(run_here):
-    """run_export("model.bin", "--from=x") runs the command here; returns (status, output, error)."""
-    return functools.partial(run_here, export)
+def run_export(run_script, tmp_path):
+    """run_export("model.bin", "--from=x") runs the command in tmp_path; returns (status, output, error)."""
+    return functools.partial(run_script, "export.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
