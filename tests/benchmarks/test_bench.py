@@ -16,7 +16,7 @@ from benchmarks.baselines import PlainLlama
 from benchmarks.data import TO_LEARN_FROM, DataBench, distinct_stories, take
 from benchmarks.decoding import (
     TOKENS,
-    made_up_tokenizer,
+    dummy_tokenizer,
     random_model,
     report,
     seconds_to_first_token,
@@ -223,14 +223,14 @@ TINY = ModelArgs(**SMALL | dict(vocab_size=300, max_seq_len=bench_sample.CONTEXT
 def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
     pytest.importorskip(package)
     threads = torch.get_num_threads()
-    step = bench_sample.theirs(of, TINY, "cpu", threads, batch_size=2)
+    step = bench_sample.baseline_step(of, TINY, "cpu", threads, batch_size=2)
     assert [step(), step()] == [2 * TOKENS] * 2
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_our_stories_do_not_end_early(kind):
-    step = bench_sample.ours(
-        TINY, "cpu", torch.get_num_threads(), batch_size=3, kind=kind, compile=False
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_our_stories_do_not_end_early(dtype):
+    step = bench_sample.cria_step(
+        TINY, "cpu", torch.get_num_threads(), batch_size=3, dtype=dtype, compile=False
     )
     assert [step(), step()] == [3 * TOKENS] * 2
 
@@ -239,7 +239,7 @@ def test_our_stories_do_not_end_early(kind):
 def test_llama_cpp_tells_as_many_tokens_as_it_is_asked_for(dtype, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
     write_files(TINY, str(tmp_path))
-    step = bench_sample.llama_cpp(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
+    step = bench_sample.llama_cpp_step(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
     assert [step(), step()] == [TOKENS] * 2
 
 
@@ -255,7 +255,7 @@ def test_all_tell_with_the_same_random_model(tmp_path):
 
 
 def test_the_made_up_vocabulary_spells_any_text():
-    tokenizer = made_up_tokenizer(bench_sample.VOCAB_SIZE)
+    tokenizer = dummy_tokenizer(bench_sample.VOCAB_SIZE)
     assert (
         tokenizer.vocab_size
         == len({piece for piece, _, _ in tokenizer.pieces})
