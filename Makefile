@@ -2,20 +2,28 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test fuzz clean
+.PHONY: quickstart test test-all check fuzz clean
 
-# Packages, synthetic stories, a vocabulary, some minutes of training, and three stories.
+# Packages, synthetic stories, a vocabulary, some minutes of training, and three samples.
 quickstart: $(VENV)/installed
 	$(RUN) tinystories.py synthesize
 	$(RUN) tinystories.py pretokenize config/quickstart_data.py
 	$(RUN) train.py config/quickstart.py
 	$(RUN) sample.py --num_samples=3 --temperature=0.8 --top_p=0.95 --start="Once upon a time"
 
-test: $(VENV)/installed-dev
-	$(VENV)/bin/ruff check .
+# The checks and all tests but the slow ones: up to 5 minutes on two cores.
+test: check
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+# The checks and all tests: up to 12 minutes on two cores.
+test-all: check
 	$(RUN) -m pytest -n 2
 
-# 10,000 damaged files on each reader of a format.
+check: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy .
+
+# 10,000 damaged files for each reader of a format.
 fuzz: $(VENV)/installed-dev
 	$(RUN) -m tests.tools.fuzz --files=10000
 
@@ -30,4 +38,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache
+	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache .mypy_cache

@@ -22,8 +22,10 @@ from benchmarks.records import path_problems
 from benchmarks.timing import Measurement, Variant, measure, timing_problems
 from export import write_model
 from formats.lazy_model import from_model
-from generation.compile import prepared
-from generation.engine import Decoder, Decoding, Sequence
+from generation.compile import prepare_for_inference
+from generation.engine import InferenceEngine
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState
 from model import ModelArgs, Transformer
 from runtime.device import pick_dtype
 from textdata.tokenizer import (
@@ -89,15 +91,13 @@ def random_model(args: ModelArgs) -> Transformer:
 
 def ours(args: ModelArgs, device: str, threads: int, batch_size: int, kind: str, compile: bool):
     torch.set_num_threads(threads)
-    how = prepared(random_model(args).to(device), kind, batch_size, compile=compile)
-    decoder = Decoder(
-        options=Decoding(TOKENS), batch_size=batch_size, **how
-    )  # nothing stops it earlier
+    prepared = prepare_for_inference(random_model(args).to(device), kind, batch_size, compile)
+    engine = InferenceEngine(prepared, SamplingParams(TOKENS), batch_size)  # without stop ids
     samples = itertools.count()
 
     def step() -> int:
-        sequences = [Sequence([BOS_ID], next(samples)) for _ in range(batch_size)]
-        return sum(token is not None for _, token in decoder.run(sequences))
+        sequences = [SequenceState([BOS_ID], next(samples)) for _ in range(batch_size)]
+        return sum(token is not None for _, token in engine.generate(sequences))
 
     return step
 

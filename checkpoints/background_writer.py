@@ -83,7 +83,7 @@ class BackgroundWriter:
         return messages
 
     def flush(self) -> None:
-        """Write what is pending. Raises ValueError if that fails."""
+        """Write the pending jobs. Raises ValueError if that fails."""
         self.wait_or_raise()
         if self.failure:
             self._start()

@@ -4,7 +4,7 @@
     ckpt.pt          the latest one: a hard link to its ckpt_STEP.pt
     best.pt          the one with the lowest validation loss
 
-A sharded checkpoint is a folder with the suffix .dcp in the place of .pt.
+A sharded checkpoint is a folder with the suffix .dcp instead of .pt.
 """
 
 import contextlib

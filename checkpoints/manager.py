@@ -202,5 +202,5 @@ class CheckpointManager:
         self.writer.join()
 
     def flush(self) -> None:
-        """Write what is pending. Raises ValueError if that fails."""
+        """Write the pending jobs. Raises ValueError if that fails."""
         self.writer.flush()

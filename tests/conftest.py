@@ -1,25 +1,23 @@
 """
-What the tests share: stories, a vocabulary and tokens made from them, the real commands in
-processes of their own, and a web server that misbehaves when told to.
+Fixtures that several test files use: synthetic stories, a tokenizer and tokens made from them, scripts,
+and a web server.
 
-Session fixtures are made once a worker and only read: a test that changes files copies them.
+Session fixtures are made once per worker and only read: a test that changes files copies them.
 """
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 
-import configurator
 from runtime.atomic_files import write_atomically
-from tests.helpers import ROOT, VOCAB_SIZE, write_tinystories_shard
+from tests.helpers import VOCAB_SIZE, write_tinystories_shard
 from tests.http_server import FaultyServer
-from tests.nursery import CAN_FORK, Command, prepare_to_fork
+from tests.processes import ROOT, Result, run_in_process, run_process
 from textdata.synthetic import story
 from textdata.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tinystories import Pretokenize, run_pretokenize
@@ -77,39 +75,17 @@ def token_folder(data_dir) -> str:
     return os.path.join(data_dir, f"tok{VOCAB_SIZE}")
 
 
-@pytest.fixture(scope="session", autouse=CAN_FORK)
-def forks():
-    prepare_to_fork()
-
-
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory):
-    """run_script("train.py", "--max_iters=3", cwd=..., env=..., timeout=120) runs the real command,
-    in an empty folder if none is named, without standard input; returns its CompletedProcess. As a fork,
-    unless with env: what is imported may depend on that."""
+def run_script(tmp_path_factory) -> Callable[..., Result]:
+    """run_script("train.py", "--max_iters=3") runs a script, in an empty folder if no cwd is given.
 
-    def run(script, *args, cwd=None, env=None, timeout=120) -> subprocess.CompletedProcess:
-        folder = str(cwd or tmp_path_factory.mktemp("cwd"))
-        return Command(
-            script, [*map(str, args)], folder, os.environ | (env or {}), forks=not env
-        ).end(timeout)
+    In this process, or with env={...} in a new one, as what is imported may depend on the environment."""
 
-    return run
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """run_here(sample, "--seed=1", ...) runs a script's main() in this process; returns (status,
-    standard output, standard error)."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__), *arguments])
-        status = 0
-        try:
-            configurator.run_main(script.main)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
+    def run(script: str, *args: object, cwd=None, env=None, **options) -> Result:
+        folder = cwd or tmp_path_factory.mktemp("cwd")
+        if env is not None:
+            return run_process(script, *args, cwd=folder, env=env, **options)
+        return run_in_process(script, *args, cwd=folder, **options)
 
     return run
 

@@ -1,29 +1,29 @@
 """
-What several test files share: options, small models and tokenizers, comparisons of runs, and processes.
+What several test files share: options, small models and tokenizers, comparisons of runs.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Sequence as Tokens
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.timing import free_port
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
 from checkpoints.latest import load_latest
-from generation.engine import Decoder, Decoding, Sequence
+from generation.engine import InferenceEngine
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState
+from generation.steps import PreparedModel
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
 from training.parallel import load_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 VOCAB_SIZE = 512  # of the tokenizer that the fixtures train
 
 # Options of train.py for a run of seconds.
@@ -108,8 +108,10 @@ def model_logits(model: Transformer) -> torch.Tensor:
         return model(tokens)[0]
 
 
-def to_transformers(model: Transformer) -> LlamaForCausalLM:
+def to_transformers(model: Transformer) -> "LlamaForCausalLM":
     """The same model in the transformers library, without any code of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     args, state = model.args, model.state_dict()
     config = LlamaConfig(
         hidden_size=args.dim,
@@ -173,17 +175,16 @@ def random_slices(text: str, count: int = 1000) -> list[str]:
 
 
 def generate_batch(
-    model: Transformer,
+    model: Transformer | PreparedModel,
     prompts: list[list[int]],
     batch_size: int,
-    stop_ids: Tokens[int] = (),
-    decode: dict | None = None,
+    stop_ids: Collection[int] = (),
     **options,
 ) -> list[list[int]]:
-    """The tokens of each prompt and its completion. decode: arguments of the engine; options: of sampling."""
-    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    decoder = Decoder(model, Decoding(**options), batch_size, stop_ids, **(decode or {}))
-    for _ in decoder.run(sequences):
+    """The tokens of each prompt and its completion. options: those of SamplingParams."""
+    sequences = [SequenceState(prompt, index) for index, prompt in enumerate(prompts)]
+    engine = InferenceEngine(model, SamplingParams(**options), batch_size, stop_ids)
+    for _ in engine.generate(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 
@@ -247,52 +248,3 @@ def write_tinystories_shard(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = [{"story": text, "source": "test"} for text in texts]
     path.write_text(json.dumps(records), encoding="utf-8")
-
-
-# Processes
-
-
-def read_until(process: subprocess.Popen, text: str) -> str:
-    """The output of a process up to the line with this text. AssertionError if it never comes."""
-    output = ""
-    for line in process.stdout:
-        output += line
-        if text in line:
-            return output
-    raise AssertionError(output + (process.stderr.read() if process.stderr else ""))
-
-
-def rank_environments(world_size: int) -> list[dict[str, str]]:
-    """The environment variables that torchrun would give to each rank of one run."""
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": world_size}
-    ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
-    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
-
-
-def run_ranks(
-    script: str, world_size: int, *args, timeout: float = 180
-) -> list[subprocess.CompletedProcess]:
-    """Run a script in world_size processes that form one group, as torchrun would start them."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    deadline = time.monotonic() + timeout
-    processes = [
-        subprocess.Popen(command, env=os.environ | rank, text=True, **streams)
-        for rank in (rank_environments(world_size) if world_size > 1 else [{}])
-    ]
-    results = []
-    try:
-        for process in processes:
-            outputs = process.communicate(timeout=max(0, deadline - time.monotonic()))
-            results.append(subprocess.CompletedProcess(command, process.returncode, *outputs))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return results
-
-
-def train_on_ranks(world_size: int, *args) -> None:
-    """Run train.py in world_size processes, all of which must succeed."""
-    for result in run_ranks("train.py", world_size, *args):
-        assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ from bench import BENCHMARKS
 from configurator import configure, exit_with_errors, print_overrides, restore_options, run_main
 from export import ExportConfig
 from sample import SampleConfig
-from tests.helpers import ROOT
+from tests.processes import ROOT
 from tinystories import STAGES, Pretokenize
 from train import TrainConfig
 

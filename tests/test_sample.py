@@ -1,14 +1,11 @@
 import copy
 import functools
-import io
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-import sample
 from checkpoints.file import save_checkpoint, write_model_args
 from formats import llama2c
 from formats.lazy_model import from_model
@@ -44,9 +41,9 @@ def out_dir(model, tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def run_sample(run_here):
+def run_sample(run_script):
     """run_sample("--seed=1", ...) runs the script in this process: (status, standard output, standard error)."""
-    return functools.partial(run_here, sample, "--device=cpu", "--max_new_tokens=40")
+    return functools.partial(run_script, "sample.py", "--device=cpu", "--max_new_tokens=40")
 
 
 def text_of(output: str) -> str:
@@ -123,15 +120,9 @@ def test_the_prompt_may_be_in_a_file(run_sample, out_dir, tmp_path):
     assert text_of(output).startswith("Zoë had a red ball.\nShe")
 
 
-@pytest.fixture
-def standard_input(monkeypatch):
-    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-
-
-def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir, standard_input):
-    standard_input("Once\nZoë saw\r\n".encode())
+def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir):
     arguments = (f"--out_dir={out_dir}", "--format=jsonl", "--num_samples=2")
-    status, output, _ = run_sample(*arguments, "--start=-")
+    status, output, _ = run_sample(*arguments, "--start=-", stdin="Once\nZoë saw\r\n")
     told = records(output)
     assert status == 0 and [record["prompt"] for record in told] == [
         "Once",
@@ -145,25 +136,23 @@ def test_prompts_come_from_standard_input_one_in_a_line(run_sample, out_dir, sta
     )  # the seed says the same anywhere
 
 
-def test_standard_input_must_hold_text(run_sample, out_dir, standard_input):
+def test_standard_input_must_hold_text(run_sample, out_dir):
     for content, said in (
         (b"", "standard input is empty"),
         (b"\xff\xfe", "standard input: not UTF-8"),
     ):
-        standard_input(content)
-        status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+        status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-", stdin=content)
         assert status == 1 and said in error and len(error.splitlines()) == 1
 
 
-def test_only_a_new_line_ends_a_prompt(run_sample, out_dir, standard_input):
-    standard_input("a\u2028b\x0cc\n\nd".encode())
-    told = records(run_sample(f"--out_dir={out_dir}", "--start=-", "--format=jsonl")[1])
+def test_only_a_new_line_ends_a_prompt(run_sample, out_dir):
+    options = (f"--out_dir={out_dir}", "--start=-", "--format=jsonl")
+    told = records(run_sample(*options, stdin="a\u2028b\x0cc\n\nd")[1])
     assert [record["prompt"] for record in told] == ["a\u2028b\x0cc", "", "d"]
 
 
-def test_closed_standard_streams_are_told_in_one_sentence(run_sample, out_dir, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-")
+def test_closed_standard_streams_are_told_in_one_sentence(run_sample, out_dir):
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--start=-", stdin=None)
     assert status == 1 and "standard input is empty" in error and len(error.splitlines()) == 1
 
 
@@ -185,17 +174,14 @@ def test_jsonl_is_a_record_a_sample_and_nothing_else(run_sample, out_dir, tokeni
         assert record["finish"] == ("length" if len(record["tokens"]) == 40 else "stop")
 
 
-def test_stories_do_not_depend_on_how_many_are_told_at_once(run_sample, out_dir, standard_input):
+def test_stories_do_not_depend_on_how_many_are_told_at_once(run_sample, out_dir):
     """--format=events tells of all in turn; put together, its pieces are the stories of jsonl."""
     told = []
     for options in (["jsonl", 1], ["jsonl", 4], ["events", 4]):
-        standard_input("Once\nZoë saw a dog and a cat\n\n".encode())
         arguments = (f"--out_dir={out_dir}", "--start=-", "--num_samples=2", "--stop=a|e")
-        told.append(
-            records(
-                run_sample(*arguments, f"--format={options[0]}", f"--batch_size={options[1]}")[1]
-            )
-        )
+        arguments += (f"--format={options[0]}", f"--batch_size={options[1]}")
+        result = run_sample(*arguments, stdin="Once\nZoë saw a dog and a cat\n\n")
+        told.append(records(result.stdout))
     assert told[0] == told[1] and len(told[0]) == 6
     texts, order = {}, []
     for piece in told[2]:
@@ -260,19 +246,14 @@ def test_what_makes_it_fast_tells_stories_too(options, run_sample, out_dir):
     assert options == ["--quantize=int8"] or plain == fast
 
 
-def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(
-    run_sample, out_dir, standard_input
-):
+def test_what_a_stop_string_cut_off_is_no_part_of_a_story_in_turns(run_sample, out_dir):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=12")
-    standard_input(b"Once\n\n")
-    first, _ = (
-        text_of(run_sample(*arguments, "--interactive=True")[1]).removesuffix("\n").split("\n")
-    )
+    arguments += ("--interactive=True",)
+    result = run_sample(*arguments, stdin="Once\n\n")
+    first, _ = text_of(result.stdout).removesuffix("\n").split("\n")
     stop = first[-3:]
-    standard_input(b"Once\nthere\n")
-    shown, _ = text_of(run_sample(*arguments, "--interactive=True", f"--stop={stop}")[1]).split(
-        "\n", 1
-    )
+    result = run_sample(*arguments, f"--stop={stop}", stdin="Once\nthere\n")
+    shown, _ = text_of(result.stdout).split("\n", 1)
     assert shown == first[: first.find(stop, len("Once"))]
 
 
@@ -309,12 +290,10 @@ def test_impossible_arguments_of_the_library_are_refused(wrong, model, tokenizer
         next(generate(model, tokenizer, **dict(prompts=["Once"]) | wrong))
 
 
-def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(
-    run_sample, out_dir, standard_input
-):
+def test_a_story_in_turns_goes_on_as_one_with_the_same_beginning(run_sample, out_dir):
     arguments = (f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=8")
-    standard_input("Zoë saw\n\na dog\n".encode())
-    status, output, error = run_sample(*arguments, "--interactive=True")
+    typed = "Zoë saw\n\na dog\n"
+    status, output, error = run_sample(*arguments, "--interactive=True", stdin=typed)
     first, second, third = text_of(output).removesuffix("\n").split("\n")
     assert status == 0 and "24 tokens" in error
     assert first == text_of(run_sample(*arguments, "--start=Zoë saw")[1]).strip("\n")

@@ -55,13 +55,13 @@ def evaluate(model: torch.nn.Module, dataset: TokenDataset, settings: EvalSettin
     for inputs, targets in batches:  # each (B, T)
         with autocast(settings.device, settings.dtype):
             _, loss = model(inputs.to(settings.device), targets.to(settings.device))
-        is_target = targets != -1
-        predicted = targets[is_target]
+        has_target = targets != -1
+        predicted = targets[has_target]
         nats += loss.item() * len(predicted) if len(predicted) else 0.0
         num_tokens += len(predicted)
         # SentencePiece's token after BOS contains a space that is not part of the text: byte_counts
         # is -1 at BOS.
-        previous = inputs[is_target].numpy()
+        previous = inputs[has_target].numpy()
         num_bytes += int(settings.byte_counts[predicted.numpy()].clip(min=0).sum())
         num_bytes += int(settings.byte_counts[previous].clip(max=0).sum())
     model.train(was_training)

@@ -85,15 +85,13 @@ class CombinedOptimizer:
         """Load what state_dict returned."""
         saved_groups = iter(saved["param_groups"])
         for optimizer, offset in zip(self.optimizers, self.param_offsets(), strict=True):
-            state = {}
-            groups = []
-            for _ in optimizer.param_groups:
-                group = next(saved_groups)
-                for number in group["params"]:
-                    if number in saved["state"]:
-                        state[number - offset] = saved["state"][number]
-                params = [number - offset for number in group["params"]]
-                groups.append(group | {"params": params})
+            own_groups = [next(saved_groups) for _ in optimizer.param_groups]
+            numbers = [number for group in own_groups for number in group["params"]]
+            state = {n - offset: saved["state"][n] for n in numbers if n in saved["state"]}
+            groups = [
+                group | {"params": [number - offset for number in group["params"]]}
+                for group in own_groups
+            ]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def param_offsets(self) -> list[int]:
@@ -118,10 +116,7 @@ def load_optimizer(
             raise ValueError("it has no moments for some of the parameters")
         state: dict[int, dict] = {}
         for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-            names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
-            for parameter, number in zip(group["params"], saved_group["params"], strict=True):
-                if number in saved["state"]:
-                    state[number] = parameter_state(saved["state"][number], names, parameter)
+            state |= group_state(group, saved_group["params"], saved["state"])
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit the model ({error})") from error
@@ -131,6 +126,16 @@ def merge_groups(optimizer: "torch.optim.Optimizer | CombinedOptimizer", saved: 
     """The optimizer's parameter groups with the parameter numbers of a saved state dict."""
     pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
     return [{**group, "params": saved_group["params"]} for group, saved_group in pairs]
+
+
+def group_state(group: dict, numbers: list[int], saved: dict) -> dict[int, dict]:
+    """The saved states of a group's parameters, by their numbers; empty before the first step."""
+    names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+    return {
+        number: parameter_state(saved[number], names, parameter)
+        for parameter, number in zip(group["params"], numbers, strict=True)
+        if number in saved
+    }
 
 
 def parameter_state(saved: dict, names: tuple[str, ...], parameter: torch.Tensor) -> dict:

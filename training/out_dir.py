@@ -75,7 +75,7 @@ def new_archive(out_dir: str) -> str:
 
 
 def remove_partial_files(out_dir: str) -> None:
-    """Remove the unfinished files of a killed run. A folder that was to be replaced comes back."""
+    """Remove the unfinished files of a killed run. An interrupted replacement is undone."""
     pattern = re.compile(rf"(?P<final>{RUN_FILE_PATTERN})\.\d+\.partial(?P<old>\.old)?")
     for name in os.listdir(out_dir):
         match = pattern.fullmatch(name)

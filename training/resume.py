@@ -117,8 +117,9 @@ def check_resumed(config: Any, start: StartPoint) -> None:
 
 def same_architecture(args: ModelArgs, name: str, value: Any) -> bool:
     """Whether an option has the value of the model, or another spelling of it."""
+    changes = {name: value}
     try:
-        requested = dataclasses.replace(args, **{name: value})
+        requested = dataclasses.replace(args, **changes)
     except ValueError:
         return False
     effective = {

@@ -223,7 +223,7 @@ def open_data(config: Any) -> Data:
 
 
 def training_state(run: TrainingRun) -> dict[str, Any]:
-    """What a checkpoint holds: llama2.c's keys, then ours. No random state: data order and dropout
+    """What a checkpoint holds: llama2.c's keys, then cria's. No random state: data order and dropout
     are functions of the position."""
     weights = run.model.state_dict()
     if run.model.args.tie_embeddings:

@@ -85,7 +85,7 @@ def test_the_baseline_model_gives_the_same_next_logits():
 
 
 @pytest.mark.slow
-def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
+def test_the_training_table_and_records(run_script, monkeypatch, tmp_path):
     path = tmp_path / "bench.json"
     chosen = ("baseline", "cria")  # each takes seconds to start
     monkeypatch.setattr(
@@ -104,7 +104,7 @@ def test_the_training_table_and_records(run_here, monkeypatch, tmp_path):
         "--device=cpu",
         f"--json={path}",
     )
-    status, out, error = run_here(bench, "train", *options)
+    status, out, error = run_script("bench.py", "train", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
     assert records.keys() == set(chosen)
@@ -151,12 +151,12 @@ def test_the_training_report_shows_rates_ratios_and_matmul_peak(capsys):
 
 
 @pytest.mark.slow
-def test_the_cost_table_and_records(run_here, monkeypatch, tmp_path):
+def test_the_cost_table_and_records(run_script, monkeypatch, tmp_path):
     path = tmp_path / "cost.json"
     setting = training.CostSetting("260K", max_seq_len=16, batch_size=1, processes=2)
     monkeypatch.setattr(bench, "COST_SETTINGS", (setting,))
     options = ("--compile=False", "--rounds=1", "--seconds=0.01", "--device=cpu", f"--json={path}")
-    status, out, error = run_here(bench, "cost", *options)
+    status, out, error = run_script("bench.py", "cost", *options)
     assert status == 0, error
     (record,) = json.loads(path.read_text())
     assert (record["preset"], record["processes"], record["parallel"]) == ("260K", 2, "ddp")
@@ -165,7 +165,7 @@ def test_the_cost_table_and_records(run_here, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_data_benchmark_reports_what_it_measured(run_here, monkeypatch, tmp_path):
+def test_the_data_benchmark_reports_what_it_measured(run_script, monkeypatch, tmp_path):
     path = tmp_path / "data.json"
     monkeypatch.setitem(
         training_run.PRESETS,
@@ -176,7 +176,7 @@ def test_the_data_benchmark_reports_what_it_measured(run_here, monkeypatch, tmp_
         bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01)
     )
     options = ("--megabytes=1", "--rounds=1", "--vocab_size=512", f"--json={path}")
-    status, _, error = run_here(bench, "data", *options)
+    status, _, error = run_script("bench.py", "data", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
     assert records["pretokenize cria"]["tokens_per_second"] > 1000
@@ -355,7 +355,7 @@ def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
     assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
 
 
-def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
+def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench_sample.variants
     chosen = ("plain", "float32, not compiled")  # each takes seconds to start
     monkeypatch.setattr(
@@ -373,7 +373,7 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
         "--seconds=0.01",
         "--device=cpu",
     )
-    status, told, error = run_here(bench, "sample", *options, f"--json={path}")
+    status, told, error = run_script("bench.py", "sample", *options, f"--json={path}")
     assert status == 0, error
     assert (
         told.startswith("cpu: ")
@@ -389,7 +389,7 @@ def test_the_sampling_tables_and_records(run_here, monkeypatch, tmp_path):
     assert 0.5 < first["seconds"] < 120
 
 
-def test_saving_is_measured_with_the_checkpoints(run_here, monkeypatch, tmp_path):
+def test_saving_is_measured_with_the_checkpoints(run_script, monkeypatch, tmp_path):
     path, steps, saved = tmp_path / "bench.json", [], []
     train, save_checkpoint = training_run.train, manager.save_checkpoint
     training_step = train.training_step
@@ -409,7 +409,7 @@ def test_saving_is_measured_with_the_checkpoints(run_here, monkeypatch, tmp_path
         "--device=cpu",
         f"--json={path}",
     )
-    status, out, error = run_here(bench, "save", *options)
+    status, out, error = run_script("bench.py", "save", *options)
     assert status == 0, error
     assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
     (record,) = json.loads(path.read_text())

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from checkpoints.file import load_checkpoint
-from tests.helpers import ROOT, TINY_RUN, same_training_state
+from tests.helpers import TINY_RUN, same_training_state
+from tests.processes import ROOT
 
 KILLS = int(os.environ.get("CRIA_KILLS", "2"))
 STEPS = 60 * KILLS  # too many for one life, so that every kill hits

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tools.fuzz import READERS, Bench, Damage, Reader, Reading, explain, fuzz
+from tests.tools.fuzz import Damage, FuzzTarget, Settings, explain, fuzz
+from tests.tools.fuzz_readers import READERS, Contents, Reader
 
 FILES = 150
 GOOD = b"good, " * 50
@@ -38,12 +39,12 @@ def test_damaged_files_are_refused_in_a_sentence_or_read_right():
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 def test_a_number_makes_the_same_file_again(reader, tmp_path):
-    first, second = (Bench(reader, str(tmp_path / name)) for name in ("first", "second"))
-    damaged = [first.damaged(0, number) for number in range(20)]
-    assert [(one.file, one.reach) for one in damaged] == [
-        (one.file, one.reach) for one in (second.damaged(0, number) for number in range(20))
+    first, second = (FuzzTarget(reader, str(tmp_path / name)) for name in ("first", "second"))
+    damaged = [first.damage(0, number) for number in range(20)]
+    assert [(one.file, one.max_changes) for one in damaged] == [
+        (one.file, one.max_changes) for one in (second.damage(0, number) for number in range(20))
     ]
-    assert first.damaged(0, 7) == damaged[7] != first.damaged(1, 7)
+    assert first.damage(0, 7) == damaged[7] != first.damage(1, 7)
     assert len({(one.file, one.content) for one in damaged}) > 10
 
 
@@ -51,9 +52,9 @@ def write_good(folder: str):
     Path(folder, "tokenizer").write_bytes(GOOD)
 
 
-def bad_read(path: str, fault) -> Reading:
+def bad_read(path: str, fault) -> Contents:
     """Reads the good file; does what it should not on any other."""
-    return Reading(None, {}, None) if Path(path).read_bytes() == GOOD else fault(path)
+    return Contents(None, {}, None) if Path(path).read_bytes() == GOOD else fault(path)
 
 
 def crash(path):
@@ -101,7 +102,7 @@ def name_no_file(path):
 
 BAD_READERS = {
     crash: f"the process died (-{int(signal.SIGSEGV)})",
-    loop: "Hang",
+    loop: "TookTooLong",
     fill_the_memory: "refused only where the memory ended",
     miss_a_key: "KeyError",
     say_nothing: "ValueError without a word",
@@ -123,7 +124,7 @@ def test_bad_readers_are_found_out():
         )
         for fault in BAD_READERS
     ]
-    verdicts = list(fuzz(readers, range(2), limit=2))
+    verdicts = list(fuzz(readers, range(2), Settings(time_limit=2)))
     assert [(v.reader, v.number) for v in verdicts] == [
         (fault.__name__, n) for fault in BAD_READERS for n in (0, 1)
     ]
@@ -132,8 +133,8 @@ def test_bad_readers_are_found_out():
 
 
 def test_weights_that_the_damage_does_not_explain_are_found_out(tmp_path):
-    bench = Bench(next(reader for reader in READERS if reader.name == "v1"), str(tmp_path))
-    damaged, good = Damage("v1.bin", bench.originals["v1.bin"], reach=1), bench.expected
+    bench = FuzzTarget(next(reader for reader in READERS if reader.name == "v1"), str(tmp_path))
+    damaged, good = Damage("v1.bin", bench.originals["v1.bin"], max_changes=1), bench.expected
     name, weight = "norm.weight", good.tensors["norm.weight"]
 
     def wrong(tensor):
@@ -146,4 +147,4 @@ def test_weights_that_the_damage_does_not_explain_are_found_out(tmp_path):
     assert "another shape" in wrong(weight.view(torch.int32)) and "another shape" in wrong(
         weight[1:]
     )
-    assert "vocabulary" in bench.compare(good._replace(tokenizer_hash="another"), damaged)[1]
+    assert "tokenizer" in bench.compare(good._replace(tokenizer_hash="another"), damaged)[1]

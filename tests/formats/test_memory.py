@@ -15,7 +15,7 @@ from export import write_model
 from formats.lazy_model import LazyModel, LazyTensor
 from formats.registry import open_model
 from model import ModelArgs, parameter_shapes
-from tests.helpers import ROOT
+from tests.processes import ROOT
 
 GIGABYTES = float(os.environ.get("CRIA_CONVERT_GB", 0.3))  # of weights in bfloat16
 CONSTANT = 100  # MB for blocks, and for what the allocator keeps

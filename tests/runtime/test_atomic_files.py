@@ -7,7 +7,7 @@ import pytest
 
 from runtime import atomic_files as atomic
 from runtime.atomic_files import AtomicFile, run_lock, write_atomically
-from tests.helpers import ROOT
+from tests.processes import ROOT
 
 
 def test_a_file_is_written_and_nothing_else_is_left(tmp_path):

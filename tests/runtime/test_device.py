@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.device import autocast, peak_flops, pick_device, pick_dtype
-from tests.helpers import ROOT
+from tests.processes import ROOT
 
 
 @pytest.fixture

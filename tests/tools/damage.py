@@ -1,6 +1,5 @@
 """
-Ways to damage the bytes of a file, or what the bytes say, at random: what tests/tools/fuzz.py feeds to
-the readers of formats.
+Random damage to the bytes of a file or to the values that they encode, for tests/tools/fuzz.py.
 """
 
 import copy
@@ -17,15 +16,12 @@ import numpy as np
 # Damage to bytes
 
 BYTES = (0x00, 0xFF, 0x7F, 0x80, 0x0A, 0x22)
-EXTREMES = (
-    *(0, 1, 2, 3, 4, 7, 8, 9, 16, 30, 64, 255, 256, 2**15, 2**16, 2**24),
-    *(2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1),
-)
+EXTREMES = (0, 1, 2, 3, 4, 7, 8, 9, 16, 30, 64, 255, 256, 2**15, 2**16, 2**24)
+EXTREMES += (2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def zones_of(rng: random.Random, content: bytes) -> list[tuple[int, int]]:
-    """The parts of a file, each to be hit as often as the others: where its structure is said, and
-    all of it."""
+    """The parts of a file that are damaged equally often: its headers, and all of it."""
     size = len(content)
     names = content.rfind(b".weight") + 64  # headers and pickles spell the tensors
     zones = [(0, size), (0, 256), (size - 256, size), (0, names), (names - 1024, names)]
@@ -42,6 +38,7 @@ def is_zip(content: bytes) -> bool:
 
 
 def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
+    """The bytes after one or several edits."""
     zones, content = zones_of(rng, content), bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3, 6))):
         if content:
@@ -50,19 +47,19 @@ def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
     return bytes(content)
 
 
-def flip_bits(rng, content, at):
+def flip_bits(rng: random.Random, content: bytearray, at: int) -> None:
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         content[at] ^= 1 << rng.randrange(8)
         at = min(len(content) - 1, at + rng.randrange(1, 64))
 
 
-def overwrite_bytes(rng, content, at):
+def overwrite_bytes(rng: random.Random, content: bytearray, at: int) -> None:
     for position in range(at, min(len(content), at + rng.choice((1, 1, 1, 2, 4, 16)))):
         content[position] = rng.choice((*BYTES, rng.randrange(256)))
 
 
-def overwrite_field(rng, content, at):
-    """A whole number of 4 or 8 bytes, aligned or not, becomes an extreme one or its neighbour."""
+def overwrite_field(rng: random.Random, content: bytearray, at: int) -> None:
+    """Replace a number of 4 or 8 bytes, aligned or not, by an extreme or a close one."""
     size = rng.choice((4, 8))
     at = rng.choice((at, at // size * size))
     old = int.from_bytes(content[at : at + size], "little")
@@ -72,11 +69,11 @@ def overwrite_field(rng, content, at):
     content[at : at + size] = (new % (1 << 8 * size)).to_bytes(size, "little")[: len(content) - at]
 
 
-def truncate(rng, content, at):
+def truncate(rng: random.Random, content: bytearray, at: int) -> None:
     del content[rng.choice((at, max(0, len(content) - rng.randrange(1, 65)))) :]
 
 
-def extend(rng, content, at):
+def extend(rng: random.Random, content: bytearray, at: int) -> None:
     tail = (
         b"\0" * rng.randrange(1, 65),
         rng.randbytes(rng.randrange(1, 65)),
@@ -86,117 +83,60 @@ def extend(rng, content, at):
     content += rng.choice(tail)
 
 
-def delete_range(rng, content, at):
-    del content[at : at + length(rng)]
+def delete_range(rng: random.Random, content: bytearray, at: int) -> None:
+    del content[at : at + random_length(rng)]
 
 
-def duplicate_range(rng, content, at):
-    content[at:at] = content[at : at + length(rng)]
+def duplicate_range(rng: random.Random, content: bytearray, at: int) -> None:
+    content[at:at] = content[at : at + random_length(rng)]
 
 
-def insert_range(rng, content, at):
-    content[at:at] = rng.choice((bytes(length(rng)), rng.randbytes(length(rng))))
+def insert_range(rng: random.Random, content: bytearray, at: int) -> None:
+    content[at:at] = rng.choice((bytes(random_length(rng)), rng.randbytes(random_length(rng))))
 
 
-def copy_range(rng, content, at):
-    """Over another place, near or far, so that the length stays."""
-    count = length(rng)
+def copy_range(rng: random.Random, content: bytearray, at: int) -> None:
+    """Copy a range over another one, near or far; the length stays."""
+    count = random_length(rng)
     to = rng.choice((rng.randrange(len(content)), min(len(content), at + rng.randrange(256))))
     part = content[at : at + count][: len(content) - to]
     content[to : to + len(part)] = part
 
 
-def length(rng) -> int:
+def random_length(rng: random.Random) -> int:
     return rng.choice((1, 2, 4, 8, 16, 64, rng.randrange(1, 300), rng.randrange(1, 10_000)))
 
 
-BYTE_EDITS = (
-    *(flip_bits, flip_bits, overwrite_bytes, overwrite_field, overwrite_field, truncate, extend),
-    *(delete_range, duplicate_range, insert_range, copy_range),
-)
+BYTE_EDITS = (flip_bits, flip_bits, overwrite_bytes, overwrite_field, overwrite_field, truncate)
+BYTE_EDITS += (extend, delete_range, duplicate_range, insert_range, copy_range)
 
 
-# Damage to what the bytes say, so that it is not refused at the door
+# Damage to encoded values, which passes the first checks
 
-DEEP, LONG = "a list in a list ...", "a number of 5000 digits"  # what json.dumps would not write
-VALUES = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        3,
-        8,
-        64,
-        0.0,
-        0.5,
-        -0.5,
-        1e-320,
-        1e308,
-        -1e308,
-        math.nan,
-        math.inf,
-    ),
-    *(
-        2**15,
-        2**31 - 1,
-        2**31,
-        2**32,
-        2**53 + 1,
-        2**63 - 1,
-        2**63,
-        2**64,
-        10**30,
-        10**400,
-        LONG,
-        DEEP,
-    ),
-    *(
-        "",
-        "x",
-        "0",
-        "nan",
-        "x" * 2000,
-        "a\nb",
-        "\0",
-        "\ud800",
-        "..",
-        "llama3",
-        "linear",
-        "F16",
-        "I32",
-        "config.json",
-    ),
-    *(
-        [],
-        [[]],
-        ["x"],
-        [1],
-        [1.5, None],
-        [0] * 1000,
-        ["x" * 50] * 50,
-        {},
-        {"x": 1},
-        {"type": "linear", "factor": 0},
-    ),
-)
+DEEP, LONG = "a list in a list ...", "a number of 5000 digits"  # which json.dumps does not write
+VALUES = (None, True, False, 0, 1, -1, 2, 3, 8, 64)
+VALUES += (0.0, 0.5, -0.5, 1e-320, 1e308, -1e308, math.nan, math.inf)
+VALUES += (2**15, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 10**400)
+VALUES += (LONG, DEEP)
+VALUES += ("", "x", "0", "nan", "x" * 2000, "a\nb", "\0", "\ud800", "..", "llama3", "linear")
+VALUES += ("F16", "I32", "config.json")
+VALUES += ([], [[]], ["x"], [1], [1.5, None], [0] * 1000, ["x" * 50] * 50)
+VALUES += ({}, {"x": 1}, {"type": "linear", "factor": 0})
 
 
 def damaged_json(rng: random.Random, text: bytes) -> bytes:
+    """JSON with one or several values edited."""
     root = [json.loads(text)]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        holder, key = place_in(rng, root)
+        holder, key = choose_element(rng, root)
         edit_value(rng, holder, key)
     encoded = json.dumps(root[0] if root else None, ensure_ascii=rng.choice((True, True, False)))
     encoded = encoded.replace(json.dumps(DEEP), "[" * 100_000).replace(json.dumps(LONG), "9" * 5000)
     return encoded.encode("utf-8", "surrogatepass")
 
 
-def place_in(rng: random.Random, root: list) -> tuple[dict | list, object]:
-    """A container within root, and a key or index of it: any depth as likely as the others."""
+def choose_element(rng: random.Random, root: list) -> tuple[dict | list, object]:
+    """A container in root and one of its keys or indices; all depths are equally likely."""
     holder, key = root, 0
     while root and isinstance(holder[key], (dict, list)) and holder[key] and rng.random() < 0.8:
         holder = holder[key]
@@ -204,17 +144,18 @@ def place_in(rng: random.Random, root: list) -> tuple[dict | list, object]:
     return holder, key
 
 
-def edit_value(rng: random.Random, holder: dict | list, key):
+def edit_value(rng: random.Random, holder: dict | list, key: object) -> None:
+    """Replace, delete, rename, swap or repeat one element."""
     other = (
         rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(max(1, len(holder)))
     )
-    kind = rng.choice(
+    edit = rng.choice(
         ("replace", "replace", "replace", "number", "delete", "rename", "swap", "repeat")
     )
     if not holder:
         return
     value = holder[key]
-    if kind == "number" and type(value) in (int, float) and abs(value) < 2**64:
+    if edit == "number" and type(value) in (int, float) and abs(value) < 2**64:
         near = (
             value + 1,
             value - 1,
@@ -226,43 +167,43 @@ def edit_value(rng: random.Random, holder: dict | list, key):
             bool(value),
         )
         holder[key] = rng.choice(near)
-    elif kind == "delete":
+    elif edit == "delete":
         del holder[key]
-    elif kind == "rename" and isinstance(holder, dict):
+    elif edit == "rename" and isinstance(holder, dict):
         holder[rng.choice((f"{key}x", "", "x" * 2000, "a\nb", str(other)))] = holder.pop(key)
-    elif kind == "swap":
+    elif edit == "swap":
         holder[key], holder[other] = holder[other], holder[key]
-    elif kind == "repeat" and isinstance(holder, list):
+    elif edit == "repeat" and isinstance(holder, list):
         holder.insert(other, copy.deepcopy(value))
-    elif kind == "repeat":
+    elif edit == "repeat":
         holder[other] = copy.deepcopy(value)
     else:
         holder[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
-    """Another header, of the right length."""
+    """A safetensors file with an edited header, whose length is right."""
     (size,) = struct.unpack_from("<Q", content)
     header = damaged_json(rng, content[8 : 8 + size])
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
 def damaged_archive(rng: random.Random, content: bytes) -> bytes:
-    """Other records, with their right sums."""
+    """A zip archive with one record edited; its checksums are right."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = [[name, archive.read(name)] for name in archive.namelist()]
     pickle = next(record for record in records if record[0].endswith("data.pkl"))
     record, other = rng.choice(records), rng.choice(records)
-    kind = rng.choice(("pickle",) * 6 + ("content", "delete", "rename", "swap", "repeat"))
-    if kind == "pickle":
+    edit = rng.choice(("pickle",) * 6 + ("content", "delete", "rename", "swap", "repeat"))
+    if edit == "pickle":
         pickle[1] = damaged_bytes(rng, pickle[1])
-    elif kind == "content":
+    elif edit == "content":
         record[1] = damaged_bytes(rng, record[1])
-    elif kind == "delete":
+    elif edit == "delete":
         records.remove(record)
-    elif kind == "rename":
+    elif edit == "rename":
         record[0] = damaged_bytes(rng, record[0].encode()).decode("latin-1") or "x"
-    elif kind == "swap":
+    elif edit == "swap":
         record[1], other[1] = other[1], record[1]
     else:
         records.append(list(record))
@@ -274,24 +215,24 @@ def damaged_archive(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_gguf(rng: random.Random, content: bytes) -> bytes:
-    """Another key-value pair in the place of one, one more or one less, and a header that fits."""
+    """A GGUF file with metadata replaced, repeated or removed, and a header that fits."""
     version, n_tensors, n_pairs = struct.unpack_from("<IQQ", content, 4)
     pairs, position = [], 24
     for _ in range(n_pairs):
         end = end_of_value(
-            content, end_of_value(content, position, 8) + 4, kind_at(content, position)
+            content, end_of_value(content, position, STRING) + 4, type_of_pair(content, position)
         )
         pairs.append(content[position:end])
         position = end
     infos = position
     for _ in range(n_tensors):
-        position = end_of_value(content, position, 8)
+        position = end_of_value(content, position, STRING)
         position += 4 + 8 * struct.unpack_from("<I", content, position)[0] + 12
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.randrange(len(pairs))
-        key = pairs[at][: end_of_value(pairs[at], 0, 8)]
+        key = pairs[at][: end_of_value(pairs[at], 0, STRING)]
         new = rng.choice(
-            (key + packed(rng, rng.choice(VALUES)), pairs[rng.randrange(len(pairs))], None)
+            (key + pack_value(rng, rng.choice(VALUES)), pairs[rng.randrange(len(pairs))], None)
         )
         pairs[at : at + 1] = [] if new is None else [new] * rng.choice((1, 1, 1, 2))
     header = (
@@ -302,49 +243,48 @@ def damaged_gguf(rng: random.Random, content: bytes) -> bytes:
     return header + b"\0" * (-len(header) % 32) + content[position + -position % 32 :]
 
 
-SIZES = {
-    **{0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-}  # of GGUF's kinds of values
+# GGUF's types of values: the sizes of the fixed ones, and the others.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+FLOAT32, BOOL, STRING, ARRAY, FLOAT64 = 6, 7, 8, 9, 12
 
 
-def kind_at(content: bytes, pair: int) -> int:
-    return struct.unpack_from("<I", content, end_of_value(content, pair, 8))[0]
+def type_of_pair(content: bytes, pair: int) -> int:
+    """The type of the value in the metadata pair that starts there."""
+    return struct.unpack_from("<I", content, end_of_value(content, pair, STRING))[0]
 
 
-def end_of_value(content: bytes, position: int, kind: int) -> int:
-    if kind in SIZES:
-        return position + SIZES[kind]
-    if kind == 8:
+def end_of_value(content: bytes, position: int, value_type: int) -> int:
+    """Where the value that starts at position ends."""
+    if value_type in SIZES:
+        return position + SIZES[value_type]
+    if value_type == STRING:
         return position + 8 + struct.unpack_from("<Q", content, position)[0]
-    kind, count = struct.unpack_from("<IQ", content, position)
+    element_type, count = struct.unpack_from("<IQ", content, position)
     position += 12
-    if kind in SIZES:
-        return position + SIZES[kind] * count
+    if element_type in SIZES:
+        return position + SIZES[element_type] * count
     for _ in range(count):
-        position = end_of_value(content, position, kind)
+        position = end_of_value(content, position, element_type)
     return position
 
 
-def packed(rng: random.Random, value) -> bytes:
-    """A value as GGUF has it, its kind before it."""
+def pack_value(rng: random.Random, value: object) -> bytes:
+    """A value as GGUF stores it, after its type."""
     if isinstance(value, str):
         encoded = value.encode("utf-8", "surrogatepass")
-        return struct.pack("<IQ", 8, len(encoded)) + encoded
+        return struct.pack("<IQ", STRING, len(encoded)) + encoded
     if isinstance(value, (list, dict)):
-        values = [packed(rng, element) for element in value]
-        kind = values[0][:4] if values else struct.pack("<I", rng.choice((4, 8, 9)))
-        return (
-            struct.pack("<I", 9)
-            + kind
-            + struct.pack("<Q", len(values))
-            + b"".join(part[4:] for part in values)
-        )
+        values = [pack_value(rng, element) for element in value]
+        element_type = values[0][:4] if values else struct.pack("<I", rng.choice((4, 8, 9)))
+        elements = b"".join(packed[4:] for packed in values)
+        return struct.pack("<I", ARRAY) + element_type + struct.pack("<Q", len(values)) + elements
     if isinstance(value, float):
-        kind, layout = rng.choice(((6, "<If"), (12, "<Id")))
-        return struct.pack(
-            layout, kind, value if kind == 12 else np.float32(np.clip(value, -3e38, 3e38))
-        )
+        value_type = rng.choice((FLOAT32, FLOAT64))
+        if value_type == FLOAT64:
+            return struct.pack("<Id", FLOAT64, value)
+        return struct.pack("<If", FLOAT32, np.float32(np.clip(value, -3e38, 3e38)))
     if isinstance(value, bool) or value is None:
-        return struct.pack("<IB", 7, value or rng.choice((0, 2)))
-    kind = rng.choice([*SIZES])
-    return struct.pack("<I", kind) + (value % (1 << 64)).to_bytes(8, "little")[: SIZES[kind]]
+        return struct.pack("<IB", BOOL, value or rng.choice((0, 2)))
+    value_type = rng.choice([*SIZES])
+    low_bytes = (value % (1 << 64)).to_bytes(8, "little")[: SIZES[value_type]]
+    return struct.pack("<I", value_type) + low_bytes

@@ -3,6 +3,7 @@ What goes wrong at the hands of a user: each mistake ends the real command with 
 a status that is not 0, without a traceback, and costs nothing that was there before.
 """
 
+import gc
 import os
 import shutil
 import struct
@@ -232,6 +233,7 @@ def small_disk(tmp_path):
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")
     yield tmp_path
+    gc.collect()  # closes files that the traceback of a failed run still refers to
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 

@@ -25,7 +25,8 @@ import uuid
 from pathlib import Path
 
 from checkpoints.latest import latest_path, load_latest, remove_checkpoint
-from tests.helpers import ROOT, VOCAB_SIZE, max_weight_difference, write_tinystories_shard
+from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
+from tests.processes import ROOT
 from textdata.synthetic import story
 from textdata.tokenizer import train_sentencepiece
 from tinystories import Pretokenize, run_pretokenize
