@@ -248,9 +248,7 @@ def test_a_flag_of_the_wrong_type_is_refused(refused, argument, allowed):
         *((f"n_kv_heads = {value}", NULLABLE) for value in ("'None'", "'4'", "1.5", "False")),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_with_its_line(
-    config_file, refused, assignment, allowed
-):
+def test_a_wrong_value_in_a_file_is_refused(config_file, refused, assignment, allowed):
     path = config_file("\n\n" + assignment.replace("inf", "1e999"))
     assert refused(path) == [f"{path}:3: {assignment}: must be {allowed}"]
 

@@ -228,6 +228,7 @@ def dying(device: str):
     os._exit(3)
 
 
+@pytest.mark.slow
 def test_variants_are_measured_in_turns():
     variants = [Variant(str(ms), sleeper, dict(device="cpu", milliseconds=ms)) for ms in (20, 80)]
     fast, slow = measure(variants, rounds=3, seconds=0.2).values()
@@ -247,6 +248,7 @@ def second_fails(device: str):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_those_that_wait_for_it():
     with pytest.raises(ValueError, match="pair: ValueError: no second device"):
         measure([Variant("pair", second_fails, dict(device="cpu"), processes=2)], 1, 0.1)
@@ -258,12 +260,14 @@ def test_an_input_without_text_is_refused(run_script, tmp_path):
     assert result.returncode == 1 and "there is no text in it" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_default_vocabulary_can_be_learned_from_the_default_text():
     config = DataBench()
     texts = load_texts(config)
     assert train_sentencepiece(limit_chars(texts, SAMPLE_CHARS), config.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_variant_whose_process_dies_ends_the_measurement():
     with pytest.raises(ValueError, match="bad: its process died"):
         measure([Variant("bad", dying, dict(device="cpu"))], 1, 0.1)
@@ -273,7 +277,7 @@ TINY = ModelArgs(**SMALL | dict(vocab_size=300, max_seq_len=bench_sample.CONTEXT
 
 
 @pytest.mark.parametrize("of, package", [("plain", "torch"), ("transformers", "transformers")])
-def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
+def test_baselines_generate_the_requested_number_of_tokens(of, package):
     pytest.importorskip(package)
     threads = torch.get_num_threads()
     step = bench_sample.theirs(of, TINY, "cpu", threads, batch_size=2)
@@ -281,7 +285,7 @@ def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_our_stories_do_not_end_early(kind):
+def test_cria_generates_the_requested_number_of_tokens(kind):
     step = bench_sample.ours(
         TINY, "cpu", torch.get_num_threads(), batch_size=3, kind=kind, compile=False
     )
@@ -289,14 +293,14 @@ def test_our_stories_do_not_end_early(kind):
 
 
 @pytest.mark.parametrize("dtype", bench_sample.FILES.values())
-def test_llama_cpp_tells_as_many_tokens_as_it_is_asked_for(dtype, tmp_path):
+def test_llama_cpp_generates_the_requested_number_of_tokens(dtype, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
     write_files(TINY, str(tmp_path))
     step = bench_sample.llama_cpp(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
     assert [step(), step()] == [TOKENS] * 2
 
 
-def test_all_tell_with_the_same_random_model(tmp_path):
+def test_all_variants_use_the_same_random_model(tmp_path):
     write_files(TINY, str(tmp_path))
     model, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
     torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
@@ -307,7 +311,7 @@ def test_all_tell_with_the_same_random_model(tmp_path):
         )
 
 
-def test_the_made_up_vocabulary_spells_any_text():
+def test_the_dummy_tokenizer_encodes_any_text():
     tokenizer = made_up_tokenizer(bench_sample.VOCAB_SIZE)
     assert (
         tokenizer.vocab_size
@@ -321,7 +325,7 @@ def test_the_made_up_vocabulary_spells_any_text():
     assert len(tokenizer.encode("upon a time")) < len("upon a time")
 
 
-def test_who_is_compared(monkeypatch):
+def test_the_decoding_variants_that_are_compared(monkeypatch):
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: True)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "bfloat16")
 
@@ -331,18 +335,21 @@ def test_who_is_compared(monkeypatch):
             for variant in bench_sample.variants(TINY, device, batch, threads, "folder")
         }
 
-    ours, alone = {"float32", "bfloat16", "int8"}, {"float32, not compiled", "int8, not compiled"}
-    assert names(64, 1) == names(4, 2) == ours
-    assert names(16, 2) == ours | {"transformers"}
-    assert names(1, 1) == ours | alone | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
+    compiled, eager = (
+        {"float32", "bfloat16", "int8"},
+        {"float32, not compiled", "int8, not compiled"},
+    )
+    assert names(64, 1) == names(4, 2) == compiled
+    assert names(16, 2) == compiled | {"transformers"}
+    assert names(1, 1) == compiled | eager | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
     assert names(1, 2) == names(1, 1) | {"plain"}
-    assert names(1, 2, "cuda") == ours | alone | {"transformers", "plain"}
+    assert names(1, 2, "cuda") == compiled | eager | {"transformers", "plain"}
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "float32")
-    assert names(1, 2) == {"float32", "int8", "plain"} | alone
+    assert names(1, 2) == {"float32", "int8", "plain"} | eager
 
 
-def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
+def test_ratios_compare_with_llama_cpp_at_the_same_precision(capsys):
     rates = {"plain": [1, 2, 4], "llama.cpp F32": [10, 20, 40], "llama.cpp Q8_0": [30, 30, 30]}
     rates |= {"float32": [20, 40, 20], "bfloat16": [7, 7, 7], "int8, not compiled": [45, 60, 90]}
     where = dict(preset="15M", batch=1, threads=2)
@@ -355,6 +362,7 @@ def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
     assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
 
 
+@pytest.mark.slow
 def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench_sample.variants
     chosen = ("plain", "float32, not compiled")  # each takes seconds to start
@@ -373,19 +381,19 @@ def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
         "--seconds=0.01",
         "--device=cpu",
     )
-    status, told, error = run_script("bench.py", "sample", *options, f"--json={path}")
+    status, out, error = run_script("bench.py", "sample", *options, f"--json={path}")
     assert status == 0, error
     assert (
-        told.startswith("cpu: ")
-        and "note: llama.cpp is left out, as xllamacpp is not installed" in told
+        out.startswith("cpu: ")
+        and "note: llama.cpp is left out, as xllamacpp is not installed" in out
     )
     *records, first = json.loads(path.read_text())
     assert [record["variant"] for record in records] == [*chosen]
     for record in [*records, first]:
         assert (record["preset"], record["batch"], record["threads"]) == ("15M", 1, 2)
     for record in records:
-        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in told
-    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in told
+        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in out
+    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in out
     assert 0.5 < first["seconds"] < 120
 
 
@@ -422,12 +430,12 @@ def event(token: int | None) -> str:
     return f"print('{json.dumps(dict(prompt=0, sample=0, token=token, text=''))}', flush=True)"
 
 
-def test_the_first_token_is_waited_for_and_no_longer():
+def test_the_time_ends_at_the_first_token():
     lines = ["import time", event(None), "time.sleep(0.5)", event(7), "time.sleep(60)"]
     assert 0.5 < seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1) < 30
 
 
-def test_a_story_without_a_first_token_is_an_error():
+def test_output_without_a_first_token_is_an_error():
     for lines in ([event(None)], ["raise SystemExit('no tokenizer')"]):
         with pytest.raises(ValueError, match="no first token"):
             seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1)
