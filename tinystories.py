@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     if stage not in STAGES:
         exit_with_errors(f"{stage}: the stage must come first and be one of {', '.join(STAGES)}")
     config_class, run = STAGES[stage]
+    config: Any
     config, overrides = configure(config_class, argv[1:], program=f"tinystories.py {stage}")
     print_overrides(config, overrides)
     run(config)

@@ -1,4 +1,4 @@
-# llama2.c's stories15M: 15 million parameters with Llama 2's vocabulary, or 7 million with 4096 tokens.
+# llama2.c's stories15M: 15M parameters with Llama 2's vocabulary, 7M with 4096 tokens.
 dim = 288
 n_layers = 6
 n_heads = 6

@@ -99,7 +99,7 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
 
 
 def test_muon_trains_alike_on_any_number_of_ranks(train, data_dir, tmp_path):
-    """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
+    """Less closely than AdamW: it orthogonalizes in bfloat16, and rounding amplifies differences."""
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
     train_on_ranks(2, *options, f"--out_dir={tmp_path / 'two'}")

@@ -48,7 +48,8 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
         )
     check_ranks_agree(config, start.checkpoint, dist_ctx)
     data = open_data(config)
-    if start.checkpoint and "sharded_tensors" in start.checkpoint and not uses_fsdp(config, dist_ctx):
+    is_sharded_start = start.checkpoint is not None and "sharded_tensors" in start.checkpoint
+    if start.checkpoint and is_sharded_start and not uses_fsdp(config, dist_ctx):
         from checkpoints.sharded import gather_full_state
 
         start = dataclasses.replace(start, checkpoint=gather_full_state(start.checkpoint))
@@ -223,8 +224,9 @@ def open_data(config: Any) -> Data:
 
 
 def training_state(run: TrainingRun) -> dict[str, Any]:
-    """What a checkpoint holds: llama2.c's keys, then cria's. No random state: data order and dropout
-    are functions of the position."""
+    """What a checkpoint holds: llama2.c's keys, then cria's.
+
+    There is no random state: data order and dropout are functions of the position."""
     weights = run.model.state_dict()
     if run.model.args.tie_embeddings:
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one object, copied once

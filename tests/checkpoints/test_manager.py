@@ -120,7 +120,7 @@ def test_weights_with_nan_are_never_written(tmp_path):
 
 @pytest.fixture
 def start():
-    """start(out_dir, data_dir): a run that does not end by itself before the test, once it takes steps."""
+    """start(out_dir, data_dir): a long run, once it takes steps; it is killed after the test."""
     started = []
     yield lambda *args: started.append(begin(*args)) or started[-1]
     for process in started:

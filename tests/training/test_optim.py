@@ -248,7 +248,7 @@ def test_muon_takes_block_matrices_and_adamw_the_rest(tied):
 
 
 def test_muon_steps_by_orthogonal_matrices_of_adamws_size():
-    """Muon's update has singular values near 1, times 0.2 * sqrt(longer side) (arXiv 2502.16982)."""
+    """Its update has singular values near 1, times 0.2 * sqrt(longer side) (arXiv 2502.16982)."""
     model = random_model(dim=32, n_layers=1, n_heads=4)
     before = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)
