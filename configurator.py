@@ -3,79 +3,125 @@ One typed, frozen configuration from a dataclass, config files and the command l
 
     python train.py config/stories15M.py --batch_size=8 --compile=False
 
-Everything is read left to right and later wins. A config file holds plain assignments, with
-arithmetic and earlier names; a name that starts with an underscore is the file's own. The
-dataclass is the only list of options: its fields' trailing comments are their --help.
+Arguments are read from left to right; later values win. A config file holds plain assignments with
+arithmetic and earlier names. Names that start with an underscore are local to the file.
+
+The dataclass is the only list of options. The comment after a field, or the comment line above it,
+is its --help. A comment line above a field that already has its help starts a group of options.
 """
 
+import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
+import inspect
 import io
 import math
 import os
 import sys
+import textwrap
+import tokenize
 import types
-from dataclasses import make_dataclass
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Iterator
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
-COMMAND_LINE = "command line"
-TYRO_OPTIONS = dict(config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-# What an expression in a config file may be made of: no calls, no attributes, no imports.
+Config = TypeVar("Config", bound="DataclassInstance")
+
+COMMAND_LINE = "command line"
+
+# The syntax allowed in a config file's expressions: no calls, no attributes, no imports.
 ALLOWED_NODES = (
-    *(
-        ast.Expression,
-        ast.Constant,
-        ast.Name,
-        ast.Load,
-        ast.BinOp,
-        ast.UnaryOp,
-        ast.BoolOp,
-        ast.Compare,
-        ast.IfExp,
-    ),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.JoinedStr, ast.FormattedValue),
+    ast.Expression,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.IfExp,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.JoinedStr,
+    ast.FormattedValue,
 )
 
 
-def configure(
-    config_class, argv: list[str] | None = None, positional: tuple[str, ...] = (), program: str = ""
-):
-    """Read argv (default: the command line) into a config_class; returns (config, given).
+class Assignment(NamedTuple):
+    """One option set by the user."""
 
-    given maps each option that was set to the place that set it: "command line" or file:line. The
-    first bare arguments fill the fields named in positional; the others are config files. The
-    sentences that config_class.validate() yields, if it has one, are refused like bad values.
-    All problems are printed at once to standard error, and the program ends with status 2."""
+    key: str
+    value: Any  # text from the command line, a Python value from a config file
+    source: str  # "command line", or file:line
+
+    @property
+    def from_file(self) -> bool:
+        return self.source != COMMAND_LINE
+
+    def __str__(self) -> str:
+        if self.from_file:
+            return f"{self.source}: {self.key} = {self.value!r}"
+        return f"--{self.key}={self.value}"
+
+
+def configure(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    positional: tuple[str, ...] = (),
+    program: str = "",
+) -> tuple[Config, dict[str, str]]:
+    """Read the command line into a config_class; returns (config, overrides).
+
+    All problems are printed to standard error together, and the program exits with status 2. The
+    messages that config_class.validate() yields, if it exists, are problems too.
+
+    Args:
+        config_class: a dataclass with a default for every field.
+        argv: the arguments. None: the command line.
+        positional: fields set by the first bare arguments. Other bare arguments are config files.
+        program: the program's name in messages. "": the script's name.
+
+    overrides maps each option that was set to its source: "command line", or file:line."""
     argv = sys.argv[1:] if argv is None else argv
     program = program or os.path.basename(sys.argv[0])
     if "-h" in argv or "--help" in argv:
-        bare = "".join(f" {name.upper()}" for name in positional)
-        tyro.cli(
-            config_class,
-            args=["--help"],
-            prog=f"{program}{bare} [CONFIG_FILE.py ...]",
-            **TYRO_OPTIONS,
-        )
+        print(help_text(config_class, positional, program), end="")
+        raise SystemExit(0)
     field_types = get_type_hints(config_class)
-    fields = {
-        name.removesuffix("_"): name for name in field_types
-    }  # from_: what Python would not have as a name
+    fields = {name.removesuffix("_"): name for name in field_types}  # from_: a Python keyword
     values, overrides, problems = {}, {}, []
-    for key, value, source in read_arguments(argv, positional, problems):
-        from_file = source != COMMAND_LINE
-        assignment = f"{source}: {key} = {value!r}" if from_file else f"--{key}={value}"
-        field = fields.get(key.replace("-", "_"))
+    for item in read_arguments(argv, positional):
+        if isinstance(item, str):
+            problems.append(item)
+            continue
+        field = fields.get(item.key.replace("-", "_"))
         if field is None:
-            problems.append(f"{assignment}: there is no such option{did_you_mean(key, fields)}")
+            problems.append(f"{item}: there is no such option{did_you_mean(item.key, fields)}")
             continue
         try:
-            values[field], overrides[field] = parse(field_types[field], value, from_file), source
+            values[field] = parse(field_types[field], item.value, item.from_file)
+            overrides[field] = item.source
         except ValueError as error:
-            problems.append(f"{assignment}: must be {error}")
+            problems.append(f"{item}: must be {error}")
     config = config_class(**values)
     if hasattr(config, "validate"):
         problems += config.validate()
@@ -84,127 +130,212 @@ def configure(
     return config, overrides
 
 
-def exit_with_errors(*problems: str, program: str = ""):
-    """End the program with status 2 and one line a problem on standard error."""
+def restore_options(config: Config, saved: dict[str, Any], source: str) -> Config:
+    """A copy of config with the options that a file saved. Names that are no option are ignored.
+    Raises ValueError, with source as the file's name, for a value of the wrong type."""
+    field_types = get_type_hints(type(config))
+    values = {}
+    for name, value in saved.items():
+        if name not in field_types:
+            continue
+        try:
+            values[name] = parse(field_types[name], value, from_file=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{source}: its option {name} is {value!r}, not {error}; give --{name}"
+            ) from None
+    return dataclasses.replace(config, **values)
+
+
+def exit_with_errors(*problems: str, program: str = "") -> NoReturn:
+    """Print one line per problem to standard error and exit with status 2."""
     program = program or os.path.basename(sys.argv[0])
     print("\n".join(f"{program}: {problem}" for problem in problems), file=sys.stderr)
     raise SystemExit(2)
 
 
-def run_main(main):
-    """Call main(). A user's mistake (ValueError), the system's refusal (OSError) or a lack of memory
-    ends with one sentence and status 1, Ctrl-C with 130; CRIA_TRACEBACK=1 in the environment shows where.
-    Of several processes each says which it is."""
+def run_main(main: Callable[[], object]) -> None:
+    """Call main() and turn a user's mistake into one line on standard error.
+
+    ValueError, OSError and out of memory exit with status 1, Ctrl-C with 130. Other errors pass.
+    CRIA_TRACEBACK=1 in the environment shows the traceback. Under torchrun the line names the
+    rank."""
     try:
         main()
     except (KeyboardInterrupt, ValueError, OSError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not is_memory:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         if os.environ.get("CRIA_TRACEBACK"):
             raise
-        sentence, status = "out of memory" if is_memory else str(error), 1
-        if isinstance(error, KeyboardInterrupt):
-            sentence, status = "interrupted", 130
-        elif isinstance(error, OSError) and error.strerror:
-            sentence = (
-                error.strerror
-                if error.filename is None
-                else f"{error.filename or repr('')}: {error.strerror}"
-            )
-        is_one_of_many = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-        rank = f"rank {os.environ['RANK']}: " if is_one_of_many else ""
-        print(f"{os.path.basename(sys.argv[0])}: {rank}{sentence}", file=sys.stderr)
-        raise SystemExit(status) from None
+        has_peers = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        rank = f"rank {os.environ['RANK']}: " if has_peers else ""
+        program = os.path.basename(sys.argv[0])
+        print(f"{program}: {rank}{describe_error(error)}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
 
 
-def print_overrides(config, overrides: dict[str, str]):
-    """Say which options were set, and where."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on a CPU, could not allocate memory."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def describe_error(error: BaseException) -> str:
+    """The one-line message of an error that run_main handles."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return error.strerror
+        return f"{error.filename or repr('')}: {error.strerror}"
+    return "out of memory" if is_out_of_memory(error) else str(error)
+
+
+def print_overrides(config: "DataclassInstance", overrides: dict[str, str]) -> None:
+    """Print each option that was set, its value and its source."""
     for key, source in overrides.items():
         print(f"{key.removesuffix('_')} = {getattr(config, key)!r}  ({source})")
 
 
-def read_arguments(argv, positional, problems):
-    """Yield (key, value, source) for every assignment in argv, in order: text from the command
-    line, Python values from files. What cannot be read is told in problems."""
-    waiting, argv = list(positional), list(argv)
-    while argv:
-        argument = argv.pop(0)
+def help_text(config_class: type[Config], positional: tuple[str, ...], program: str) -> str:
+    """The --help of a config_class: every option in its group, with type, help and default."""
+    bare = "".join(f"{name.upper()} " for name in positional)
+    parser = argparse.ArgumentParser(
+        usage=f"{program} {bare}[CONFIG_FILE.py ...] [--OPTION=VALUE ...]",
+        description=config_class.__doc__,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
+    )
+    comments: dict[str, FieldComment] = {}
+    for base in reversed(config_class.__mro__):
+        comments |= field_comments(base) if dataclasses.is_dataclass(base) else {}
+    field_types = get_type_hints(config_class)
+    group: argparse._ActionsContainer = parser
+    for field in dataclasses.fields(config_class):
+        comment = comments[field.name]
+        if comment.group:
+            group = parser.add_argument_group(comment.group)
+        default = "''" if field.default == "" else field.default
+        group.add_argument(
+            f"--{field.name.removesuffix('_')}",
+            metavar=metavar(field_types[field.name]),
+            help=f"{comment.help} (default: {default})".strip().replace("%", "%%"),
+        )
+    return parser.format_help()
+
+
+class FieldComment(NamedTuple):
+    """The comments of a field in the source of its dataclass."""
+
+    group: str  # title of the group that begins with the field, or ""
+    help: str
+
+
+def field_comments(config_class: type) -> dict[str, FieldComment]:
+    """The comments of each field that the class itself defines."""
+    source = textwrap.dedent(inspect.getsource(config_class))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [
+        (token.start[0], token.string.removeprefix("#").strip())
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    ]
+    class_def = ast.parse(source).body[0]
+    assert isinstance(class_def, ast.ClassDef)
+    result, previous_end = {}, class_def.lineno
+    for statement in class_def.body:
+        start, end = statement.lineno, statement.end_lineno or statement.lineno
+        above = [text for line, text in comments if previous_end < line < start]
+        trailing = [text for line, text in comments if start <= line <= end]
+        previous_end = end
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            help_lines = trailing or [above.pop()] if above or trailing else []
+            result[statement.target.id] = FieldComment(" ".join(above), " ".join(help_lines))
+    return result
+
+
+def read_arguments(argv: list[str], positional: tuple[str, ...]) -> Iterator[Assignment | str]:
+    """Yield every assignment in argv, in order, and a message (str) for every problem."""
+    arguments, fields = list(argv), list(positional)
+    while arguments:
+        argument = arguments.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and equals:
-            yield key, value, COMMAND_LINE
-        elif argument.startswith("--") and key and argv and not argv[0].startswith("--"):
-            yield key, argv.pop(0), COMMAND_LINE  # --key value
+            yield Assignment(key, value, COMMAND_LINE)
+        elif argument.startswith("--") and key and arguments and not arguments[0].startswith("--"):
+            yield Assignment(key, arguments.pop(0), COMMAND_LINE)  # --key value
         elif argument.startswith("-"):
-            problems.append(
-                f"{argument}: write options as --{argument.lstrip('-')}{'' if equals else '=VALUE'}"
-            )
-        elif waiting:
-            yield waiting.pop(0), argument, COMMAND_LINE
+            missing = "" if equals else "=VALUE"
+            yield f"{argument}: write options as --{argument.lstrip('-')}{missing}"
+        elif fields:
+            yield Assignment(fields.pop(0), argument, COMMAND_LINE)
         elif equals:
-            problems.append(f"{argument}: write options as --{argument}")
+            yield f"{argument}: write options as --{argument}"
         else:
-            yield from read_config_file(argument, problems)
+            yield from read_config_file(argument)
 
 
-def read_config_file(path, problems):
-    """Yield (key, value, file:line) for every plain assignment in the file."""
+def read_config_file(path: str) -> Iterator[Assignment | str]:
+    """Yield every assignment in a config file, and a message (str) for every problem."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             statements = ast.parse(file.read()).body
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problems.append(f"{path}: cannot read this config file: {reason}")
-        return
     except SyntaxError as error:
-        problems.append(f"{path}:{error.lineno}: not a line of Python: {error.msg}")
+        yield f"{path}:{error.lineno}: not a line of Python: {error.msg}"
         return
-    names = {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        yield f"{path}: cannot read this config file: {reason}"
+        return
+    variables: dict[str, Any] = {}
     for statement in statements:
-        where = f"{path}:{statement.lineno}"
+        line = f"{path}:{statement.lineno}"
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
-        target = (
-            statement.targets[0]
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1
-            else None
-        )
-        if not isinstance(target, ast.Name):
-            problems.append(f"{where}: a config file holds plain assignments only: name = value")
+        if not (
+            isinstance(statement, ast.Assign)
+            and len(statement.targets) == 1
+            and isinstance(target := statement.targets[0], ast.Name)
+        ):
+            yield f"{line}: a config file holds plain assignments only: name = value"
             continue
         try:
-            names[target.id] = evaluate(statement.value, names)
+            variables[target.id] = evaluate(statement.value, variables)
         except (ValueError, ArithmeticError, TypeError) as error:
-            problems.append(f"{where}: cannot work out {target.id}: {error}")
+            yield f"{line}: cannot work out {target.id}: {error}"
             continue
         if not target.id.startswith("_"):
-            yield target.id, names[target.id], where
+            yield Assignment(target.id, variables[target.id], line)
 
 
-def evaluate(expression: ast.expr, names: dict):
-    """The value of an expression of constants, operators and earlier names."""
+def evaluate(expression: ast.expr, variables: dict[str, Any]) -> Any:
+    """The value of an expression of constants, operators and variables. Raises ValueError for any
+    other syntax and for an unknown name."""
     for node in ast.walk(expression):
         if not isinstance(node, ALLOWED_NODES):
             raise ValueError(
                 f"{ast.unparse(node)!r} is more than arithmetic with constants and earlier names"
             )
-        if isinstance(node, ast.Name) and node.id not in names:
-            raise ValueError(f"{node.id} is not set above{did_you_mean(node.id, names)}")
-    return eval(
-        compile(ast.Expression(expression), "<config>", "eval"), {"__builtins__": {}}, names
-    )
+        if isinstance(node, ast.Name) and node.id not in variables:
+            raise ValueError(f"{node.id} is not set above{did_you_mean(node.id, variables)}")
+    code = compile(ast.Expression(expression), "<config>", "eval")
+    return eval(code, {"__builtins__": {}}, variables)
 
 
-def parse(field_type, value, from_file: bool):
-    """value as field_type: text from the command line is read as tyro reads it, a value from a
-    file must already fit (an int does for a float). Raises ValueError saying what is allowed."""
+def parse(field_type: Any, value: Any, from_file: bool) -> Any:
+    """Convert value to field_type. Text from the command line is parsed by tyro. A value from a
+    file must already have the type, except that an int is accepted for a float. Raises ValueError
+    with the values that are allowed."""
     text = value if isinstance(value, str) else repr(value)
     if field_type is bool and text in ("true", "false"):
         text = text.capitalize()
-    one_field = make_dataclass("one_field", [("value", field_type)])
+    one_field = dataclasses.make_dataclass("one_field", [("value", field_type)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            parsed = tyro.cli(one_field, args=[f"--value={text}"], **TYRO_OPTIONS).value
+            parsed: Any = tyro.cli(
+                one_field,
+                args=[f"--value={text}"],
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            ).value
     except SystemExit:
         raise ValueError(type_hint_text(field_type)) from None
     if (from_file and parsed != value) or (isinstance(parsed, float) and not math.isfinite(parsed)):
@@ -212,8 +343,8 @@ def parse(field_type, value, from_file: bool):
     return parsed
 
 
-def type_hint_text(field_type) -> str:
-    """What an option of this type takes, in words."""
+def type_hint_text(field_type: Any) -> str:
+    """The values that an option of this type accepts, in words."""
     if get_origin(field_type) is Literal:
         return "one of " + ", ".join(map(str, get_args(field_type)))
     if get_origin(field_type) in (types.UnionType, Union):
@@ -227,7 +358,22 @@ def type_hint_text(field_type) -> str:
     }[field_type]
 
 
-def did_you_mean(name: str, names) -> str:
-    """', did you mean X?' for the known name most like this one, or nothing."""
+def metavar(field_type: Any) -> str:
+    """The values that an option of this type accepts, as --help shows them after its name."""
+    if get_origin(field_type) is Literal:
+        return "{" + ",".join(map(str, get_args(field_type))) + "}"
+    if get_origin(field_type) in (types.UnionType, Union):
+        return "|".join(metavar(choice) for choice in get_args(field_type))
+    return {
+        int: "INT",
+        float: "FLOAT",
+        bool: "{True,False}",
+        str: "STR",
+        types.NoneType: "None",
+    }[field_type]
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """', did you mean X?' with the most similar of the known names, or '' if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f", did you mean {close[0]}?" if close else ""

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checkpoints.manager import latest_path
+from checkpoints.latest import latest_path
 from configurator import configure, print_overrides, run_main
 from formats import ckpt, gguf, llama2c
 from formats.lazy_model import LazyModel

@@ -1,9 +1,8 @@
 """
-The Llama 2 and 3 architecture, leaf to root: RMSNorm, KVCache, Attention, FeedForward,
-TransformerBlock, Transformer. No files, no printing.
+The Llama 2 and 3 architecture, from leaf to root: RMSNorm to Transformer.
 
 Llama 2: https://arxiv.org/abs/2307.09288, Llama 3: https://arxiv.org/abs/2407.21783.
-Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S cached positions.
+Shapes in the comments: B batch, T time, C width (dim), V vocabulary, S keys and values (kv_len).
 """
 
 import math
@@ -17,68 +16,68 @@ from torch.utils.checkpoint import checkpoint
 
 from ops.attention import causal_attention, single_query_attention
 from ops.cross_entropy import linear_cross_entropy
+from ops.fused_linear import fused_linear
 from ops.kv_cache import ForwardContext, KVCache
 from ops.rope import RopeScaling, apply_rope, precompute_rope_cache
 
-# Up to this length attention in blocks beats the fused kernel on a CPU; beyond it the gain is small
-# and what it keeps is large.
+# Up to this sequence length, blockwise attention is faster than PyTorch's fused kernel on a CPU.
+# Longer sequences gain little, and the saved attention weights need much memory.
 BLOCKWISE_ATTENTION_MAX_LEN = 1024
-
-
-MAX_DIM = 2**31  # of a dimension; what is beyond is damage
-MAX_POSITIONS = 2**20  # a longer context is a damaged file, whose tables would fill the memory
+MAX_DIM = 2**31  # a file that claims a larger size is damaged
+MAX_POSITIONS = 2**20
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model. Raises ValueError for a shape that no Llama has."""
+    """Hyperparameters of the architecture. Raises ValueError for an impossible combination."""
 
     dim: int = 288
     n_layers: int = 6
     n_heads: int = 6
     n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention (arXiv 2305.13245)
     vocab_size: int = 4096
-    hidden_dim: int | None = None  # width of the feed-forward layer; None: from the two below
+    hidden_dim: int | None = None  # feed-forward width; None: computed from the next two fields
     multiple_of: int = 32
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # Llama 3: 500000
-    rope_scaling: RopeScaling | None = None  # Llama 3.1: llama3, by 8
+    rope_scaling: RopeScaling | None = None  # Llama 3.1: type llama3, factor 8
     max_seq_len: int = 256
     dropout: float = 0.0
-    tie_embeddings: bool = True  # the classifier is the embedding matrix
+    tie_embeddings: bool = True  # the LM head uses the embedding matrix
 
-    def __post_init__(self):
-        sizes = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")
-        for name in (*sizes, "n_kv_heads", "hidden_dim"):
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_heads()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if not (1e-30 <= self.norm_eps <= 1 and 1 <= self.rope_theta <= 1e30):  # float32's range
+            raise ValueError(
+                f"norm_eps={self.norm_eps}, rope_theta={self.rope_theta}: not in 1e-30..1, 1..1e30"
+            )
+
+    def _check_sizes(self) -> None:
+        required = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len")
+        for name in (*required, "n_kv_heads", "hidden_dim"):
             value = getattr(self, name)
-            if value is None and name not in sizes:
+            if value is None and name not in required:
                 continue
             if not isinstance(value, int) or not 1 <= value < MAX_DIM:
-                raise ValueError(
-                    f"{name}={value}: must be a whole number, at least 1 and below {MAX_DIM}"
-                )
+                raise ValueError(f"{name}={value}: must be a whole number from 1 to {MAX_DIM - 1}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")
-        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < MAX_DIM:
-            raise ValueError(
-                f"ffn_dim_multiplier={self.ffn_dim_multiplier}: must be positive, or None"
-            )
+        multiplier = self.ffn_dim_multiplier
+        if multiplier is not None and not 0 < multiplier < MAX_DIM:
+            raise ValueError(f"ffn_dim_multiplier={multiplier}: must be positive, or None")
+
+    def _check_heads(self) -> None:
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads}: must divide dim={self.dim}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads}: must divide n_heads={self.n_heads}")
         if self.head_dim % 2:
             raise ValueError(
-                f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for rotary positions"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if not (
-            1e-30 <= self.norm_eps <= 1 and 1 <= self.rope_theta <= 1e30
-        ):  # as far as float32 serves
-            raise ValueError(
-                f"norm_eps={self.norm_eps}, rope_theta={self.rope_theta}: beyond 1e-30..1 and 1..1e30"
+                f"n_heads={self.n_heads}: dim/n_heads={self.head_dim} must be even for RoPE"
             )
 
     @property
@@ -91,8 +90,8 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward layer: two thirds of 4·dim, so that SwiGLU's three
-        matrices weigh as much as two of 4·dim (arXiv 2002.05202), rounded up to multiple_of."""
+        """Width of the feed-forward layer: 2/3 of 4·dim, rounded up to multiple_of. SwiGLU's three
+        matrices then have as many parameters as two of width 4·dim (arXiv 2002.05202)."""
         if self.hidden_dim is not None:
             return self.hidden_dim
         width = int(2 * (4 * self.dim) / 3)
@@ -102,8 +101,8 @@ class ModelArgs:
 
 
 def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a model, in the order of its state dict; a tied classifier,
-    which is the embedding, is not named. Lazy: a damaged file may speak of millions of layers."""
+    """Yield the name and shape of every parameter, in the order of the state dict. Tied weights
+    are yielded once. A generator, because a damaged file can claim millions of layers."""
     kv_dim = args.kv_heads * args.head_dim
     yield "tok_embeddings.weight", (args.vocab_size, args.dim)
     for layer in range(args.n_layers):
@@ -124,31 +123,21 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):  # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C)
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
 
-def fused_linear(x, *layers: nn.Linear):
-    """What each of the layers, which have no biases, makes of x (B, T, C). In training it is one
-    product with all their weights, which costs less than several; to copy the weights together
-    for a few tokens would cost more."""
-    if not isinstance(layers[0], nn.Linear):
-        return layers[0](x)  # joined beforehand, see inference.py
-    if not torch.is_grad_enabled():
-        return [layer(x) for layer in layers]
-    together = F.linear(x, torch.cat([layer.weight for layer in layers]))
-    return together.split([layer.out_features for layer in layers], dim=-1)
-
-
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs, layer: int):
+    """Causal multi-head attention with rotary embeddings; grouped-query if n_kv_heads is set."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = args.head_dim
@@ -159,77 +148,78 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.dropout = args.dropout
 
-    def forward(self, x, place: ForwardContext):
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x, self.wq, self.wk, self.wv)
         )
-        # (B, T, n_heads, head_dim) and twice (B, T, n_kv_heads, head_dim)
-        scale = self.head_dim**-0.5  # of the scores
-        q = apply_rope(q, place.cos * scale, place.sin * scale)
-        k = apply_rope(k, place.cos, place.sin)
+        # q (B, T, n_heads, head_dim), k and v (B, T, n_kv_heads, head_dim)
+        scale = self.head_dim**-0.5  # of the attention scores
+        q = apply_rope(q, context.cos * scale, context.sin * scale)
+        k = apply_rope(k, context.cos, context.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
-        if place.cache is not None:
-            k, v = place.update_kv_cache(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        y = self.attend(q, k, v, place.mask)  # (B, n_heads, T, head_dim)
+        if context.cache is not None:
+            k, v = context.update_kv_cache(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
+        y = self.sdpa(q, k, v, context.mask)  # (B, n_heads, T, head_dim)
         y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
-    def attend(self, q, k, v, mask=None):
+    def sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention by the fastest kernel, without scaling the scores. q and the result are (B,
+        n_heads, T, head_dim), k and v (B, n_kv_heads, S, head_dim). mask, (T, S) or (B, 1, T, S),
+        is True where a query sees a key; None: causal."""
         dropout = self.dropout if self.training else 0.0
-        length, seen = q.shape[2], k.shape[2]
-        if length == 1:  # the queries that share a key are rows of one product
+        length, kv_len = q.shape[2], k.shape[2]
+        if length == 1:  # the queries of a group become rows of one product: no copies of k and v
             grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
             if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
                 return single_query_attention(grouped, k, v, mask).reshape(q.shape)
-            y = F.scaled_dot_product_attention(
-                grouped, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0
-            )
-            return y.reshape(q.shape)
+            grouped = F.scaled_dot_product_attention(grouped, k, v, mask, dropout, scale=1.0)
+            return grouped.reshape(q.shape)
         if self.queries_per_kv > 1:
             k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
             v = v.repeat_interleave(self.queries_per_kv, dim=1)
-        if mask is not None:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0
-            )
-        if q.device.type == "cpu" and length == seen <= BLOCKWISE_ATTENTION_MAX_LEN:
+        use_blocks = q.device.type == "cpu" and length == kv_len <= BLOCKWISE_ATTENTION_MAX_LEN
+        if use_blocks and mask is None:
             return causal_attention(q, k, v, dropout)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=1.0)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w1 is the gate, w3 the value, w2 the way back."""
+    """SwiGLU (arXiv 2002.05202): w1 is the gate, w3 the up projection, w2 the down projection."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
         self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
         self.dropout = args.dropout
 
-    def forward(self, x):
-        gate, value = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
-        y = self.w2(F.silu(gate) * value)  # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
+        y = self.w2(F.silu(gate) * up)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, layer: int):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, layer)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, place: ForwardContext):
-        x = x + self.attention(self.attention_norm(x), place)
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), context)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def init_matrix(name: str, matrix, args: ModelArgs):
-    """Normal with deviation 0.02; what is added to the residual stream is scaled down by the square
-    root of the number of additions, so that the stream's variance does not grow with depth (GPT-2's
-    report, section 2.3)."""
+def init_matrix(name: str, matrix: torch.Tensor, args: ModelArgs) -> None:
+    """Initialize a matrix with N(0, 0.02). Projections into the residual stream are divided by the
+    square root of the number of additions, to keep its variance constant (GPT-2, section 2.3)."""
     into_residual = name.endswith(("wo.weight", "w2.weight"))
     std = 0.02 / math.sqrt(2 * args.n_layers) if into_residual else 0.02
     if not matrix.is_meta:
@@ -237,8 +227,9 @@ def init_matrix(name: str, matrix, args: ModelArgs):
 
 
 def iter_initial_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and weights of a new Transformer(args), bit for bit, of which one is in memory at a time."""
-    nn.Embedding(args.vocab_size, args.dim)  # layers draw weights of their own, which are not used
+    """Yield the names and weights of a new Transformer(args), bit for bit, one tensor at a time."""
+    # PyTorch's constructors advance the random generator before init_weights does.
+    nn.Embedding(args.vocab_size, args.dim)
     for layer in range(args.n_layers):
         TransformerBlock(args, layer)
     nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -250,21 +241,22 @@ def iter_initial_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def new_embedding(rows: int, dim: int) -> nn.Embedding:
-    """As PyTorch makes it, but that nothing is drawn on the meta device."""
+    """nn.Embedding(rows, dim), without drawing random numbers on the meta device."""
     if torch.get_default_device().type == "meta":
         return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
     return nn.Embedding(rows, dim)
 
 
 class Transformer(nn.Module):
-    """The whole model. Its parameters' names and order are those of llama2.c's checkpoints."""
+    """The whole model. Parameters have the names and the order of llama2.c's checkpoints."""
 
-    def __init__(self, args: ModelArgs):
+    rope_cos: torch.Tensor  # (max_seq_len, head_dim/2)
+    rope_sin: torch.Tensor
+
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.activation_checkpointing = (
-            False  # in training: keep what flows between blocks, compute the rest again
-        )
+        self.activation_checkpointing = False  # recompute the blocks' activations in backward
         self.tok_embeddings = new_embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -274,35 +266,35 @@ class Transformer(nn.Module):
 
     @classmethod
     def on_meta(cls, args: ModelArgs) -> "Transformer":
-        """The shapes of a model, on PyTorch's meta device. allocate gives them memory."""
-        with torch.device(
-            "meta"
-        ):  # where nothing is drawn or computed: it would import the compiler, for a second
+        """A model on PyTorch's meta device: shapes without memory. See materialize."""
+        # Random draws and arithmetic on the meta device import the compiler, which takes a second.
+        with torch.device("meta"):
             return cls(args)
 
     @classmethod
     def uninitialized(cls, args: ModelArgs) -> "Transformer":
-        """A model on the CPU whose weights are still to be loaded, so no time goes into drawing them."""
-        model = cls.on_meta(args)  # allocate imports the compiler too
-        spaces = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
+        """A model on the CPU with undefined weights, to load weights into."""
+        model = cls.on_meta(args)  # materialize would import the compiler
+        weights = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
         if args.tie_embeddings:
-            spaces["output.weight"] = spaces["tok_embeddings.weight"]
-        model.load_state_dict(spaces, assign=True)
+            weights["output.weight"] = weights["tok_embeddings.weight"]
+        model.load_state_dict(weights, assign=True)
         model.init_buffers_and_tie_weights()
         return model
 
     def materialize(self, device: str) -> "Transformer":
-        """Take memory on the device for an outline, the weights in it still to be set."""
+        """Allocate memory on the device for a model from on_meta. The weights stay undefined."""
         self.to_empty(device=device)
         self.init_buffers_and_tie_weights()
         for name, buffer in list(self.named_buffers()):
             self.register_buffer(name, buffer.to(device), persistent=False)
         return self
 
-    def init_buffers_and_tie_weights(self):
-        if self.args.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+    def init_buffers_and_tie_weights(self) -> None:
+        """Compute the rotary embedding's tables, and tie the LM head to the embedding if asked."""
         args = self.args
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
         if self.tok_embeddings.weight.is_meta:
             cos, sin = (torch.empty(args.max_seq_len, args.head_dim // 2) for _ in range(2))
         else:
@@ -312,17 +304,23 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
+        """Draw the initial matrices. The norms' weights stay ones."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # the norms' gains are ones
+            if parameter.dim() > 1:
                 init_matrix(name, parameter, self.args)
 
-    def forward(self, tokens, targets=None, cache: KVCache | None = None, start_pos=0):
-        """tokens (B, T) -> (logits, loss).
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        start_pos: int | torch.Tensor = 0,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Map tokens (B, T) to (logits (B, T, V), None), or to (None, loss) with targets (B, T).
 
-        With targets (B, T): logits is None and loss the mean cross-entropy in nats over the
-        targets that are not -1; the logits are never held whole. Without: logits (B, T, V)
-        and loss None. cache and start_pos: see forward_hidden, whose ValueError this raises too."""
+        loss is the mean cross-entropy in nats over the targets other than -1. It never holds all
+        logits. cache, start_pos and the ValueError are those of forward_hidden."""
         x = self.forward_hidden(tokens, cache, start_pos)  # (B, T, C)
         if targets is None:
             return self.output(x), None
@@ -330,54 +328,54 @@ class Transformer(nn.Module):
 
     def forward_hidden(
         self,
-        tokens,
+        tokens: torch.Tensor,
         cache: KVCache | None = None,
-        start_pos=0,
-        end: int = 0,
-        rows=None,
-        exact: bool = True,
-    ):
-        """What the classifier reads (B, T, C) of tokens (B, T).
+        start_pos: int | torch.Tensor = 0,
+        kv_len: int = 0,
+        batch_idx: torch.Tensor | None = None,
+        exact_kv_len: bool = True,
+    ) -> torch.Tensor:
+        """Map tokens (B, T) to the hidden states (B, T, C) that the LM head reads. Raises
+        ValueError for a position past max_seq_len.
 
-        With a cache, the tokens are the positions from start_pos on, those before it are read from
-        the cache, and the tokens' own are left there. start_pos is one number, or a tensor (B,) of one
-        for each row; end is then one beyond the longest row's last position, or farther if not exact.
-        rows (B,) are the cache's rows to take where start_pos is a number. Raises ValueError past
-        max_seq_len."""
-        length, mask = tokens.shape[1], None
+        Args:
+            cache: keys and values of the positions before start_pos; those of tokens are added.
+            start_pos: position of the first token: one int, or a tensor (B,) with one per row.
+            kv_len: 1 + the last position of the longest row. Required if start_pos is a tensor.
+            batch_idx: rows (B,) of the cache, if start_pos is an int. None: the first B rows.
+            exact_kv_len: False if kv_len may be larger than described above."""
+        length = tokens.shape[1]
+        positions: slice | torch.Tensor
         if isinstance(start_pos, int):
-            end, positions = start_pos + length, slice(start_pos, start_pos + length)
+            kv_len = start_pos + length
+            positions = slice(start_pos, kv_len)
         else:
-            assert end, "with a position for each row, say where the longest row ends"
+            assert kv_len, "pass kv_len when start_pos is a tensor"
             positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
-        if end > self.args.max_seq_len:
-            raise ValueError(
-                f"{end} positions, but the model was made for max_seq_len={self.args.max_seq_len}"
-            )
-        if not isinstance(start_pos, int) and (tokens.numel() > 1 or not exact):
-            mask = (
-                torch.arange(end, device=tokens.device) <= positions[:, None, :, None]
-            )  # (B, 1, T, end)
-        elif isinstance(start_pos, int) and 1 < length < end:  # causal from the end
-            mask = torch.ones(length, end, dtype=torch.bool, device=tokens.device).tril(start_pos)
-        place = ForwardContext(
-            self.rope_cos[positions], self.rope_sin[positions], cache, start_pos, end, rows, mask
-        )
+        if kv_len > self.args.max_seq_len:
+            raise ValueError(f"{kv_len} positions exceed max_seq_len={self.args.max_seq_len}")
+        mask = None
+        if isinstance(positions, slice):
+            if 1 < length < kv_len:  # (T, S), causal from the last position on
+                mask = torch.ones(length, kv_len, dtype=torch.bool, device=tokens.device)
+                mask = mask.tril(kv_len - length)
+        elif tokens.numel() > 1 or not exact_kv_len:  # (B, 1, T, S)
+            mask = torch.arange(kv_len, device=tokens.device) <= positions[:, None, :, None]
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # ([B,] T, head_dim/2)
+        context = ForwardContext(cos, sin, cache, start_pos, kv_len, batch_idx, mask)
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, place, use_reentrant=False)
+                x = checkpoint(layer, x, context, use_reentrant=False)
             else:
-                x = layer(x, place)
+                x = layer(x, context)
         return self.norm(x)
 
     def new_kv_cache(
         self, batch_size: int, length: int, dtype: torch.dtype | None = None
     ) -> KVCache:
         """An empty cache for batch_size sequences of up to length positions, on the model's device.
-
-        dtype: of the keys and values; None: the dtype the model computes in here (autocast's, or the
-        weights')."""
+        dtype None: autocast's dtype inside autocast, else the dtype of the weights."""
         weight = self.tok_embeddings.weight
         if dtype is None:
             device_type = weight.device.type
@@ -387,18 +385,16 @@ class Transformer(nn.Module):
         return KVCache(self.args.n_layers, shape, weight.device, dtype)
 
     def num_parameters(self) -> int:
-        """Parameters, a tied classifier counted once."""
+        """The number of parameters. Tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def flops_per_token(args: ModelArgs, seq_len: int) -> int:
-    """Floating-point operations to train on one token: 6 for every weight in a matrix product
-    (2 forward, 4 backward; the embedding is a look-up and costs none), and 12·n_layers·dim·seq_len
-    for attention's two products, without counting the causal half as saved (PaLM, arXiv 2204.02311,
-    appendix B)."""
-    per_layer = (
-        args.dim * args.head_dim * (2 * args.n_heads + 2 * args.kv_heads)
-        + 3 * args.dim * args.ffn_dim
-    )
-    weights = args.n_layers * per_layer + args.dim * args.vocab_size
+    """Floating-point operations to train on one token (PaLM, arXiv 2204.02311, appendix B).
+
+    6 per weight of a matrix product (2 forward, 4 backward; the embedding is a look-up), plus
+    12·n_layers·dim·seq_len for attention's two products. The causal mask saves nothing here."""
+    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.kv_heads)
+    feed_forward = 3 * args.dim * args.ffn_dim
+    weights = args.n_layers * (attention + feed_forward) + args.dim * args.vocab_size
     return 6 * weights + 12 * args.n_layers * args.dim * seq_len

@@ -7,31 +7,28 @@ Train a Llama from scratch.
     python train.py --init_from=Llama-3.2-1B --max_seq_len=512 --learning_rate=1e-5
     torchrun --nproc_per_node=4 train.py
 
-Everything a run leaves is in out_dir: ckpt.pt (the newest), ckpt_000200.pt (an older one), best.pt
-(the lowest validation loss), model.bin and tokenizer.bin (the best for C), metrics.jsonl and loss.png.
-All randomness is a function of (seed, batch_size, position in the data), so that a run goes on
-exactly where it stopped, on any number of processes.
+A run writes to out_dir: ckpt.pt (the latest checkpoint), ckpt_000200.pt (of that step), best.pt
+(the lowest validation loss), model.bin and tokenizer.bin (the best model for llama2.c),
+metrics.jsonl and loss.png. Data order and dropout are functions of (seed, position in the data):
+a resumed run continues exactly where it stopped, on any number of processes.
 """
 
 import contextlib
-import copy
 import math
 import os
-import signal
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoints.manager import snapshot
-from configurator import configure, print_overrides, run_main
+from configurator import configure, print_overrides, restore_options, run_main
 from generation.streaming import generate
-from model import ModelArgs, Transformer, flops_per_token
+from model import ModelArgs, flops_per_token
 from runtime.atomic_files import run_lock
-from runtime.device import autocast, disable_malloc_trim, peak_flops, pick_device
+from runtime.device import autocast, disable_malloc_trim, peak_flops, pick_device, translate_oom
 from runtime.distributed import (
     DistContext,
     full_tensor,
@@ -39,468 +36,366 @@ from runtime.distributed import (
     shutdown_distributed,
     translate_dist_errors,
 )
-from textdata.loader import dropout_seed, evaluation_batches, prefetch, training_batches
+from textdata.loader import dropout_seed, prefetch, training_batches
+from training import monitor
+from training.compile import maybe_compile
 from training.evaluation import evaluate
-from training.inspect_step import show_step
-from training.monitor import check_finite, remember_bad, skips, tell_spikes
-from training.optim import lr_at_step
-from training.parallel import grad_sync, is_sharded
-from training.resume import ARCHITECTURE, fine_tune, resume
-from training.saving import finish_saving, open_out_dir, save
-from training.setup import set_up
-from training.state import Run
+from training.inspect_step import inspect_step
+from training.interrupt import GracefulInterrupt, StepTimer
+from training.out_dir import finish_saving, plot_loss, prepare_out_dir
+from training.parallel import gather_model, grad_sync, is_sharded
+from training.resume import (
+    ARCHITECTURE,
+    StartPoint,
+    check_resumed,
+    find_checkpoint,
+    open_pretrained,
+    pretrained_options,
+    saved_options,
+)
+from training.setup import build_run, save_state
+from training.state import TrainingRun
 
-# Without this the compiler fuses a concatenation with what is made of it, and loses the vector units.
-COMPILE_OPTIONS = {"max_pointwise_cat_inputs": 0}
+POSITIVE = """eval_interval log_interval batch_size gradient_accumulation_steps max_iters"""
+NON_NEGATIVE = """eval_iters checkpoint_interval keep_checkpoints sample_interval warmup_iters
+learning_rate weight_decay grad_clip min_lr skip_spikes"""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a Llama from scratch, go on with a run, or fine-tune a model."""
+    """Train a Llama from scratch, resume a run, or fine-tune a model."""
 
     # I/O
-    out_dir: str = "out"  # where the run writes
+    out_dir: str = "out"  # the output folder of the run
     eval_interval: int = 2000  # steps between evaluations
     log_interval: int = 1  # steps between reports of the training loss
-    eval_iters: int = (
-        100  # batches to evaluate on, the same every time; 0: all of the validation split
-    )
-    eval_only: bool = False  # evaluate once and stop
-    debug_step: int | None = None  # show this step's batch, its losses and gradients, and stop
-    always_save_checkpoint: bool = (
-        True  # write ckpt.pt at every evaluation, not only when it is the best
-    )
-    checkpoint_interval: int = (
-        200  # steps between further writes of ckpt.pt; 0: at evaluations only
-    )
-    keep_checkpoints: int = (
-        1  # how many older ones (ckpt_000200.pt) to keep; one steps in where ckpt.pt is damaged
-    )
-    sample_interval: int = 0  # steps between sample stories, told at evaluations; 0: never
-    init_from: str = "scratch"  # scratch; resume: go on in OUT_DIR; auto: if there is a run; or a model to fine-tune
+    eval_iters: int = 100  # batches per evaluation, always the same; 0: the whole validation split
+    eval_only: bool = False  # evaluate once and exit
+    debug_step: int | None = None  # show the batch, losses and gradients of this step, and exit
+    # save a checkpoint at every evaluation, not only at the best
+    always_save_checkpoint: bool = True
+    checkpoint_interval: int = 200  # steps between further checkpoints; 0: at evaluations only
+    # older checkpoints (ckpt_000200.pt) to keep; one is the fallback when ckpt.pt is corrupt
+    keep_checkpoints: int = 1
+    sample_interval: int = 0  # generate a sample at evaluations every N steps; 0: never
+    # scratch; resume: from the latest checkpoint in OUT_DIR; auto: resume if there is one;
+    # or the path of a pretrained model to fine-tune
+    init_from: str = "scratch"
     # wandb logging
-    wandb_log: bool = False  # report to Weights & Biases
-    wandb_project: str = "cria"  # its project
-    wandb_run_name: str = ""  # the run's name there; empty: wandb chooses
+    wandb_log: bool = False  # log to Weights & Biases
+    wandb_project: str = "cria"  # project name
+    wandb_run_name: str = ""  # run name; empty: chosen by wandb
     # data
     data_dir: str = "data"  # where tinystories.py wrote the tokens
     batch_size: int = 128  # sequences in a micro-batch
     max_seq_len: int = 256  # tokens in a sequence
-    vocab_source: Literal["custom", "llama2"] = "custom"  # our own vocabulary or Llama 2's
+    vocab_source: Literal["custom", "llama2"] = "custom"  # a trained vocabulary, or Llama 2's
     vocab_size: int = 4096  # Llama 2's has 32000
-    tokenizer: str = ""  # checked against the data's; empty: take the data's
+    tokenizer: str = ""  # tokenizer of the data; empty: the one beside the tokens
     # model
     dim: int = 288  # width of the residual stream
-    n_layers: int = 6  # blocks
+    n_layers: int = 6  # transformer blocks
     n_heads: int = 6  # attention heads
     n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
     multiple_of: int = 32  # round the feed-forward width up to a multiple of this
     hidden_dim: int | None = None  # feed-forward width; None: two thirds of 4 dim
     ffn_dim_multiplier: float | None = None  # scales the feed-forward width (Llama 3)
-    rope_theta: float = 10000.0  # base of the rotary positions; model.bin knows only 10000
-    dropout: float = 0.0  # share of activations zeroed in training
+    rope_theta: float = 10000.0  # RoPE base frequency; model.bin supports 10000 only
+    dropout: float = 0.0  # dropout probability
     # adamw optimizer
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
-    )
-    gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
-    learning_rate: float = 5e-4  # the highest
-    max_iters: int = 100000  # steps in the run
-    weight_decay: float = 1e-1  # of matrices
-    beta1: float = 0.9  # decay of the gradient's mean
-    beta2: float = 0.95  # decay of the gradient's square
-    grad_clip: float = 1.0  # the largest norm of the gradient; 0: any
-    skip_spikes: float = (
-        0.0  # skip an update whose gradient is so many times the usual norm; 0: never
-    )
+    # muon: Muon for the matrices in the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    gradient_accumulation_steps: int = 4  # micro-batches per optimizer step, over all processes
+    learning_rate: float = 5e-4  # peak learning rate
+    max_iters: int = 100000  # optimizer steps in the run
+    weight_decay: float = 1e-1  # weight decay on 2-D parameters
+    beta1: float = 0.9  # AdamW beta1
+    beta2: float = 0.95  # AdamW beta2
+    grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
+    # skip a step if its gradient norm exceeds this multiple of the recent median; 0: never
+    skip_spikes: float = 0.0
     # learning rate decay settings
-    decay_lr: bool = True  # come down after the warm-up
-    lr_schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # how: along a cosine; or late (warm up, stay, decay)
-    )
-    wsd_cooldown: float = 0.2  # share of the steps in which wsd comes down
-    warmup_iters: int = 1000  # steps of linear rise
-    min_lr: float = 0.0  # where the decay ends
+    decay_lr: bool = True  # decay the learning rate after warm-up
+    # cosine; or wsd: warm up, constant, decay at the end
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    wsd_cooldown: float = 0.2  # fraction of the steps in which wsd decays
+    warmup_iters: int = 1000  # steps of linear warm-up
+    min_lr: float = 0.0  # learning rate at the end of the decay
     # system
-    seed: int = 1337  # of weights, data order and dropout
+    seed: int = 1337  # of the weights, the data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    # dtype of the matrix products (autocast)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = True  # compile the model with torch.compile
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model; or a share of it
-    timeout: float = 600.0  # seconds that processes wait for one that does not answer; to begin, a minute at least
-    activation_checkpointing: bool = (
-        False  # less memory for more time: compute activations again (long contexts)
-    )
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: replicate the model; fsdp: shard it
+    timeout: float = 600.0  # seconds to wait for other processes; at least 60 at the start
+    # recompute activations in the backward pass: less memory, more time
+    activation_checkpointing: bool = False
 
-    def validate(self):
-        at_least = {
-            1: (
-                "eval_interval",
-                "log_interval",
-                "batch_size",
-                "gradient_accumulation_steps",
-                "max_iters",
-            )
-        }
-        at_least[0] = (
-            "eval_iters",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "sample_interval",
-            "warmup_iters",
-        )
-        at_least[0] += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "skip_spikes")
-        for least, names in at_least.items():
-            for name in names:
-                if getattr(self, name) < least:
-                    yield f"--{name}={getattr(self, name):g}: must be {least} or more"
+    def validate(self) -> Iterator[str]:
+        """Yield a sentence for each invalid option."""
+        yield from self.validate_ranges()
         if not 0 <= self.seed < 2**63:
             yield f"--seed={self.seed}: must be at least 0 and below 2**63"
         for name in ("out_dir", "init_from"):
             if not getattr(self, name):
-                yield f"--{name}= is empty: leave it out, or name one"
+                yield f"--{name}= is empty: leave it out, or give a value"
         if 0 < self.skip_spikes <= 1 or not math.isfinite(self.skip_spikes):
             yield f"--skip_spikes={self.skip_spikes:g}: must be 0, or above 1"
         for name, value in (("optimizer", "muon"), ("dtype", "float16")):
             if self.parallel == "fsdp" and getattr(self, name) == value:
-                yield f"--parallel=fsdp: does not go with --{name}={value}; take --parallel=ddp"
-        if not 1 <= self.timeout <= 1e6:
-            yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
+                yield f"--parallel=fsdp: cannot be used with --{name}={value}; use --parallel=ddp"
+        if 0 <= self.learning_rate < self.min_lr:
+            lr = f"--learning_rate={self.learning_rate:g}"
+            yield f"--min_lr={self.min_lr:g}: must not be above {lr}"
+        try:
+            if self.init_from in ("scratch", "auto"):  # else the architecture is in a file
+                self.model_args()
+        except ValueError as error:
+            yield f"--{error}"
+
+    def validate_ranges(self) -> Iterator[str]:
+        """Yield a sentence for each option outside its range."""
+        minimums = dict.fromkeys(POSITIVE.split(), 1)
+        minimums |= dict.fromkeys(NON_NEGATIVE.split(), 0)
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                yield f"--{name}={getattr(self, name):g}: must be {minimum} or more"
         if self.debug_step is not None and self.debug_step < 0:
             yield f"--debug_step={self.debug_step}: must be 0 or more"
+        if not 1 <= self.timeout <= 1e6:
+            yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
         if not 0 < self.wsd_cooldown <= 1:
             yield f"--wsd_cooldown={self.wsd_cooldown:g}: must be above 0 and at most 1"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
-        if 0 <= self.learning_rate < self.min_lr:
-            yield f"--min_lr={self.min_lr:g}: must not be above --learning_rate={self.learning_rate:g}"
-        try:
-            if self.init_from in (
-                "scratch",
-                "auto",
-            ):  # else the rest of the architecture is in the file
-                self.model_args()
-        except ValueError as error:
-            yield f"--{error}"
 
     def model_args(self) -> ModelArgs:
+        """The architecture. Raises ValueError for an impossible one."""
         return ModelArgs(**{name: getattr(self, name) for name in (*ARCHITECTURE, "dropout")})
 
     @property
     def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step reads, over all processes."""
         return self.gradient_accumulation_steps * self.batch_size
 
 
-def compiled(run: Run) -> torch.nn.Module:
-    """The model compiled, tried on one batch; as it is, with a warning, where that fails."""
-    if not run.config.compile:
-        return run.model
-    run.say("compiling the model (--compile=False starts at once, and is slower later) ...")
-    began = time.perf_counter()
-    tokens = torch.zeros(
-        2, run.config.batch_size, run.config.max_seq_len, dtype=torch.int64, device=run.device
-    )
-    try:
-        options, model = COMPILE_OPTIONS if run.device == "cpu" else None, run.model
-        if is_sharded(model):  # a block at a time: what brings its shares together is not compiled
-            for block in model.layers:
-                block.forward = torch.compile(block.forward, options=options)
-        else:
-            model = torch.compile(model, options=options)
-        with autocast(run.device, run.dtype):
-            model(*tokens.unbind())[1].backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a missing compiler, an old GPU, an unsupported system
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        run.say(f"cannot compile here, going on without: {reason}")
-        model = run.model
-        for block in model.layers:
-            block.__dict__.pop("forward", None)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.say(f"... took {time.perf_counter() - began:.0f} s")
-    return model
-
-
-def training_step(run: Run, model: torch.nn.Module, batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights; returns this process's loss and the norm of the gradient."""
-    config, micro_steps = run.config, run.config.gradient_accumulation_steps // run.dist_ctx.size
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run)
-    step_loss = torch.zeros((), device=run.device)
-    for micro_step in range(micro_steps):
-        inputs, targets = next(batches)
-        torch.manual_seed(
-            dropout_seed(config.seed, micro_batch_position(run, run.position, micro_step))
-        )
-        is_last = micro_step == micro_steps - 1
-        with grad_sync(model, now=is_last):
-            with autocast(run.device, run.dtype):
-                _, loss = model(inputs, targets)
-            run.scaler.scale(loss / micro_steps).backward()
-        step_loss += loss.detach() / micro_steps
-    run.scaler.unscale_(run.optimizer)
-    norm = full_tensor(
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    )
-    remember_bad(run, norm)
-    if not skips(run, norm):
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return step_loss, norm
-
-
-def learning_rate(run: Run) -> float:
-    config = run.config
-    kind = config.lr_schedule if config.decay_lr else "constant"
-    schedule = (
-        config.learning_rate,
-        config.min_lr,
-        config.warmup_iters,
-        config.max_iters,
-        kind,
-        config.wsd_cooldown,
-    )
-    return lr_at_step(run.iter_num, *schedule)
-
-
-def micro_batch_position(run: Run, step_position: int, micro_step: int) -> int:
-    """Where this process's micro-batch begins in the run's order of sequences."""
-    return (
-        step_position + (micro_step * run.dist_ctx.size + run.dist_ctx.rank) * run.config.batch_size
-    )
-
-
-def positions(run: Run):
-    """The positions of all micro-batches that this process has still to read, from now on."""
-    config, first = (
-        run.config,
-        run.position,
-    )  # fixed here: a thread reads ahead while the run goes on
-    micro_steps = range(config.gradient_accumulation_steps // run.dist_ctx.size)
-    return (
-        micro_batch_position(run, first + step * config.sequences_per_step, micro_step)
-        for step in range(config.max_iters - run.iter_num)
-        for micro_step in micro_steps
-    )
-
-
-def evaluate_and_save(run: Run):
-    """Report both losses, keep the best model, write the checkpoint, draw the curve, tell a story."""
-    config = run.config
-    amount = (
-        run.tokenizer.byte_counts,
-        config.batch_size,
-        config.eval_iters,
-        run.device,
-        run.dtype,
-        run.dist_ctx,
-    )
-    train_quality = evaluate(run.forward, run.train_windows, *amount)
-    quality = evaluate(run.forward, run.val_windows, *amount)
-    run.say(
-        f"step {run.iter_num}: train loss {train_quality.loss:.4f}, val loss {quality.loss:.4f}, "
-        f"perplexity {quality.perplexity:.2f}, {quality.bits_per_byte:.4f} bits per byte"
-    )
-    if config.eval_only:
-        return
-    figures = dict(train_loss=train_quality.loss, val_loss=quality.loss)
-    figures |= dict(perplexity=quality.perplexity, bits_per_byte=quality.bits_per_byte)
-    run.report(**figures)
-    is_best = quality.loss < run.best_val_loss
-    if is_best:
-        run.best_val_loss = quality.loss
-    if config.always_save_checkpoint or is_best or run.iter_num >= config.max_iters:
-        save(run, best=is_best)
-    if run.dist_ctx.is_main:
-        with contextlib.suppress(OSError):  # a picture less; the next one shows all
-            run.metrics.draw()
-    if config.sample_interval and run.iter_num % config.sample_interval == 0:
-        tell_story(run)
-
-
-def tell_story(run: Run):
-    model = run.model
-    if is_sharded(model):
-        weights = snapshot(model.state_dict(), keeps=run.dist_ctx.is_main)  # all must take part
-        model = Transformer.uninitialized(model.args) if run.dist_ctx.is_main else None
-        if model:
-            model.load_state_dict(weights)
-    if run.dist_ctx.is_main:
-        model.eval()
-        options = dict(
-            max_new_tokens=max(1, model.args.max_seq_len - 1), temperature=0.8, top_p=0.9, seed=0
-        )
-        story = "".join(piece.text for piece in generate(model, run.tokenizer, [""], **options))
-        run.say(f"--- a story after {run.iter_num} steps\n{story}\n---")
-        model.train()
-
-
-def report_step(run: Run, bar: tqdm, loss, norm, seconds: float):
-    """The line of a training step, on the terminal as a progress bar."""
-    config = run.config
-    loss, norm = run.dist_ctx.all_reduce_sum([loss.item()])[0] / run.dist_ctx.size, norm.item()
-    check_finite(run, run.iter_num, loss, norm)
-    tell_spikes(run, loss=loss, grad_norm=norm)
-    tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
-    shown = f"loss {loss:.4f} | lr {learning_rate(run):.3e} | {seconds * 1000:.0f} ms | {tokens_per_second:,.0f} tok/s"
-    figures = dict(
-        loss=loss,
-        lr=learning_rate(run),
-        grad_norm=norm,
-        ms=seconds * 1000,
-        tok_per_s=tokens_per_second,
-    )
-    if peak := peak_flops(run.device):
-        flops = tokens_per_second * flops_per_token(run.model.args, config.max_seq_len)
-        figures["mfu"] = flops / (peak * run.dist_ctx.size)
-        shown += f" | mfu {figures['mfu']:.1%}"
-    run.report(**figures)
-    bar.set_postfix_str(shown, refresh=False)
-    if bar.disable:
-        run.say(f"{run.iter_num} | {shown}")
-
-
-@torch.no_grad()
-def check_against_cpu(run: Run):
-    """Raise ValueError if the device computes another loss than the CPU: Apple's has done so silently."""
-    run.model.eval()
-    inputs, targets = next(evaluation_batches(run.val_windows, batch_size=1, num_batches=1))
-    loss = run.model(inputs.to(run.device), targets.to(run.device))[1].item()
-    expected = copy.deepcopy(run.model).cpu()(inputs, targets)[1].item()
-    run.model.train()
-    if not math.isclose(loss, expected, rel_tol=1e-2):
-        raise ValueError(
-            f"--device={run.device} computes a loss of {loss:.4f} where the CPU computes {expected:.4f}: "
-            "another version of PyTorch may do better, --device=cpu is right"
-        )
-
-
-class Interrupt:
-    """Ctrl-C, SIGTERM or the loss of the terminal asks the run to stop after its step; a second
-    Ctrl-C stops it at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if (
-                number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup stays nohup
-                signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.asked = True
-        with contextlib.suppress(
-            OSError
-        ):  # the terminal may be gone; and print may not be re-entered
-            os.write(
-                2,
-                f"\n{signal.Signals(number).name}: finishing the step, then saving ...\n".encode(),
-            )
-
-
-def train(run: Run):
-    """Evaluate, step, report and save, until max_iters or an interruption."""
-    config, interrupt = run.config, Interrupt()
-    if run.device.startswith("mps"):
-        check_against_cpu(run)
-    run.forward = model = compiled(run)
-    if run.dist_ctx.size > 1 and not is_sharded(run.model):
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    micro_batches = training_batches(
-        run.train_windows, config.seed, config.batch_size, positions(run)
-    )
-    batches = prefetch(micro_batches, run.device)
-    bar = tqdm(
-        total=config.max_iters,
-        initial=run.iter_num,
-        disable=None if run.dist_ctx.is_main else True,
-        unit="step",
-    )
-    with bar:
-        while True:
-            at_end = run.iter_num >= config.max_iters
-            if evaluates := run.iter_num % config.eval_interval == 0 or at_end or config.eval_only:
-                evaluate_and_save(run)
-            if at_end or config.eval_only:
-                return finish_saving(run)
-            if evaluates or run.iter_num == run.started_at:
-                began, since = time.perf_counter(), run.iter_num
-            loss, norm = training_step(run, model, batches)
-            if run.iter_num % config.log_interval == 0:
-                loss.item()  # waits for the device
-                now = time.perf_counter()
-                report_step(run, bar, loss, norm, (now - began) / (run.iter_num + 1 - since))
-                began, since = now, run.iter_num + 1
-            run.iter_num += 1
-            run.position += config.sequences_per_step
-            bar.update()
-            stops = run.dist_ctx.any_rank(interrupt.asked)
-            if stops or (
-                config.checkpoint_interval and run.iter_num % config.checkpoint_interval == 0
-            ):
-                check_finite(run, run.iter_num - 1, loss.item(), norm.item())
-                save(run)
-                began, since = time.perf_counter(), run.iter_num
-            for news in run.keeper.news():
-                run.say(f"step {run.iter_num}: {news}")
-            if stops:
-                finish_saving(run)
-                go_on = f"python train.py --init_from=resume --out_dir={config.out_dir}"
-                return run.say(f"stopped after step {run.iter_num}; go on with: {go_on}")
-
-
-@contextlib.contextmanager
-def out_of_memory_in_words():
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            advice = "halve --batch_size and double --gradient_accumulation_steps"
-            raise ValueError(
-                f"out of memory: {advice}, or give --activation_checkpointing=True"
-            ) from error
-        raise
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Train with the options on the command line."""
     config, overrides = configure(TrainConfig, argv)
-    found = pretrained = None
-    if config.init_from in ("resume", "auto"):
-        config, found = resume(config, overrides)
-    elif config.init_from != "scratch":
-        config, pretrained = fine_tune(config, overrides)
+    config, start = find_start(config, overrides)
     if config.debug_step is not None and "RANK" in os.environ:
-        raise ValueError("--debug_step: one process is enough; leave torchrun out")
+        raise ValueError("--debug_step: one process is enough; start it without torchrun")
     dist_ctx, device = init_distributed(pick_device(config.device), config.timeout)
     disable_malloc_trim()
     if dist_ctx.is_main:
         print_overrides(config, overrides)
-    with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), out_of_memory_in_words():
-        go_through(config, found, pretrained, dist_ctx, device)
+    with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), translate_oom():
+        run_training(config, start, dist_ctx, device)
         shutdown_distributed()
 
 
-def go_through(config, found, pretrained, dist_ctx: DistContext, device: str):
-    """The run, set up and trained; or one step of it shown."""
+def find_start(config: TrainConfig, overrides: dict[str, str]) -> tuple[TrainConfig, StartPoint]:
+    """What --init_from names, and the options with what it determines."""
+    if config.init_from == "scratch":
+        return config, StartPoint()
+    if config.init_from not in ("resume", "auto"):
+        start = open_pretrained(config, overrides)
+        assert start.pretrained is not None
+        return replace(config, **pretrained_options(start.pretrained.args, overrides)), start
+    checkpoint = find_checkpoint(config)
+    if checkpoint is None:  # and --init_from=auto
+        return replace(config, init_from="scratch"), StartPoint()
+    saved = saved_options(config, overrides, checkpoint)
+    config = restore_options(replace(config, init_from="resume"), saved, checkpoint.path)
+    check_resumed(config, checkpoint)
+    return config, checkpoint
+
+
+def run_training(
+    config: TrainConfig, start: StartPoint, dist_ctx: DistContext, device: str
+) -> None:
+    """Build the run and train it; or inspect one step of it."""
     writes = dist_ctx.is_main and not config.eval_only and config.debug_step is None
     with run_lock(config.out_dir) if writes else contextlib.nullcontext():
-        run = set_up(config, found, pretrained, dist_ctx, device)
+        run = build_run(config, start, dist_ctx, device)
         if config.debug_step is not None:
-            return show_step(run, config.debug_step)
+            return inspect_step(run, config.debug_step)
         if writes:
-            open_out_dir(run, found[0] if found else "")
-        run.say(
-            f"{run.model.num_parameters():,} parameters; {run.config.sequences_per_step} sequences of "
-            f"{run.config.max_seq_len} tokens a step on {dist_ctx.size} x {run.device}, {run.dtype}"
+            prepare_out_dir(run, start)
+        run.log(
+            f"{run.model.num_parameters():,} parameters; {config.sequences_per_step} sequences of "
+            f"{config.max_seq_len} tokens per step on {dist_ctx.size} x {device}, {run.dtype}"
         )
         try:
             train(run)
         finally:
-            run.keeper.join()  # before another may write here
+            run.checkpoints.join()  # before the lock is released
+
+
+def train(run: TrainingRun) -> None:
+    """The training loop: evaluate, step, report and save, until max_iters or an interrupt."""
+    config, state = run.config, run.state
+    interrupt = GracefulInterrupt()
+    if run.device.startswith("mps"):
+        monitor.check_against_cpu(run)
+    forward = maybe_compile(run)
+    model = forward
+    if run.dist_ctx.size > 1 and not is_sharded(run.model):
+        model = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    offsets = remaining_batch_offsets(run)
+    batches = prefetch(
+        training_batches(run.train_dataset, config.seed, config.batch_size, offsets), run.device
+    )
+    timer = StepTimer()
+    hide_bar = None if run.dist_ctx.is_main else True  # None: hidden where there is no terminal
+    with tqdm(total=config.max_iters, initial=state.iter_num, disable=hide_bar, unit="step") as bar:
+        while True:
+            at_end = state.iter_num >= config.max_iters
+            if at_end or config.eval_only or state.iter_num % config.eval_interval == 0:
+                evaluate_and_save(run, forward)
+                timer.restart()
+            if at_end or config.eval_only:
+                return finish_saving(run)
+            loss, grad_norm = training_step(run, model, batches)
+            timer.count_step()
+            if state.iter_num % config.log_interval == 0:
+                report_step(run, bar, loss, grad_norm, timer)
+            state.iter_num += 1
+            state.position += config.sequences_per_step
+            bar.update()
+            stop = run.dist_ctx.any_rank(interrupt.requested)
+            is_due = config.checkpoint_interval and state.iter_num % config.checkpoint_interval == 0
+            if stop or is_due:
+                monitor.check_finite(run, state.iter_num - 1, loss.item(), grad_norm.item())
+                save_state(run)
+                timer.restart()
+            for message in run.checkpoints.poll():
+                run.log(f"step {state.iter_num}: {message}")
+            if stop:
+                finish_saving(run)
+                resume = f"python train.py --init_from=resume --out_dir={config.out_dir}"
+                return run.log(f"stopped after step {state.iter_num}; resume with: {resume}")
+
+
+def training_step(
+    run: TrainingRun, model: torch.nn.Module, batches: Iterator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step: forward and backward for each micro-batch, clip, update.
+
+    Returns this process's mean loss and the gradient norm before clipping, both scalars."""
+    config, state = run.config, run.state
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.lr
+    num_micro_steps = config.gradient_accumulation_steps // run.dist_ctx.size
+    step_loss = torch.zeros((), device=run.device)
+    for micro_step in range(num_micro_steps):
+        inputs, targets = next(batches)  # each (batch_size, max_seq_len)
+        offset = micro_batch_offset(run, state.position, micro_step)
+        torch.manual_seed(dropout_seed(config.seed, offset))
+        with grad_sync(model, enabled=micro_step == num_micro_steps - 1):
+            with autocast(run.device, run.dtype):
+                _, loss = model(inputs, targets)
+            run.scaler.scale(loss / num_micro_steps).backward()
+        step_loss += loss.detach() / num_micro_steps
+    run.scaler.unscale_(run.optimizer)  # type: ignore[arg-type]  # it may be a CombinedOptimizer
+    max_norm = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    grad_norm = full_tensor(grad_norm)
+    monitor.record_first_nonfinite(run, grad_norm)
+    if not monitor.should_skip_step(run, grad_norm):
+        run.scaler.step(run.optimizer)  # type: ignore[arg-type]
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return step_loss, grad_norm
+
+
+def micro_batch_offset(run: TrainingRun, step_position: int, micro_step: int) -> int:
+    """The position of this process's micro-batch in the run's order of sequences."""
+    micro_batch = micro_step * run.dist_ctx.size + run.dist_ctx.rank
+    return step_position + micro_batch * run.config.batch_size
+
+
+def remaining_batch_offsets(run: TrainingRun) -> Iterator[int]:
+    """The positions of all micro-batches that this process has still to read."""
+    config = run.config
+    first = run.state.position  # read now: a thread consumes this iterator while training advances
+    num_steps = config.max_iters - run.state.iter_num
+    num_micro_steps = config.gradient_accumulation_steps // run.dist_ctx.size
+    return (
+        micro_batch_offset(run, first + step * config.sequences_per_step, micro_step)
+        for step in range(num_steps)
+        for micro_step in range(num_micro_steps)
+    )
+
+
+def evaluate_and_save(run: TrainingRun, forward: torch.nn.Module) -> None:
+    """Evaluate both splits, log the result, save the state, and plot the loss."""
+    config, state = run.config, run.state
+    train_result = evaluate(forward, run.train_dataset, run.eval_settings)
+    val_result = evaluate(forward, run.val_dataset, run.eval_settings)
+    run.log(
+        f"step {state.iter_num}: train loss {train_result.loss:.4f}, val loss "
+        f"{val_result.loss:.4f}, perplexity {val_result.perplexity:.2f}, "
+        f"{val_result.bits_per_byte:.4f} bits per byte"
+    )
+    if config.eval_only:
+        return
+    run.log_metrics(
+        train_loss=train_result.loss,
+        val_loss=val_result.loss,
+        perplexity=val_result.perplexity,
+        bits_per_byte=val_result.bits_per_byte,
+    )
+    is_best = val_result.loss < state.best_val_loss
+    if is_best:
+        state.best_val_loss = val_result.loss
+    if config.always_save_checkpoint or is_best or state.iter_num >= config.max_iters:
+        save_state(run, best=is_best)
+    plot_loss(run)
+    if config.sample_interval and state.iter_num % config.sample_interval == 0:
+        log_sample(run)
+
+
+def report_step(
+    run: TrainingRun, bar: tqdm, loss: torch.Tensor, grad_norm: torch.Tensor, timer: StepTimer
+) -> None:
+    """Log a training step: loss, learning rate, speed, and MFU where the peak is known."""
+    config, lr = run.config, run.lr
+    mean_loss = run.dist_ctx.all_reduce_sum([loss.item()])[0] / run.dist_ctx.size
+    seconds = timer.lap()  # after loss.item(), which waits for the device
+    norm = grad_norm.item()
+    monitor.check_finite(run, run.state.iter_num, mean_loss, norm)
+    monitor.log_spikes(run, loss=mean_loss, grad_norm=norm)
+    tokens_per_second = config.sequences_per_step * config.max_seq_len / max(seconds, 1e-9)
+    line = f"loss {mean_loss:.4f} | lr {lr:.3e} | {seconds * 1000:.0f} ms"
+    line += f" | {tokens_per_second:,.0f} tok/s"
+    figures = {"loss": mean_loss, "lr": lr, "grad_norm": norm, "ms": seconds * 1000}
+    figures["tok_per_s"] = tokens_per_second
+    if peak := peak_flops(run.device):
+        flops = tokens_per_second * flops_per_token(run.model.args, config.max_seq_len)
+        figures["mfu"] = flops / (peak * run.dist_ctx.size)
+        line += f" | mfu {figures['mfu']:.1%}"
+    run.log_metrics(**figures)
+    bar.set_postfix_str(line, refresh=False)
+    if bar.disable:
+        run.log(f"{run.state.iter_num} | {line}")
+
+
+def log_sample(run: TrainingRun) -> None:
+    """Generate a text from the beginning-of-text token and log it."""
+    model = gather_model(run.model, run.dist_ctx.is_main)
+    if model is None:
+        return
+    model.eval()
+    length = max(1, model.args.max_seq_len - 1)
+    chunks = generate(
+        model, run.tokenizer, [""], max_new_tokens=length, temperature=0.8, top_p=0.9, seed=0
+    )
+    text = "".join(chunk.text for chunk in chunks)
+    run.log(f"--- a sample after {run.state.iter_num} steps\n{text}\n---")
+    model.train()
 
 
 if __name__ == "__main__":

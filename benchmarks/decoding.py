@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 
 from benchmarks import baselines as peers
-from benchmarks.data import path_problems
-from benchmarks.timing import Measured, Variant, measure, timing_problems
+from benchmarks.records import path_problems
+from benchmarks.timing import Measurement, Variant, measure, timing_problems
 from export import write_model
 from formats.lazy_model import from_model
 from generation.compile import prepared
@@ -104,7 +104,7 @@ def ours(args: ModelArgs, device: str, threads: int, batch_size: int, kind: str,
 
 def theirs(of: str, args: ModelArgs, device: str, threads: int, batch_size: int):
     torch.set_num_threads(threads)
-    build = {"plain": peers.plain_decoding, "transformers": peers.transformers_decoding}[of]
+    build = {"plain": peers.baseline_decoding, "transformers": peers.transformers_decoding}[of]
     return build(args, device, batch_size, TOKENS)
 
 
@@ -175,7 +175,7 @@ def decoding(
             yield first_tokens(preset, folder, device, config.thread_counts(device))
 
 
-def report(where: dict, measured: dict[str, Measured]) -> list[dict]:
+def report(where: dict, measured: dict[str, Measurement]) -> list[dict]:
     """Print the table of variants that took turns; returns its records. Ratios are medians over the
     rounds; that to llama.cpp is to the file of the same kind."""
     others = [name for name in ("plain", "transformers") if name in measured]
@@ -196,7 +196,7 @@ def report(where: dict, measured: dict[str, Measured]) -> list[dict]:
     return records
 
 
-def ratio(figures: Measured, base: Measured | None) -> str:
+def ratio(figures: Measurement, base: Measurement | None) -> str:
     if base is None:
         return ""
     return f"{statistics.median(mine / its for mine, its in zip(figures.rates, base.rates, strict=True)):.2f}"

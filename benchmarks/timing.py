@@ -1,6 +1,6 @@
 """
-Fair timing: variants in processes of their own that take turns, round after round, so that a machine
-that slows down slows all of them alike.
+Fair timing: variants in separate processes that take turns, round after round, so that a machine
+that slows down affects all of them.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import socket
 import statistics
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,44 +22,60 @@ from runtime.distributed import shutdown_distributed
 WARM_UP = 3  # steps; the first ones compile, allocate and fill caches
 
 
+class TimingOptions(Protocol):
+    """The options that every timed benchmark has."""
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
 class Variant(NamedTuple):
+    """One of the things to compare."""
+
     name: str
-    build: object  # build(**arguments) returns step(), which returns how much it did: tokens, operations
-    arguments: dict
+    build: Callable[..., Callable[[], int]]  # build(**arguments) returns step() -> units of work
+    arguments: dict[str, Any]
     processes: int = 1
-    warm_up: int = WARM_UP  # steps before its first turn
+    warm_up: int = WARM_UP  # steps before the first turn
 
 
-class Measured(NamedTuple):
-    rates: list[float]  # units of work per second, one a round
+class Measurement(NamedTuple):
+    """The result of measuring a variant."""
+
+    rates: list[float]  # units of work per second, one per round
     peak_memory: int  # bytes, of one process
 
     @property
     def rate(self) -> float:
+        """The median over the rounds."""
         return statistics.median(self.rates)
 
 
-def work(pipe, variant: Variant, rank: int, port: int):
-    """A variant's own process: build it, then take a turn whenever the pipe says how long."""
+class Turn(NamedTuple):
+    """The result of one turn."""
+
+    units: int  # of work
+    seconds: float
+    peak_memory: int  # bytes
+
+    @property
+    def rate(self) -> float:
+        return self.units / self.seconds
+
+
+def worker_main(pipe: Connection, variant: Variant, rank: int, port: int) -> None:
+    """The process of a variant: build it, then run as many steps as each message says."""
     sys.stdout = sys.stderr  # standard output is for the tables
-    device = variant.arguments["device"]
     if variant.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
-        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank)
-        os.environ |= {name: str(value) for name, value in where.items()} | {
-            "WORLD_SIZE": str(variant.processes)
-        }
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        os.environ["WORLD_SIZE"] = str(variant.processes)
     try:
-        step = variant.build(**variant.arguments)
-        for _ in range(variant.warm_up):
-            step()
-        pipe.send(None)
-        while steps := pipe.recv():
-            synchronize(device)
-            began = time.perf_counter()
-            units = sum(step() for _ in range(steps))
-            synchronize(device)
-            pipe.send((units, time.perf_counter() - began, peak_memory(device)))
+        run_turns(pipe, variant)
         shutdown_distributed()
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         return
@@ -65,7 +83,23 @@ def work(pipe, variant: Variant, rank: int, port: int):
         pipe.send(f"{type(error).__name__}: {str(error).strip()}")
 
 
-def synchronize(device: str):
+def run_turns(pipe: Connection, variant: Variant) -> None:
+    """Send None when the variant is ready, then a Turn for each number of steps, until it is 0."""
+    device = variant.arguments["device"]
+    step = variant.build(**variant.arguments)
+    for _ in range(variant.warm_up):
+        step()
+    pipe.send(None)
+    while steps := pipe.recv():
+        synchronize(device)
+        started = time.perf_counter()
+        units = sum(step() for _ in range(steps))
+        synchronize(device)
+        pipe.send(Turn(units, time.perf_counter() - started, peak_memory(device)))
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -73,101 +107,106 @@ def synchronize(device: str):
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: what PyTorch took of a GPU, or the largest resident size of this process."""
+    """Bytes that PyTorch allocated on a GPU, or the largest resident size of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if peak := largest_resident_size("self"):
         return peak
-    import resource
+    import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def largest_resident_size(process: int | str) -> int:
-    """Bytes, so far; 0 where the system does not tell (only Linux does), or the process is gone."""
+    """Peak resident bytes of a process; 0 if it has ended, or on other systems than Linux."""
     try:
         with open(f"/proc/{process}/status") as status:
-            return next(
-                (int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0
-            )
+            peaks = [int(line.split()[1]) for line in status if line.startswith("VmHWM")]
     except OSError:
         return 0
+    return peaks[0] * 1024 if peaks else 0
 
 
-class Turns:
-    """The processes of one variant, waiting for their turn."""
+class VariantProcesses:
+    """The processes of one variant, which wait for their turn. Raises ValueError if one fails."""
 
-    def __init__(self, variant: Variant):
+    def __init__(self, variant: Variant) -> None:
         self.variant, self.steps = variant, 1
         context, port = multiprocessing.get_context("spawn"), free_port()
-        self.pipes = []
+        self.pipes: list[Connection] = []
         for rank in range(variant.processes):
-            ours, theirs = context.Pipe()
-            context.Process(target=work, args=(theirs, variant, rank, port), daemon=True).start()
-            theirs.close()
-            self.pipes.append(ours)
+            pipe, worker_pipe = context.Pipe()
+            arguments = (worker_pipe, variant, rank, port)
+            context.Process(target=worker_main, args=arguments, daemon=True).start()
+            worker_pipe.close()
+            self.pipes.append(pipe)
         self.receive()
 
-    def receive(self) -> list:
-        """What each process says, asked as they are ready: one that fails may leave another waiting
-        for it. Raises ValueError for a failure."""
-        said, waiting = {}, list(self.pipes)
-        while waiting:
+    def receive(self) -> list[Turn | None]:
+        """One message from each process, read as they arrive: a process that fails can leave the
+        others waiting for it."""
+        messages: dict[Connection, Turn | None] = {}
+        while len(messages) < len(self.pipes):
+            waiting = [pipe for pipe in self.pipes if pipe not in messages]
             for pipe in multiprocessing.connection.wait(waiting):
+                assert isinstance(pipe, Connection)
                 try:
-                    said[pipe] = pipe.recv()
+                    message = pipe.recv()
                 except EOFError:
-                    said[pipe] = "its process died (out of memory?)"
-                if isinstance(said[pipe], str):
-                    raise ValueError(f"{self.variant.name}: {said[pipe]}")
-                waiting.remove(pipe)
-        return [said[pipe] for pipe in self.pipes]
+                    message = "its process died (out of memory?)"
+                if isinstance(message, str):
+                    raise ValueError(f"{self.variant.name}: {message}")
+                messages[pipe] = message
+        return [messages[pipe] for pipe in self.pipes]
 
-    def take(self, seconds: float) -> tuple[float, int]:
-        """(units per second, peak memory in bytes) of one turn."""
+    def measure_turn(self, seconds: float) -> Turn:
+        """Run one turn; the next one will take about so many seconds."""
         for pipe in self.pipes:
             pipe.send(self.steps)
-        units, took, memory = self.receive()[0]
-        self.steps = max(1, round(self.steps * seconds / max(took, 1e-9)))
-        return units / took, memory
+        turn = self.receive()[0]
+        assert turn is not None, "a process answers each number of steps with a Turn"
+        self.steps = max(1, round(self.steps * seconds / max(turn.seconds, 1e-9)))
+        return turn
 
-    def end(self):
+    def stop(self) -> None:
+        """End the processes."""
         for pipe in self.pipes:
-            with contextlib.suppress(OSError):  # it may be gone
+            with contextlib.suppress(OSError):  # the process may have ended
                 pipe.send(0)
             pipe.close()
 
 
 def free_port() -> int:
+    """A TCP port of this machine that no process uses."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def timing_problems(config):
-    """What is wrong with how often and how long variants are to take turns."""
+def timing_problems(config: TimingOptions) -> Iterator[str]:
+    """Yield a message for each invalid timing option."""
     if config.rounds < 1:
         yield f"--rounds={config.rounds}: must be 1 or more"
     if config.seconds <= 0:
         yield f"--seconds={config.seconds:g}: must be above 0"
 
 
-def measure(variants: list[Variant], rounds: int, seconds: float) -> dict[str, Measured]:
-    """Every variant's rates, a turn each in every round."""
-    turns = []
+def measure(variants: list[Variant], rounds: int, seconds: float) -> dict[str, Measurement]:
+    """Measure every variant by name, with one turn per round of about so many seconds."""
+    processes: list[VariantProcesses] = []
     try:
         for variant in variants:
             print(f"  starting {variant.name} ...", file=sys.stderr, flush=True)
-            turns.append(Turns(variant))
-            turns[-1].take(seconds)  # finds how many steps a turn has
-        taken = [[turn.take(seconds) for turn in turns] for _ in range(rounds)]
+            processes.append(VariantProcesses(variant))
+            processes[-1].measure_turn(seconds)  # finds the number of steps per turn
+        turns = [[each.measure_turn(seconds) for each in processes] for _ in range(rounds)]
     finally:
-        for turn in turns:
-            turn.end()
-    columns = zip(*taken, strict=True)
+        for each in processes:
+            each.stop()
     return {
-        variant.name: Measured([rate for rate, _ in column], max(memory for _, memory in column))
-        for variant, column in zip(variants, columns, strict=True)
+        variant.name: Measurement(
+            [turn.rate for turn in column], max(turn.peak_memory for turn in column)
+        )
+        for variant, column in zip(variants, zip(*turns, strict=True), strict=True)
     }

@@ -1,241 +1,206 @@
-"""
-The checkpoints of a run: written while it goes on, the older ones kept beside the newest, and the
-newest good one found again.
-"""
+"""Writes, rotates and prunes the checkpoints of a run in the background."""
 
 import contextlib
-import glob
 import os
-import re
-import shutil
-import threading
-import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from checkpoints.file import is_sharded_checkpoint, load_checkpoint
-from runtime.atomic_files import AtomicFile
-from runtime.distributed import full_tensor
+from checkpoints.background_writer import BackgroundWriter, describe_error
+from checkpoints.file import save_checkpoint
+from checkpoints.latest import (
+    LATEST_NAMES,
+    link_checkpoint,
+    numbered_checkpoints,
+    remove_checkpoint,
+    step_of,
+    step_path,
+)
+from model import ModelArgs
+from runtime.atomic_files import sync_folder, write_atomically
+from runtime.distributed import DistContext, full_tensor
 
-RETRY_SECONDS = 30.0  # after a write that failed
-NEWEST = (
-    "ckpt.pt",
-    "ckpt.dcp",
-)  # a file, or a folder of shares (see sharded.py); older ones have a number in the name
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-def snapshot(value, keeps: bool = True, copies: dict | None = None):
-    """A copy on the CPU of what is to be written, so that training may go on meanwhile. A tensor that is
-    there twice, as a tied classifier, stays one. All processes must ask where each has a share of the
-    tensors; keeps: whether this one wants the copy."""
+def snapshot(value: Any, keep: bool = True, copies: dict | None = None) -> Any:
+    """Copy a nested state to the CPU, so that training can continue while it is written.
+
+    A tensor that occurs twice, such as tied weights, is copied once. Sharded tensors are gathered:
+    then all processes must call this; keep says whether this one wants the copy."""
     copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
         if id(value) not in copies:
             full = full_tensor(value.detach())
-            copies[id(value)] = full.to("cpu", copy=True) if keeps else None
+            copies[id(value)] = full.to("cpu", copy=True) if keep else None
         return copies[id(value)]
     if isinstance(value, dict):
-        return {key: snapshot(item, keeps, copies) for key, item in value.items()}
+        return {key: snapshot(item, keep, copies) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(item, keeps, copies) for item in value)
+        return type(value)(snapshot(item, keep, copies) for item in value)
     return value
 
 
-class Keeper:
-    """Writes files one after another, in a thread. What cannot be written, for want of space, of
-    permission or of the folder, is tried again later and does not stop the run."""
+class CheckpointManager:
+    """Saves the training state of a run: the latest, some older ones, and the best.
 
-    def __init__(self, alone: bool = True):
-        """alone: whether no other process takes part in the writing, so that it may be tried again any time."""
-        self.alone = alone
-        self.pending: dict[str, Callable] = {}  # what is to be written yet: path -> what writes it
-        self.thread = None
-        self.failure: OSError | None = None  # of the last try
-        self.error: Exception | None = None  # one that no other try can mend
-        self.tried_at = 0.0
-        self.untold: list[str] = []
+    A save writes ckpt_STEP.pt, then makes ckpt.pt a hard link to it, then prunes older ones. The
+    best state goes to best.pt, and to model.bin where the format can hold the model. With FSDP all
+    processes write their shards of ckpt_STEP.dcp together, and ckpt.dcp and best.dcp are folders of
+    hard links to its files.
 
-    def keep(self, writes: dict[str, Callable[[], None]]):
-        """Write these; what is still waiting under the same path is out of date. Waits for what is being
-        written, and returns when the new ones are begun. Raises what is no failure of the disk."""
-        self.wait()
-        self.pending |= writes
-        self.begin()
+    Files that the main process restores when somebody deletes the output folder: run_files."""
 
-    def begin(self):
-        self.thread = threading.Thread(target=self.write)
-        self.thread.start()
+    def __init__(
+        self,
+        out_dir: str,
+        keep_checkpoints: int,
+        dist_ctx: DistContext,
+        run_files: dict[str, bytes],
+        export_best: Callable[[ModelArgs, dict], None] | None = None,
+        mesh: "DeviceMesh | None" = None,
+    ):
+        """Make the manager of a run's checkpoints.
 
-    def write(self):
-        was_failing, self.failure = self.failure is not None, None
-        for path, write in list(self.pending.items()):
+        Args:
+            out_dir: the output folder of the run.
+            keep_checkpoints: how many checkpoints to keep that are older than the latest.
+            dist_ctx: the processes of the run.
+            run_files: name -> content of the files that belong to every run's folder.
+            export_best: writes the best model's weights to model.bin; None: no such file.
+            mesh: the processes on the CPU, for saving sharded checkpoints; None: not sharded.
+        """
+        self.out_dir = out_dir
+        self.keep_checkpoints = keep_checkpoints
+        self.dist_ctx = dist_ctx
+        self.run_files = run_files
+        self.export_best = export_best
+        self.mesh = mesh
+        self.writer = BackgroundWriter(retries_alone=mesh is None)
+        self.last_saved_step: int | None = None  # of the latest checkpoint that is complete
+        self.best_pending = False  # a sharded best checkpoint that could not be written yet
+
+    def path(self, name: str) -> str:
+        """The path of a file in the output folder."""
+        return os.path.join(self.out_dir, name)
+
+    def save(self, state: dict, args: ModelArgs, best: bool) -> bool:
+        """Start writing a training state as the latest checkpoint, and as the best if best.
+
+        Called by the main process; by all processes where the checkpoints are sharded. Returns
+        whether the output folder had been deleted. Raises the error of an earlier save that a
+        retry cannot mend, such as weights with NaN."""
+        self.writer.wait_or_raise()  # before memory is taken for another copy
+        if self.mesh is not None:
+            return self._save_sharded(state, args, best)
+        self.writer.pending.pop(self.path("ckpt.pt"), None)
+        was_deleted = self._is_folder_deleted()
+        copied = snapshot(state)
+        jobs: dict[str, Callable[[], None]] = {}
+        if was_deleted:
+            best = True  # the latest state replaces the lost best one
+            jobs |= self._run_file_jobs()
+        if best:  # before the latest, which records how good the best is
+            jobs[self.path("best.pt")] = partial(self._write_best, copied)
+            if self.export_best:
+                weights = copied["model"]
+                jobs[self.path("model.bin")] = partial(self.export_best, args, weights)
+        jobs[self.path("ckpt.pt")] = partial(self._write_latest, copied)
+        self.writer.submit(jobs)
+        return was_deleted
+
+    def _is_folder_deleted(self) -> bool:
+        return not os.path.exists(self.path(next(iter(self.run_files))))
+
+    def _run_file_jobs(self) -> dict[str, Callable[[], None]]:
+        return {
+            self.path(name): partial(write_atomically, self.path(name), content)
+            for name, content in self.run_files.items()
+        }
+
+    def write_run_files(self) -> None:
+        """Write the files that belong to every run's folder, now. Raises OSError."""
+        for job in self._run_file_jobs().values():
+            job()
+
+    def _write_best(self, state: dict) -> None:
+        save_checkpoint(self.path("best.pt"), state)
+        remove_checkpoint(self.path("best.dcp"))
+
+    def _write_latest(self, state: dict) -> None:
+        path = step_path(self.path("ckpt.pt"), state["iter_num"])
+        save_checkpoint(path, state)
+        self._publish(path)
+
+    def _publish(self, path: str) -> None:
+        """Make a complete numbered checkpoint the latest one, and prune older ones."""
+        latest = "ckpt.dcp" if path.endswith(".dcp") else "ckpt.pt"
+        link_checkpoint(path, self.path(latest))
+        sync_folder(self.out_dir)
+        step = step_of(path)
+        self.last_saved_step = step
+        with contextlib.suppress(OSError):  # retried at the next save
+            for name in LATEST_NAMES:
+                if name != latest:  # of an earlier life of the run; its numbered checkpoint stays
+                    remove_checkpoint(self.path(name))
+        older = [p for p in numbered_checkpoints(self.out_dir) if step_of(p) < step]
+        for old in older[self.keep_checkpoints :]:
+            with contextlib.suppress(OSError):
+                remove_checkpoint(old)
+
+    def _save_sharded(self, state: dict, args: ModelArgs, best: bool) -> bool:
+        from checkpoints.sharded import cpu_copy, save_sharded, split_sharded, without_tied_head
+
+        assert self.mesh is not None, "a sharded save takes a mesh"
+        self.writer.pending.clear()
+        is_main = self.dist_ctx.is_main
+        was_deleted = self.dist_ctx.any_rank(is_main and self._is_folder_deleted())
+        self.best_pending |= best or was_deleted  # a later state replaces one that failed
+        shards, rest = split_sharded(state)
+        shards = {
+            name: cpu_copy(shard, self.mesh)
+            for name, shard in without_tied_head(shards, args).items()
+        }
+        commit = partial(self._commit_sharded, state["iter_num"], was_deleted)
+        folder = self.path("ckpt.dcp")
+        job = partial(save_sharded, shards, snapshot(rest), folder, self.mesh, commit)
+        self.writer.submit({folder: job})
+        return was_deleted
+
+    def _commit_sharded(self, step: int, was_deleted: bool, folder: str) -> None:
+        """Give the complete folder its names; called on the main process."""
+        if was_deleted:
+            self.write_run_files()
+        path = step_path(self.path("ckpt.dcp"), step)
+        remove_checkpoint(path)
+        os.rename(folder, path)
+        best_error = None
+        if self.best_pending:  # before the latest, which records how good the best is
             try:
-                if self.alone:
-                    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                write()
-                del self.pending[path]
-            except OSError as error:  # the others may fare better
-                error.__cause__ = None
-                self.failure = self.failure or error.with_traceback(
-                    None
-                )  # which would keep the state in memory
-            except Exception as error:
-                self.error = error
-        if self.failure and not was_failing:
-            self.untold.append(
-                f"{in_words(self.failure)}; the run goes on, and tries to save again"
-            )
-        elif was_failing and not self.failure:
-            self.untold.append("saving works again")
-        self.tried_at = time.monotonic()
+                self._publish_best_sharded(path)
+            except (OSError, ValueError) as error:  # the latest checkpoint need not fail with it
+                best_error = OSError(describe_error(error))
+        self._publish(path)
+        if best_error:
+            raise best_error
 
-    def join(self):
-        """Until nothing is being written, however it went."""
-        if self.thread:
-            self.thread.join()
+    def _publish_best_sharded(self, path: str) -> None:
+        link_checkpoint(path, self.path("best.dcp"))
+        self.best_pending = False
+        for name in ("best.pt", "model.bin"):  # of a worse model
+            remove_checkpoint(self.path(name))
 
-    def wait(self):
-        """Until what is being written is written or has failed. Raises what is no failure of the disk."""
-        self.join()
-        if self.error:
-            self.pending.clear()
-            raise self.error
+    def poll(self) -> list[str]:
+        """Messages about failed and repeated saves; starts a retry when it is due."""
+        return self.writer.poll()
 
-    def news(self) -> list[str]:
-        """What went wrong since this was last asked; starts another try when it is time. Raises as wait."""
-        if not (self.thread and self.thread.is_alive()):
-            self.wait()
-            if self.failure and self.alone and time.monotonic() - self.tried_at > RETRY_SECONDS:
-                self.begin()
-        told, self.untold = self.untold, []
-        return told
+    def join(self) -> None:
+        """Wait until nothing is being written."""
+        self.writer.join()
 
-    def finish(self):
-        """Write what is left. Raises ValueError where it cannot be written even now."""
-        self.wait()
-        if self.failure:
-            self.begin()
-            self.wait()
-        if self.failure:
-            raise ValueError(
-                f"{in_words(self.failure)}; not written: {', '.join(self.pending)}"
-            ) from self.failure
-
-
-def in_words(error: OSError | ValueError) -> str:
-    is_whole = getattr(error, "filename", None) and error.strerror
-    return f"{error.filename}: {error.strerror}" if is_whole else str(error)
-
-
-def step_of_copy(path: str) -> int:
-    return int(re.search(r"(\d+)\.\w+$", path)[1])
-
-
-def numbered_checkpoints(out_dir: str) -> list[str]:
-    """The older checkpoints, the newest first."""
-    found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*"))
-    found = [path for path in found if re.fullmatch(r"ckpt_\d+\.(pt|dcp)", os.path.basename(path))]
-    found = [path for path in found if os.path.isdir(path) == path.endswith(".dcp")]
-    return sorted(found, key=step_of_copy, reverse=True)
-
-
-def remove(path: str):
-    """A file or a folder of shares, if it is there."""
-    if os.path.isdir(path) and ".dcp" in os.path.basename(path):
-        going = path if path.endswith((".partial", ".old")) else f"{path}.{os.getpid()}.partial"
-        os.rename(path, going)  # so that a part of it is not taken for a checkpoint
-        return shutil.rmtree(going)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-
-
-def link_or_copy(source: str, target: str):
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        with open(source, "rb") as content, AtomicFile(target) as file:
-            shutil.copyfileobj(content, file)
-
-
-def put_older_aside(out_dir: str, older_step: int, writing: str, step: int, keeps: bool):
-    """Before a checkpoint of this step takes the name that is written: give the one that is there, of
-    older_step, a name with its number. A file, which is written over, keeps its own name too, so that the
-    newest never is without; it needs no other where no older ones are kept."""
-    for name in NEWEST:
-        path = os.path.join(out_dir, name)
-        if not os.path.exists(path):
-            continue
-        if name != writing or os.path.isdir(path):
-            give_number(path, older_step)
-        elif keeps and older_step < step:
-            remove(numbered(path, older_step))
-            link_or_copy(path, numbered(path, older_step))
-
-
-def numbered(path: str, step: int) -> str:
-    return f"_{step:06d}".join(os.path.splitext(path))
-
-
-def give_number(path: str, step: int):
-    remove(numbered(path, step))
-    os.rename(path, numbered(path, step))
-
-
-def remove_oldest(out_dir: str, step: int, count: int):
-    """Of the numbered checkpoints before this step, leave the last count, and those that cannot be removed."""
-    for old in [copy for copy in numbered_checkpoints(out_dir) if step_of_copy(copy) < step][
-        count:
-    ]:
-        with contextlib.suppress(OSError):
-            remove(old)
-
-
-def checkpoint_mtime(path: str) -> float:
-    """When a checkpoint was finished; 0 for what is not whole."""
-    with contextlib.suppress(OSError):
-        return os.path.getmtime(os.path.join(path, "run.pt") if os.path.isdir(path) else path)
-    return 0.0
-
-
-def latest_path(out_dir: str) -> str:
-    """Where the newest checkpoint is, or would be."""
-    paths = [os.path.join(out_dir, name) for name in NEWEST]
-    return max(filter(os.path.lexists, paths), key=checkpoint_mtime, default=paths[0])
-
-
-def open_checkpoint(path: str) -> dict:
-    """load_checkpoint; of shares what sharded.open_sharded gives."""
-    if is_sharded_checkpoint(path):
-        from checkpoints.sharded import open_sharded
-
-        return open_sharded(path)
-    return load_checkpoint(path)
-
-
-def load_latest(out_dir: str, say: Callable[[str], None] = print) -> tuple[str, dict] | None:
-    """The path and the content (see open_checkpoint) of the newest or, with a word on it, where that is
-    damaged or gone, of the whole checkpoint that was written last. None if there is none at all; raises
-    ValueError, of the first, if all are damaged."""
-    newest, problems = latest_path(out_dir), []
-    others = [
-        *numbered_checkpoints(out_dir),
-        *(os.path.join(out_dir, name) for name in (*NEWEST, "best.pt", "best.dcp")),
-    ]
-    others = [path for path in others if path != newest and os.path.exists(path)]
-    others.sort(key=checkpoint_mtime, reverse=True)
-    for path in [newest] * os.path.lexists(newest) + others:
-        try:
-            checkpoint = open_checkpoint(path)
-        except ValueError as error:
-            problems.append(error)
-            continue
-        if path != newest:
-            reason = f"{problems[0]}" if problems else f"{newest} is not there"
-            say(
-                f"warning: {reason}; going on from {path}, which is of step {checkpoint['iter_num']}"
-            )
-        return path, checkpoint
-    if problems:
-        raise problems[0]
-    return None
+    def flush(self) -> None:
+        """Write the pending jobs. Raises ValueError if that fails."""
+        self.writer.flush()

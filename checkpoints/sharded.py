@@ -247,7 +247,7 @@ class ShardedTensors:
         self.table = read_metadata_file(folder, files)
 
     def stamp_now(self, name: str) -> tuple:
-        return FileSource.stamp_of(os.stat(os.path.join(self.folder, name)))
+        return FileSource.fingerprint_of(os.stat(os.path.join(self.folder, name)))
 
     def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Tensors of their shapes, by their places."""

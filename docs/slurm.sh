@@ -1,6 +1,7 @@
 #!/bin/bash
-# sbatch docs/slurm.sh: a run over several machines that goes on by itself after a fault or a time limit.
-# out/ and data/ must be on a disk that all of them see.
+# Submit with: sbatch docs/slurm.sh
+# Trains on several machines, and continues after a failure or the time limit.
+# out/ and data/ must be on a disk that all machines see.
 #SBATCH --job-name=cria
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,17 +9,18 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --open-mode=append
-# Two minutes before the time limit every process is asked to finish its step and save; torchrun grants 30 seconds.
+# Two minutes before the time limit every process gets SIGTERM: it finishes its step and saves.
+# torchrun then waits 30 seconds for its processes.
 #SBATCH --signal=TERM@120
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head
 srun --kill-on-bad-exit=0 bash -c '
-    trap "asked=yes" TERM  # bash waits for torchrun, which is asked too
-    for try in 1 2 3 4 5 6 7 8 9 10; do
+    trap "stop_requested=yes" TERM  # bash waits for torchrun, which gets the signal too
+    for attempt in 1 2 3 4 5 6 7 8 9 10; do
         torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --nproc_per_node=8 \
             --master_addr="$head" --master_port=29500 train.py config/stories15M.py --init_from=auto && exit 0
-        [ -z "$asked" ] || exit 3
+        [ -z "$stop_requested" ] || exit 3
         sleep 5
     done
     exit 1'

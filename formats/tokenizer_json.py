@@ -17,6 +17,7 @@ from textdata.tokenizer import (
     UNKNOWN,
     USER_DEFINED,
     Llama3Tokenizer,
+    Piece,
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
@@ -47,7 +48,7 @@ def from_letters(text: str) -> bytes:
     return bytes(BYTES[letter] for letter in text)
 
 
-def sentencepiece_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+def sentencepiece_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Every way to make a normal piece of two others, ordered by (-score, left id, right id)."""
     ids = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == NORMAL}
     merges = []

@@ -1,128 +1,167 @@
 """
-Beam search: the texts that a model finds likeliest as a whole after a prompt, where decoder.py
-chooses one token after another. No files here.
+Beam search: the completions that a model finds most probable as a whole.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
-from generation.engine import check_numbers, window_start
+from generation.sequence import context_start
+from generation.steps import check_no_nan
 from model import Transformer
 from ops.kv_cache import KVCache
 
 
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """Options of beam_search. Raises ValueError for a value out of range.
+
+    banned_tokens maps the tokens of a beam, the prompt's included, to tokens that must not come
+    next. The other tokens do not gain their probability."""
+
+    num_beams: int
+    max_new_tokens: int
+    min_new_tokens: int = 0  # stop tokens are suppressed before this many new tokens
+    length_penalty: float = 1.0  # score = logprob / length**length_penalty
+    num_best: int = 1  # hypotheses to return
+    banned_tokens: Callable[[list[int]], Collection[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"num_beams={self.num_beams}, max_new_tokens={self.max_new_tokens}: "
+                "each must be at least 1"
+            )
+        if not 1 <= self.num_best <= self.num_beams:
+            raise ValueError(
+                f"num_best={self.num_best}: must be at least 1, "
+                f"and at most num_beams={self.num_beams}"
+            )
+        if not -10 <= self.length_penalty <= 10:  # a larger power of the length could overflow
+            raise ValueError(f"length_penalty={self.length_penalty}: must be between -10 and 10")
+
+
 class Hypothesis(NamedTuple):
-    tokens: list[int]  # the new ones, without the stop token
-    logprob: float  # the sum of their natural logarithms, the stop token's with them
-    score: float  # logprob / length ** length_penalty; the length counts the stop token too
+    """A completion found by beam search."""
+
+    tokens: list[int]  # the new tokens, without the stop token
+    logprob: float  # sum of their natural log-probabilities, the stop token's included
+    score: float  # logprob / length**length_penalty; the length includes the stop token
     finish: Literal["stop", "length"]
 
 
-def check_arguments(
-    prompt: list[int], num_beams: int, max_new_tokens: int, length_penalty: float, num_best: int
-):
-    if not prompt:
-        raise ValueError("the prompt is empty: begin with at least one token, such as BOS")
-    if num_beams < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"num_beams={num_beams}, max_new_tokens={max_new_tokens}: each must be at least 1"
-        )
-    if not 1 <= num_best <= num_beams:
-        raise ValueError(
-            f"num_best={num_best}: must be at least 1, and at most num_beams={num_beams}"
-        )
-    if not -10 <= length_penalty <= 10:  # beyond, a power of the length may be no number any more
-        raise ValueError(f"length_penalty={length_penalty}: must be between -10 and 10")
+class Candidate(NamedTuple):
+    """A beam extended by one token."""
+
+    logprob: float
+    beam: int
+    token: int
 
 
-def next_logprobs(model: Transformer, cache: KVCache, beams: list[list[int]], read: int):
-    """The natural logarithm of each token's probability after each of the beams, which are of one length:
-    (beams, V), float32. The cache has a row a beam, and in it the first read tokens of each."""
-    length, longest = len(beams[0]), model.args.max_seq_len
-    start = window_start(length, longest)
-    first = (
-        read if window_start(read, longest) == start else start
-    )  # a cache of another window is of no use
-    inputs = torch.tensor(
-        [tokens[first:] for tokens in beams], device=model.tok_embeddings.weight.device
-    )  # (beams, T)
-    last = model.forward_hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
-    logprobs = model.output(last).float().log_softmax(-1)
-    check_numbers(logprobs)
+def next_logprobs(
+    model: Transformer, cache: KVCache, beams: list[list[int]], num_cached: int
+) -> torch.Tensor:
+    """The natural log-probabilities of the next token of each beam: (beams, V), float32.
+
+    All beams have the same length. The cache has one row per beam, with its first num_cached
+    tokens."""
+    length = len(beams[0])
+    max_seq_len = model.args.max_seq_len
+    start = context_start(length, max_seq_len)
+    # The cache is useless if it was filled for another context.
+    is_same_context = context_start(num_cached, max_seq_len) == start
+    first = num_cached if is_same_context else start
+    device = model.tok_embeddings.weight.device
+    inputs = torch.tensor([tokens[first:] for tokens in beams], device=device)  # (beams, T)
+    x = model.forward_hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
+    logprobs = model.output(x).float().log_softmax(-1)
+    check_no_nan(logprobs)
     return logprobs
 
 
-def best_candidates(logprobs, count: int) -> list[tuple[float, int, int]]:
-    """The count likeliest of logprobs (beams, V), best first, as (logprob, beam, token); fewer where
-    the others are impossible."""
+def best_candidates(logprobs: torch.Tensor, count: int) -> list[Candidate]:
+    """The most probable of logprobs (beams, V), best first: at most count, all possible."""
     best = logprobs.flatten().topk(min(count, logprobs.numel()))
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [
-        (value, *divmod(place, logprobs.shape[1]))
-        for value, place in pairs
-        if value > float("-inf")
+        Candidate(logprob, *divmod(index, logprobs.shape[1]))
+        for logprob, index in pairs
+        if logprob > float("-inf")
     ]
+
+
+def ban_tokens_(
+    logprobs: torch.Tensor, beams: list[list[int]], params: BeamSearchParams, early_stop: set[int]
+) -> None:
+    """In place, set logprobs (beams, V) of banned tokens and of those in early_stop to -inf."""
+    for beam, tokens in enumerate(beams):
+        banned = set(params.banned_tokens(tokens)) if params.banned_tokens else set()
+        logprobs[beam, list(banned | early_stop)] = float("-inf")
+
+
+def best_hypotheses(hypotheses: list[Hypothesis], count: int) -> list[Hypothesis]:
+    """At most count hypotheses with the highest scores, best first."""
+    return sorted(hypotheses, key=lambda hypothesis: hypothesis.score, reverse=True)[:count]
 
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer,
-    prompt: list[int],
-    num_beams: int,
-    max_new_tokens: int,
-    length_penalty: float = 1.0,
-    stop: Collection[int] = (),
-    num_best: int = 1,
-    min_new_tokens: int = 0,
-    forbidden: Callable[[list[int]], Collection[int]] | None = None,
+    model: Transformer, prompt: list[int], params: BeamSearchParams, stop_ids: Collection[int] = ()
 ) -> list[Hypothesis]:
-    """The num_best continuations of the prompt that a search with num_beams finds, best first; fewer
-    where no more are possible. A text ends at an id in stop, which is not taken before min_new_tokens
-    are there, or with max_new_tokens. forbidden maps a text's tokens, the prompt's too, to ids that may
-    not come next; they keep their share of the probability. Works past max_seq_len: see window_start.
+    """The params.num_best best completions of a prompt, best first; fewer if no more are possible.
 
-    The rules are those of transformers' generate with early_stopping=False. Raises ValueError for
-    impossible arguments, and where no token is left for any beam before one text has ended."""
-    check_arguments(prompt, num_beams, max_new_tokens, length_penalty, num_best)
-    stop, device = set(stop), model.tok_embeddings.weight.device
-    cache = model.new_kv_cache(1, min(model.args.max_seq_len, len(prompt) + max_new_tokens))
-    beams, logprobs, read = [list(prompt)], torch.zeros(1, device=device), 0
+    The rules are those of transformers' generate with early_stopping=False. A hypothesis ends with
+    a token in stop_ids or after max_new_tokens. It may exceed max_seq_len; see context_start.
+    Raises ValueError for an empty prompt, and if all tokens are banned before a hypothesis ends."""
+    if not prompt:
+        raise ValueError("the prompt is empty: begin with at least one token, such as BOS")
+    stop = set(stop_ids)
+    device = model.tok_embeddings.weight.device
+    max_length = len(prompt) + params.max_new_tokens
+    cache = model.new_kv_cache(1, min(model.args.max_seq_len, max_length))
+    beams = [list(prompt)]
+    logprobs = torch.zeros(1, device=device)
     finished: list[Hypothesis] = []  # best first
-    for length in range(1, max_new_tokens + 1):  # of the new tokens, with those of this turn
-        logprobs = logprobs[:, None] + next_logprobs(model, cache, beams, read)  # (beams, V)
-        read = len(beams[0])
-        for beam, tokens in enumerate(beams):
-            never = set(forbidden(tokens)) if forbidden else set()
-            logprobs[beam, list(never | stop if length <= min_new_tokens else never)] = float(
-                "-inf"
-            )
-        # As many as may end here, and num_beams more to go on with.
-        candidates = best_candidates(logprobs, num_beams * (1 + len(stop)))
-        for logprob, beam, token in candidates[
-            :num_beams
-        ]:  # a text that ends must be as likely as these
-            score, tokens = logprob / length**length_penalty, beams[beam][len(prompt) :]
+    num_cached = 0
+    for length in range(1, params.max_new_tokens + 1):  # new tokens, this step's included
+        # 1. Extend each beam by every token.
+        logprobs = logprobs[:, None] + next_logprobs(model, cache, beams, num_cached)  # (beams, V)
+        num_cached = len(beams[0])
+        early_stop = stop if length <= params.min_new_tokens else set()
+        ban_tokens_(logprobs, beams, params, early_stop)
+        # As many candidates as may end here, and num_beams more.
+        candidates = best_candidates(logprobs, params.num_beams * (1 + len(stop)))
+        # 2. Finish hypotheses; only the num_beams best candidates may end.
+        for logprob, beam, token in candidates[: params.num_beams]:
+            score = logprob / length**params.length_penalty
+            tokens = beams[beam][len(prompt) :]
             if token in stop:
                 finished.append(Hypothesis(tokens, logprob, score, "stop"))
-            elif length == max_new_tokens:
+            elif length == params.max_new_tokens:
                 finished.append(Hypothesis([*tokens, token], logprob, score, "length"))
-        finished = sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)[
-            :num_beams
-        ]
-        live = [candidate for candidate in candidates if candidate[2] not in stop][:num_beams]
-        # A longer text may yet have the better score; to end here all the same is transformers' rule.
-        if not live or (
-            len(finished) == num_beams and live[0][0] / length**length_penalty <= finished[-1].score
-        ):
+        finished = best_hypotheses(finished, params.num_beams)
+        # 3. Continue with the best of the others.
+        live = [candidate for candidate in candidates if candidate.token not in stop]
+        live = live[: params.num_beams]
+        if not live or is_done(finished, live[0].logprob, length, params):
             break
-        likeliest, parents, chosen = zip(*live, strict=True)
-        beams = [[*beams[parent], token] for parent, token in zip(parents, chosen, strict=True)]
-        logprobs = torch.tensor(likeliest, device=device)
+        beams = [[*beams[candidate.beam], candidate.token] for candidate in live]
+        logprobs = torch.tensor([candidate.logprob for candidate in live], device=device)
+        parents = [candidate.beam for candidate in live]
         cache.select_rows(torch.tensor(parents, device=device))
     if not finished:
-        raise ValueError(
-            "no token is left to go on with: each is forbidden, or would end the text too soon"
-        )
-    return finished[:num_best]
+        raise ValueError("no token is left: each is banned, or would end the sequence too early")
+    return finished[: params.num_best]
+
+
+def is_done(
+    finished: list[Hypothesis], best_logprob: float, length: int, params: BeamSearchParams
+) -> bool:
+    """Whether the search ends: no live beam of this length would beat the finished hypotheses now.
+
+    A longer hypothesis might still have a better score; this is transformers' rule."""
+    if len(finished) < params.num_beams:
+        return False
+    return best_logprob / length**params.length_penalty <= finished[-1].score

@@ -1,417 +1,363 @@
 """
-The loop that chooses one token after another for several texts at once. No text here, and no files.
+The inference engine: prefill, then decode steps over a batch of sequences that come and go.
+
+The engine works on tokens; streaming.py turns them into text.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 
-from generation.sampling import BadWords, choose, draw_key, first_choice, penalize_repeats
+from generation.sampling import (
+    BannedStrings,
+    UntruncatedSample,
+    apply_repetition_penalty,
+    sample_next,
+    sample_seed,
+)
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState, context_start
+from generation.steps import DraftModel, PreparedModel, StepInputs, check_no_nan, decode_step
 from model import Transformer
-from ops.kv_cache import KVCache
+
+MAX_PREFILL_TOKENS = 8192  # tokens in one prefill, with the padding of the shorter sequences
+
+NewTokens = list[tuple[SequenceState, int]]
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How to go on from a text. Raises ValueError for what cannot be."""
+class InferenceEngine:
+    """Generates several sequences at once, each in a row of one KV cache (continuous batching).
 
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0  # the text does not end by itself before there are so many
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 1337
+    A finished sequence makes room for the next one. Rows have different lengths.
 
-    def __post_init__(self):
-        for problem in decoding_problems(self):
-            raise ValueError(problem)
-
-
-def decoding_problems(options) -> Iterator[str]:
-    """What is wrong with options of these names."""
-    rules = {
-        "max_new_tokens": (options.max_new_tokens >= 1, "at least 1"),
-        "min_new_tokens": (
-            0 <= options.min_new_tokens <= options.max_new_tokens,
-            "from 0 to max_new_tokens",
-        ),
-        "temperature": (options.temperature >= 0, "0 or more"),
-        "top_k": (options.top_k >= 0, "0 or more"),
-        "top_p": (0 < options.top_p <= 1, "above 0 and at most 1"),
-        "min_p": (0 <= options.min_p <= 1, "at least 0 and at most 1"),
-        "repetition_penalty": (
-            0.01 <= options.repetition_penalty <= 100,
-            "at least 0.01 and at most 100",
-        ),
-        "seed": (0 <= options.seed < 2**63, "at least 0 and below 2**63"),
-    }
-    for name, (fits, rule) in rules.items():
-        if not fits:
-            value = getattr(options, name)
-            yield (
-                f"{name}={value:g}: must be {rule}"
-                if isinstance(value, float)
-                else f"{name}={value}: must be {rule}"
-            )
-
-
-def window_start(length: int, max_seq_len: int) -> int:
-    """Where the model's context begins when length tokens are there: at 0 as long as they fit,
-    then it moves on by half a context at a time, so that a cache is refilled rarely."""
-    stride = max(1, max_seq_len // 2)
-    return max(0, -(-(length - max_seq_len) // stride)) * stride
-
-
-def check_numbers(logits):
-    """Raise ValueError where a model has come to nothing."""
-    if logits.isnan().any():
-        raise ValueError(
-            "the model's logits are not numbers: its weights are damaged, or its training diverged"
-        )
-
-
-class Sequence:
-    """A text that is being told, as tokens."""
-
-    def __init__(self, tokens: Collection[int], sample: int = 0):
-        if not tokens:
-            raise ValueError("nothing to go on from: begin with at least one token, such as BOS")
-        self.tokens = list(tokens)
-        self.sample = sample  # its number among those with the same beginning
-        self.new = 0  # how many of the tokens were chosen
-        self.finish = ""  # when it is over: "stop" or "length"
-        self.start = self.cached = 0  # how many tokens from start on are in the cache
-        self.read_by: Decoder | None = None  # whose cache that is
-
-    @property
-    def unread(self) -> int:
-        return len(self.tokens) - self.start - self.cached
-
-    def forget_beyond(self):
-        """The tokens may be fewer than were there; and one must be left to read."""
-        self.cached = max(0, min(self.cached, len(self.tokens) - self.start - 1))
-
-
-def one_step(
-    model: Transformer, cache: KVCache, tokens, starts, end: int, keys, exact: bool = True, **how
-):
-    """The logits (B·T, V) after each of the tokens (B, T), which follow what each of the cache's rows
-    holds, from the positions starts (B,) on and before end; and what first_choice says of them. exact:
-    whether the longest row reaches to the end."""
-    logits = model.output(model.forward_hidden(tokens, cache, starts, end, exact=exact)).flatten(
-        0, 1
-    )
-    return logits, first_choice(logits, keys.flatten(), **how)
-
-
-def tell(
-    model: Transformer,
-    cache: KVCache,
-    token,
-    starts,
-    end: int,
-    keys,
-    stop_ids: tuple[int, ...] = (),
-    **how,
-):
-    """The next tokens (B, N) after each row's token (B, 1), at the position starts (B,); end is one beyond
-    the farthest of these. There is a key (B, M) for each token that may be told, but N is 1 here; see
-    inference.compiled_tell for one that tells several, of which one of stop_ids can only be the last.
-    Returns the last token's logits (B, V), the tokens, and whether the last of them is known (B,): see
-    first_choice. Those before it are."""
-    logits, (tokens, known) = one_step(model, cache, token, starts, end, keys[:, :1], **how)
-    return logits, tokens[:, None], known
-
-
-DRAFTED = 7  # tokens at a time
-
-
-class Draft(NamedTuple):
-    """A smaller model with the same cache, which proposes tokens that the model itself then checks, all
-    in one pass (speculative decoding, arXiv 2211.17192). Both draw with the same noise, so they nearly always agree."""
-
-    model: Transformer
-    tell: Callable = tell  # for the smaller model
-    check: Callable = one_step  # for the model itself
-    tokens: int = DRAFTED  # proposed at a time
-
-
-READ_AT_ONCE = 8192  # tokens of prompts, with what fills up the shorter ones
-
-
-class Decoder:
-    """A model that tells several texts at once, each in a row of one cache. A row that is over makes
-    room for the next text; rows are of different lengths and need not be padded."""
+    Args:
+        model: a model, or the result of prepare_for_inference for this batch_size.
+        params: applies to all sequences.
+        stop_ids: tokens that end a sequence.
+        use_cache: False recomputes everything for each token; the tokens are the same.
+    """
 
     def __init__(
-        self, model: Transformer, options: Decoding, batch_size: int = 1, stop_ids: Collection[int] = (),
-        bad_words: BadWords | None = None, use_cache: bool = True, tell: Callable | None = None,
-        at_once: int = 1, draft: Draft | None = None, cache_dtype: torch.dtype | None = None,
-    ):  # fmt: skip
-        """stop_ids end a text. Without the cache the same tokens come, more slowly. tell stands for the
-        function of that name, but takes batch_size rows always; it is asked for at_once tokens where that
-        may be. These two, draft and cache_dtype: see inference.prepared."""
+        self,
+        model: Transformer | PreparedModel,
+        params: SamplingParams,
+        batch_size: int = 1,
+        stop_ids: Collection[int] = (),
+        banned_strings: BannedStrings | None = None,
+        use_cache: bool = True,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        self.model, self.options, self.batch_size = model, options, batch_size
-        self.stop_ids, self.bad_words, self.use_cache = tuple(stop_ids), bad_words, use_cache
-        self.how = {
-            name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")
-        }
-        self.tell, self.at_once, self.draft, self.cache_dtype = tell, at_once, draft, cache_dtype
-        self.device, self.cache = model.tok_embeddings.weight.device, None
-        self.rows: list[Sequence] = []  # whose keys and values the cache's rows hold
+        self.prepared = model if isinstance(model, PreparedModel) else PreparedModel(model)
+        self.model = self.prepared.model
+        self.params = params
+        self.truncation = params.truncation
+        self.batch_size = batch_size
+        self.stop_ids = tuple(stop_ids)
+        self.banned_strings = banned_strings
+        self.use_cache = use_cache
+        self.device = self.model.tok_embeddings.weight.device
+        self.max_seq_len = self.model.args.max_seq_len
+        self.cache = self.model.new_kv_cache(0, 0)  # ensure_capacity replaces it
+        self.rows: list[SequenceState] = []  # the sequence in each row of the cache
 
     @torch.inference_mode()
-    def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[Sequence, int | None]]:
-        """Yield (sequence, token) for every token that is chosen, and (sequence, None) where one is
-        over. To end one earlier, set its finish. One that ran before goes on from where it was, if
-        it has the rows for itself. Raises ValueError where no token is left to choose."""
-        waiting = deque(sequences)
-        longest = (
-            max((len(sequence.tokens) for sequence in waiting), default=0)
-            + self.options.max_new_tokens
-        )
-        self.reserve(longest + self.draft.tokens if self.draft else longest)
-        if self.rows == list(waiting) and all(sequence.read_by is self for sequence in waiting):
-            waiting.clear()
-        else:
-            self.rows = []
-        for sequence in waiting:
-            sequence.start, sequence.cached, sequence.read_by = 0, 0, self
-        for sequence in [*waiting, *self.rows]:
-            sequence.new, sequence.finish = 0, ""
-            sequence.forget_beyond()
-        while waiting or any(not sequence.finish for sequence in self.rows):
-            self.admit(waiting)
-            for sequence, token in self.choose_next():
-                yield from self.add(sequence, token)
+    def generate(
+        self, sequences: Iterable[SequenceState]
+    ) -> Iterator[tuple[SequenceState, int | None]]:
+        """Yield (sequence, token) for each new token, and (sequence, None) when a sequence ends.
 
-    def add(self, sequence: Sequence, token: int) -> Iterator[tuple[Sequence, int | None]]:
-        """A token that was chosen for a text. What run yields of it."""
+        The caller may end a sequence earlier: it sets sequence.finish. A sequence that this engine
+        generated before continues from its KV cache, if the sequences are the same as in the
+        previous call. Raises ValueError if all tokens are banned, or if logits are NaN."""
+        waiting = self._enqueue(list(sequences))
+        while waiting or self.active_rows():
+            self.schedule(waiting)
+            active = [self.rows[row] for row in self.active_rows()]
+            self._advance_context(active)
+            needs_prefill = [seq for seq in active if seq.num_uncached > 1 or not seq.kv_len]
+            if needs_prefill:
+                new_tokens = self.prefill(self.prefill_batch(needs_prefill))
+            elif self.prepared.draft and self._can_draft(active, self.prepared.draft):
+                new_tokens = self.speculative_step(self.prepared.draft)
+            else:
+                new_tokens = self.decode()
+            for sequence, token in new_tokens:
+                yield from self._append(sequence, token)
+
+    # Scheduling
+
+    def _enqueue(self, sequences: list[SequenceState]) -> deque[SequenceState]:
+        """Start a call of generate; returns the sequences that wait for a row."""
+        draft = self.prepared.draft
+        longest = max((len(sequence.tokens) for sequence in sequences), default=0)
+        longest += self.params.max_new_tokens
+        self.ensure_capacity(longest + draft.num_tokens if draft else longest)
+        is_cached = all(sequence.owner is self for sequence in sequences)
+        if self.rows != sequences or not is_cached:
+            self.rows = []
+            for sequence in sequences:
+                sequence.clear_cache()
+                sequence.owner = self
+        for sequence in sequences:
+            sequence.num_generated = 0
+            sequence.finish = ""
+            sequence.truncate_cache()
+        return deque() if self.rows else deque(sequences)
+
+    def ensure_capacity(self, length: int) -> None:
+        """Allocate or grow the KV cache for sequences of this length."""
+        rounded = 1 << (length - 1).bit_length()  # few different lengths mean few compilations
+        # One more position: a full cache would need another compilation.
+        length = min(rounded, self.max_seq_len) + 1
+        if self.cache.batch_size != self.batch_size:
+            dtype = self.prepared.cache_dtype
+            self.cache = self.model.new_kv_cache(self.batch_size, length, dtype)
+            self.rows = []
+        elif self.cache.length < length:
+            self.cache.grow(length)
+
+    def active_rows(self) -> list[int]:
+        """The indices of the rows whose sequence has not ended."""
+        return [row for row, sequence in enumerate(self.rows) if not sequence.finish]
+
+    def schedule(self, waiting: deque[SequenceState]) -> None:
+        """Give free rows to waiting sequences; when none waits, drop the free rows."""
+        free = [row for row, sequence in enumerate(self.rows) if sequence.finish]
+        for row in free[: len(waiting)]:
+            self.rows[row] = waiting.popleft()
+        while waiting and len(self.rows) < self.batch_size:
+            self.rows.append(waiting.popleft())
+        active = self.active_rows()
+        is_fixed_size = self.prepared.decode_step is not None
+        if active and len(active) < len(self.rows) and not is_fixed_size:
+            self.rows = [self.rows[row] for row in active]
+            self.cache.select_rows(torch.tensor(active, device=self.device))
+
+    def _advance_context(self, active: list[SequenceState]) -> None:
+        """Move the context of sequences that outgrew it; their cache is then computed again."""
+        for sequence in active:
+            start = context_start(len(sequence.tokens), self.max_seq_len)
+            if start != sequence.context_start or not self.use_cache:
+                sequence.clear_cache(start)
+
+    def _append(
+        self, sequence: SequenceState, token: int
+    ) -> Iterator[tuple[SequenceState, int | None]]:
+        """Append a generated token to its sequence; yields what generate yields for it."""
         if sequence.finish:
-            return  # it was told beyond the end
-        sequence.cached = (
-            len(sequence.tokens) - sequence.start
-        )  # all these; what is told beyond may not come
+            return  # the token was generated past the end
+        # Every token so far is in the cache. Tokens generated ahead may still be rejected.
+        sequence.kv_len = len(sequence.tokens) - sequence.context_start
         if token in self.stop_ids:
             sequence.finish = "stop"
         else:
             sequence.tokens.append(token)
-            sequence.new += 1
+            sequence.num_generated += 1
             yield sequence, token
-        if not sequence.finish and sequence.new == self.options.max_new_tokens:
+        if not sequence.finish and sequence.num_generated == self.params.max_new_tokens:
             sequence.finish = "length"
         if sequence.finish:
             yield sequence, None
 
-    def reserve(self, length: int):
-        """Room in the cache for rows of this length."""
-        rounded = 1 << (length - 1).bit_length()  # of few lengths, so that few steps are compiled
-        length = (
-            min(rounded, self.model.args.max_seq_len) + 1
-        )  # a cache that is full would be compiled apart
-        if not self.cache or self.cache.batch_size != self.batch_size:
-            self.cache, self.rows = (
-                self.model.new_kv_cache(self.batch_size, length, self.cache_dtype),
-                [],
-            )
-        elif self.cache.length < length:
-            self.cache.grow(length)
+    # Prefill
 
-    def admit(self, waiting: deque[Sequence]):
-        """Put the waiting in the place of those that are over; when none waits, close the ranks."""
-        over = [row for row, sequence in enumerate(self.rows) if sequence.finish]
-        for row in over[: len(waiting)]:
-            self.rows[row] = waiting.popleft()
-        while waiting and len(self.rows) < self.batch_size:
-            self.rows.append(waiting.popleft())
-        going_on = self.going_on()
-        if going_on and len(going_on) < len(self.rows) and self.tell is None:
-            self.rows = [self.rows[row] for row in going_on]
-            self.cache.select_rows(torch.tensor(going_on, device=self.device))
+    def prefill_batch(self, needs_prefill: list[SequenceState]) -> list[SequenceState]:
+        """The sequences to prefill together: of similar lengths, up to MAX_PREFILL_TOKENS.
 
-    def going_on(self) -> list[int]:
-        """The numbers of the rows that are not over."""
-        return [row for row, sequence in enumerate(self.rows) if not sequence.finish]
-
-    def choose_next(self) -> list[tuple[Sequence, int]]:
-        """The next token of every text that goes on; or of some, as long as not all of each text but
-        its last token is in the cache."""
-        going_on = [self.rows[row] for row in self.going_on()]
-        for sequence in going_on:
-            moved_start = window_start(len(sequence.tokens), self.model.args.max_seq_len)
-            if moved_start != sequence.start or not self.use_cache:
-                sequence.start, sequence.cached = moved_start, 0
-        behind = [sequence for sequence in going_on if sequence.unread > 1 or not sequence.cached]
-        if behind:
-            return self.read_and_choose(self.read_together(behind))
-        if self.draft and self.foreseen(going_on, 1 + self.draft.tokens) == 1 + self.draft.tokens:
-            return self.draft_and_check()
-        return self.tell_on()
-
-    def foreseen(self, going_on: list[Sequence], count: int) -> int:
-        """How many tokens, of count, may come next that neither depend on those before them nor lie
-        beyond what the cache and the model's context hold."""
-        if self.bad_words or self.options.repetition_penalty != 1:
-            return 1
-        if any(sequence.new < self.options.min_new_tokens for sequence in going_on):
-            return 1
-        longest = min(self.cache.length - 1, self.model.args.max_seq_len)
-        return max(1, min(count, longest - max(sequence.cached for sequence in going_on)))
-
-    def read_together(self, behind: list[Sequence]) -> list[Sequence]:
-        """Those to read at once: of similar lengths, and not too much; one alone that is partly read."""
-        if partly := [sequence for sequence in behind if sequence.cached]:
-            return partly[:1]
-        behind = sorted(behind, key=lambda sequence: sequence.unread)
+        A partly cached sequence is prefilled alone."""
+        if partly_cached := [sequence for sequence in needs_prefill if sequence.kv_len]:
+            return partly_cached[:1]
+        by_length = sorted(needs_prefill, key=lambda sequence: sequence.num_uncached)
         return [
-            sequence for number, sequence in enumerate(behind, 1)
-            if number == 1 or number * sequence.unread <= READ_AT_ONCE
-        ]  # fmt: skip
-
-    def read_and_choose(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
-        logits = self.read(sequences)
-        check_numbers(logits)
-        return list(zip(sequences, self.pick(sequences, logits), strict=True))
-
-    def read(self, sequences: list[Sequence]):
-        """The logits (B, V) after all tokens that are not in the cache, put there in one pass. What
-        fills up the shorter texts lies behind them, where nothing attends to it."""
-        lengths = torch.tensor([sequence.unread for sequence in sequences])
-        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : lengths[row]] = torch.tensor(sequence.tokens[-lengths[row] :])
-        rows = torch.tensor(
-            [self.rows.index(sequence) for sequence in sequences], device=self.device
-        )
-        x = self.model.forward_hidden(
-            tokens.to(self.device), self.cache, sequences[0].cached, rows=rows
-        )
-        return self.model.output(x[torch.arange(len(sequences)), lengths - 1])
-
-    def tell_on(self) -> list[tuple[Sequence, int]]:
-        """The next tokens of every text, as many of each."""
-        going_on = self.going_on()
-        sequences = [self.rows[row] for row in going_on]
-        wanted = max(self.options.max_new_tokens - sequence.new for sequence in sequences)
-        count = self.foreseen(sequences, min(self.at_once, wanted))
-        inputs, how = self.inputs(going_on, count), self.how | dict(stop_ids=self.stop_ids)
-        logits, tokens, known = (self.tell or tell)(self.model, self.cache, *inputs, **how)
-        if len(going_on) < len(tokens):
-            logits, tokens, known = logits[going_on], tokens[going_on], known[going_on]
-        before = tokens.shape[1] - 1
-        columns = [
-            *tokens[:, :-1].t().tolist(),
-            self.pick(sequences, logits, (tokens[:, -1], known), before),
+            sequence
+            for count, sequence in enumerate(by_length, 1)
+            if count == 1 or count * sequence.num_uncached <= MAX_PREFILL_TOKENS
         ]
+
+    def prefill(self, sequences: list[SequenceState]) -> NewTokens:
+        """Run the model on all uncached tokens in one pass and sample the next token of each."""
+        lengths = torch.tensor([sequence.num_uncached for sequence in sequences])
+        # Shorter sequences are padded at the end, where no token attends to the padding.
+        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)  # (B, T)
+        for index, sequence in enumerate(sequences):
+            length = sequence.num_uncached
+            tokens[index, :length] = torch.tensor(sequence.tokens[-length:])
+        rows = [self.rows.index(sequence) for sequence in sequences]
+        batch_idx = torch.tensor(rows, device=self.device)
+        x = self.model.forward_hidden(
+            tokens.to(self.device), self.cache, sequences[0].kv_len, batch_idx=batch_idx
+        )
+        logits = self.model.output(x[torch.arange(len(sequences)), lengths - 1])  # (B, V)
+        check_no_nan(logits)
+        next_tokens = self.sample_with_constraints(sequences, logits)
+        return list(zip(sequences, next_tokens, strict=True))
+
+    # Decode
+
+    def decode(self) -> NewTokens:
+        """Generate the next tokens of all active sequences, the same number of each."""
+        rows = self.active_rows()
+        sequences = [self.rows[row] for row in rows]
+        remaining = max(self.params.max_new_tokens - seq.num_generated for seq in sequences)
+        limit = min(self.prepared.tokens_per_call, remaining)
+        inputs = self.decode_inputs(rows, self._num_tokens_ahead(sequences, limit))
+        step = self.prepared.decode_step or decode_step
+        output = step(self.model, self.cache, inputs, self.truncation, self.stop_ids)
+        logits, tokens, accepted = output  # (B, V), (B, N), (B,)
+        if len(rows) < len(tokens):
+            logits, tokens, accepted = logits[rows], tokens[rows], accepted[rows]
+        last = UntruncatedSample(tokens[:, -1], accepted)
+        num_pending = tokens.shape[1] - 1
+        last_tokens = self.sample_with_constraints(sequences, logits, last, num_pending)
+        columns = [*tokens[:, :-1].t().tolist(), last_tokens]
         return [pair for column in columns for pair in zip(sequences, column, strict=True)]
 
-    def inputs(self, going_on: list[int], count: int):
-        """Of each row its last token (B, 1), the position of that (B,), one beyond the last of these,
-        and the keys of the next count draws (B, count)."""
-        size = self.batch_size if self.tell else len(self.rows)
+    def _num_tokens_ahead(self, active: list[SequenceState], limit: int) -> int:
+        """How many tokens, at most limit, one call can generate: 1 if a constraint needs the text
+        so far, else as many as fit in the KV cache and the model's context."""
+        if self.banned_strings or self.params.repetition_penalty != 1:
+            return 1
+        if any(sequence.num_generated < self.params.min_new_tokens for sequence in active):
+            return 1
+        capacity = min(self.cache.length - 1, self.max_seq_len)
+        return max(1, min(limit, capacity - max(sequence.kv_len for sequence in active)))
+
+    def decode_inputs(self, active_rows: list[int], count: int) -> StepInputs:
+        """The last token of each row and the seeds of its next count tokens."""
+        size = len(self.rows) if self.prepared.decode_step is None else self.batch_size
         for sequence in self.rows:
             if sequence.finish:
-                sequence.cached = 0  # whatever is read in its row is written over its beginning
-        tokens, starts, keys = [0] * size, [0] * size, [[0] * count] * size
-        for row in going_on:
+                sequence.kv_len = 0  # the step writes to position 0 of an unused row
+        tokens = [0] * size
+        start_pos = [0] * size
+        seeds = [[0] * count] * size
+        for row in active_rows:
             sequence = self.rows[row]
-            tokens[row], starts[row], keys[row] = (
-                sequence.tokens[-1],
-                sequence.cached,
-                self.keys(sequence, count),
-            )
-        end = max(starts) + 1
-        tokens, starts = (torch.tensor(numbers, device=self.device) for numbers in (tokens, starts))
-        return (
-            tokens[:, None],
-            starts,
-            end,
-            torch.tensor(keys, dtype=torch.int32, device=self.device),
+            tokens[row] = sequence.tokens[-1]
+            start_pos[row] = sequence.kv_len
+            seeds[row] = self.sample_seeds(sequence, count)
+        return StepInputs(
+            tokens=torch.tensor(tokens, device=self.device)[:, None],
+            start_pos=torch.tensor(start_pos, device=self.device),
+            kv_len=max(start_pos) + 1,
+            seeds=torch.tensor(seeds, dtype=torch.int32, device=self.device),
         )
 
-    def keys(self, sequence: Sequence, count: int, before: int = 0) -> list[int]:
-        """Of the next count draws, after so many that are not among the tokens yet."""
-        length = len(sequence.tokens) + before
-        return [
-            draw_key(self.options.seed, sequence.sample, position)
-            for position in range(length, length + count)
-        ]
+    # Speculative decoding
 
-    def draft_and_check(self) -> list[tuple[Sequence, int]]:
-        """The next tokens of every text: as many of the proposed ones as the model draws itself, and
-        the one that it draws after them."""
-        draft = self.draft
-        going_on = self.going_on()
-        tokens, starts, end, keys = self.inputs(going_on, 1 + draft.tokens)
-        while (read := tokens.shape[1]) <= draft.tokens:
-            at = (
-                tokens[:, -1:].contiguous(),
-                starts + read - 1,
-                end + read - 1,
-                keys[:, read - 1 : -1].contiguous(),
-            )
-            logits, told, known = draft.tell(draft.model, self.cache, *at, **self.how)
-            last = choose(
-                logits, keys[:, read - 2 + told.shape[1]], **self.how, first=(told[:, -1], known)
-            )
-            tokens = torch.cat(
-                [tokens, told[:, :-1], last[:, None]], dim=1
-            )  # in the end (B, 1 + draft.tokens)
-        logits, first = draft.check(
-            self.model, self.cache, tokens, starts, end + draft.tokens, keys, **self.how
-        )
-        drawn = choose(logits, keys.flatten(), **self.how, first=first).view_as(tokens)
-        agreeing = (drawn[:, :-1] == tokens[:, 1:]).cumprod(1).sum(1).tolist()
-        chosen = []
-        for row in going_on:
-            chosen += [
-                (self.rows[row], token) for token in drawn[row, : 1 + agreeing[row]].tolist()
-            ]
-        return chosen
+    def _can_draft(self, active: list[SequenceState], draft: DraftModel) -> bool:
+        num_tokens = 1 + draft.num_tokens
+        return self._num_tokens_ahead(active, num_tokens) == num_tokens
 
-    def pick(self, sequences: list[Sequence], logits, first=None, before: int = 0) -> list[int]:
-        """The token that each text goes on with, of logits (B, V). first: what is known of it; before:
-        how many tokens come before it that are not among the text's yet."""
-        penalty = self.options.repetition_penalty
-        forbidden = [self.forbidden(sequence) for sequence in sequences]
-        if penalty != 1 or any(forbidden):
-            logits, first = logits.float().clone(), None
+    def speculative_step(self, draft: DraftModel) -> NewTokens:
+        """Draft tokens with the small model and verify them in one pass of the target model.
+
+        Returns, for each sequence, the drafted tokens that the target model samples too, and the
+        token that it samples after them."""
+        rows = self.active_rows()
+        inputs = self.decode_inputs(rows, 1 + draft.num_tokens)
+        # 1. Draft.
+        draft_tokens = self.draft_tokens(draft, inputs)  # (B, 1 + num_tokens)
+        # 2. Verify.
+        kv_len = inputs.kv_len + draft.num_tokens
+        verify_inputs = StepInputs(draft_tokens, inputs.start_pos, kv_len, inputs.seeds)
+        output = draft.verify(self.model, self.cache, verify_inputs, self.truncation, ())
+        sample = UntruncatedSample(output.tokens.flatten(), output.accepted)
+        target_tokens = sample_next(
+            output.logits, inputs.seeds.flatten(), self.truncation, sample
+        ).view_as(draft_tokens)
+        # 3. Accept the tokens up to and including the first that differs.
+        agrees = target_tokens[:, :-1] == draft_tokens[:, 1:]
+        num_accepted = agrees.cumprod(1).sum(1).tolist()
+        new_tokens: NewTokens = []
+        for row in rows:
+            accepted = target_tokens[row, : 1 + num_accepted[row]].tolist()
+            new_tokens += [(self.rows[row], token) for token in accepted]
+        return new_tokens
+
+    def draft_tokens(self, draft: DraftModel, inputs: StepInputs) -> torch.Tensor:
+        """The last token of each row and the draft's tokens after it: (B, 1 + num_tokens)."""
+        tokens = inputs.tokens  # (B, 1)
+        while (length := tokens.shape[1]) <= draft.num_tokens:
+            step_inputs = StepInputs(
+                tokens=tokens[:, -1:].contiguous(),
+                start_pos=inputs.start_pos + length - 1,
+                kv_len=inputs.kv_len + length - 1,
+                seeds=inputs.seeds[:, length - 1 : -1].contiguous(),
+            )
+            output = draft.decode_step(draft.model, self.cache, step_inputs, self.truncation, ())
+            seeds = inputs.seeds[:, length - 2 + output.tokens.shape[1]]
+            sample = UntruncatedSample(output.tokens[:, -1], output.accepted)
+            last = sample_next(output.logits, seeds, self.truncation, sample)
+            tokens = torch.cat([tokens, output.tokens[:, :-1], last[:, None]], dim=1)
+        return tokens
+
+    # Sampling
+
+    def sample_with_constraints(
+        self,
+        sequences: list[SequenceState],
+        logits: torch.Tensor,
+        sample: UntruncatedSample | None = None,
+        num_pending: int = 0,
+    ) -> list[int]:
+        """Apply repetition penalty and banned tokens to logits (B, V) and sample the next tokens.
+
+        Args:
+            sample: the result of sample_untruncated for logits, if there is one.
+            num_pending: tokens generated before this one that are not appended yet.
+        """
+        penalty = self.params.repetition_penalty
+        banned = [self.banned_tokens(sequence) for sequence in sequences]
+        if penalty != 1 or any(banned):
+            logits = logits.float().clone()
+            sample = None
         for row, sequence in enumerate(sequences):
             if penalty != 1:
                 seen = torch.tensor([sequence.tokens], device=self.device)
-                logits[row : row + 1] = penalize_repeats(logits[row : row + 1], seen, penalty)
-            if forbidden[row]:
-                logits[row, forbidden[row]] = float("-inf")
+                logits[row : row + 1] = apply_repetition_penalty(
+                    logits[row : row + 1], seen, penalty
+                )
+            if banned[row]:
+                logits[row, banned[row]] = float("-inf")
                 if logits[row].isneginf().all():
-                    raise ValueError(
-                        "no token is left to go on with: each would end the text or complete a bad word"
-                    )
-        if first and first[1].all():
-            return first[
-                0
-            ].tolist()  # without the keys, which take as long to make as the rest of this
-        keys = [self.keys(sequence, 1, before)[0] for sequence in sequences]
-        keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
-        return choose(logits, keys, **self.how, first=first).tolist()
+                    raise ValueError("no token is left to sample: all are stop tokens or banned")
+        if sample and sample.accepted.all():
+            return sample.tokens.tolist()  # the seeds would take as long as the rest of this method
+        seeds = [self.sample_seeds(sequence, 1, num_pending)[0] for sequence in sequences]
+        seed_tensor = torch.tensor(seeds, dtype=torch.int32, device=self.device)
+        return sample_next(logits, seed_tensor, self.truncation, sample).tolist()
 
-    def forbidden(self, sequence: Sequence) -> list[int]:
-        """The tokens that may not come next."""
-        found = list(self.stop_ids) if sequence.new < self.options.min_new_tokens else []
-        return found + self.bad_words.completed_by(sequence.tokens) if self.bad_words else found
+    def banned_tokens(self, sequence: SequenceState) -> list[int]:
+        """The tokens that must not come next: early stop tokens, ends of banned strings."""
+        is_early = sequence.num_generated < self.params.min_new_tokens
+        banned = list(self.stop_ids) if is_early else []
+        if self.banned_strings:
+            banned += self.banned_strings.banned_next_tokens(sequence.tokens)
+        return banned
+
+    def sample_seeds(self, sequence: SequenceState, count: int, num_pending: int = 0) -> list[int]:
+        """The seeds of the next count tokens after num_pending tokens that are not appended yet."""
+        length = len(sequence.tokens) + num_pending
+        return [
+            sample_seed(self.params.seed, sequence.sample_index, position)
+            for position in range(length, length + count)
+        ]
 
 
-def continuation(
-    model: Transformer, prompt: Collection[int], stop_ids: Collection[int] = (), **options
+def generate_tokens(
+    model: Transformer | PreparedModel,
+    prompt: Collection[int],
+    stop_ids: Collection[int] = (),
+    **options: Any,
 ) -> list[int]:
-    """The tokens that a model goes on with after those of the prompt. options: Decoding's."""
-    sequence = Sequence(prompt)
-    for _ in Decoder(model, Decoding(**options), stop_ids=stop_ids).run([sequence]):
+    """The completion of a prompt, both as tokens. options: those of SamplingParams."""
+    sequence = SequenceState(prompt)
+    for _ in InferenceEngine(model, SamplingParams(**options), stop_ids=stop_ids).generate(
+        [sequence]
+    ):
         pass
     return sequence.tokens[len(prompt) :]

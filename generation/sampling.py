@@ -1,71 +1,92 @@
 """
-How the next token is chosen: which tokens may be, and the draw among them.
+Sampling of the next token: temperature, truncation, repetition penalty and banned strings.
 
-A draw is an argmax. Gumbel noise added to logits is largest, in sum, at each token with just that
-token's probability (arXiv 1411.0030, section 2). The noise is a hash of a key and a number, so that
-a draw depends on nothing but its key and its row of logits, in a batch of any size, on any device.
+Sampling is an argmax (the Gumbel-max trick): if Gumbel noise is added to the logits, each token has
+the largest sum with exactly its probability (arXiv 1411.0030, section 2). The noise is a hash of a
+seed and a token's index. A sample therefore depends only on its seed and its row of logits, in a
+batch of any size, on any device.
+
+Shapes: B batch, V vocabulary. Seeds are int32 tensors.
 """
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from generation.sampling_params import TruncationParams
 from runtime.hashing import splitmix64
 
-SORTED_FIRST = 512  # tokens; a nucleus is rarely larger
+TOPK_PREFIX = 512  # tokens sorted first for top-p; a nucleus is rarely larger
+GROUP_SIZE = 128  # tokens in a group of the two-level Gumbel argmax
+REJECTION_TRIES = 3  # samples of the full distribution before the logits are truncated
+NO_TRUNCATION = TruncationParams()
 
 
-def truncate_top_k(logits, k: int):
-    """Keep the k most likely of logits (B, V) and what is as likely as the last of them."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+class UntruncatedSample(NamedTuple):
+    """Tokens sampled from the full distribution, and whether the truncations accept them."""
+
+    tokens: torch.Tensor  # (B,) int64; undefined where not accepted
+    accepted: torch.Tensor  # (B,) bool
+
+
+def truncate_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Set all but the k largest logits (B, V) to -inf; ties with the k-th stay."""
+    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < kth, float("-inf"))
 
 
-def truncate_top_p(logits, p: float):
-    """Keep the fewest most likely of logits (B, V) whose probabilities reach p (nucleus sampling,
-    arXiv 1904.09751); the most likely token always stays. Of equals the first ones are kept."""
-    total = logits.logsumexp(-1, keepdim=True)
-    for count in (min(SORTED_FIRST, logits.shape[-1]), logits.shape[-1]):
-        ordered = logits.topk(count, dim=-1).values
-        reached = (ordered - total).exp().cumsum(-1)
-        if (reached[:, -1] >= p).all():
+def truncate_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the fewest most likely tokens of logits (B, V) whose probabilities add up to p.
+
+    This is nucleus sampling (arXiv 1904.09751). The most likely token always stays. Of tokens with
+    equal logits the first ones stay."""
+    log_total = logits.logsumexp(-1, keepdim=True)
+    for count in (min(TOPK_PREFIX, logits.shape[-1]), logits.shape[-1]):
+        sorted_logits = logits.topk(count, dim=-1).values  # (B, count)
+        cumulative = (sorted_logits - log_total).exp().cumsum(-1)
+        if (cumulative[:, -1] >= p).all():
             break
-    needed = 1 + (reached[:, :-1] < p).sum(-1, keepdim=True)
-    last = ordered.gather(-1, needed - 1)
-    of_equals = needed - (logits > last).sum(-1, keepdim=True)
-    equals = logits == last
-    outside = (logits < last) | equals & (equals.cumsum(-1) > of_equals)
-    return logits.masked_fill(outside, float("-inf"))
+    num_kept = 1 + (cumulative[:, :-1] < p).sum(-1, keepdim=True)  # (B, 1)
+    threshold = sorted_logits.gather(-1, num_kept - 1)
+    ties_kept = num_kept - (logits > threshold).sum(-1, keepdim=True)
+    is_tie = logits == threshold
+    removed = (logits < threshold) | is_tie & (is_tie.cumsum(-1) > ties_kept)
+    return logits.masked_fill(removed, float("-inf"))
 
 
-def truncate_min_p(logits, p: float):
-    """Keep what is at least p times as likely as the likeliest of logits (B, V) (arXiv 2407.01082)."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(
-        probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf")
-    )
+def truncate_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep tokens at least p times as probable as the most probable one (arXiv 2407.01082)."""
+    probs = logits.softmax(-1)  # (B, V)
+    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 
 
-def penalize_repeats(logits, seen, penalty: float):
-    """Make the tokens seen (B, S) less likely than logits (B, V) have them: a positive logit is
-    divided by the penalty, a negative one multiplied (CTRL, arXiv 1909.05858, section 4.1)."""
-    of_seen = logits.gather(-1, seen)
-    return logits.scatter(-1, seen, torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty))
+def apply_repetition_penalty(
+    logits: torch.Tensor, token_ids: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """Make the tokens token_ids (B, S) less likely in logits (B, V).
+
+    A positive logit is divided by the penalty, a negative one multiplied (CTRL, arXiv 1909.05858,
+    section 4.1)."""
+    selected = logits.gather(-1, token_ids)  # (B, S)
+    penalized = torch.where(selected > 0, selected / penalty, selected * penalty)
+    return logits.scatter(-1, token_ids, penalized)
 
 
-def draw_key(seed: int, sample: int, position: int) -> int:
-    """The key of a draw: an int32, hashed of seed, sample and position."""
-    key = splitmix64(splitmix64(splitmix64(seed) + sample) + position) & 0xFFFFFFFF
+def sample_seed(seed: int, sample_index: int, position: int) -> int:
+    """The seed of one token, an int32: a hash of the user's seed, the sample and the position."""
+    key = splitmix64(splitmix64(splitmix64(seed) + sample_index) + position) & 0xFFFFFFFF
     return key - (key >> 31 << 32)
 
 
-def gumbel_noise(keys, count: int):
-    """Standard Gumbel noise (B, count) of the keys (B,), int32. The hash is lowbias32 of Wellons's
-    hash prospector, in 32 bits that wrap around."""
-    # The xor keeps the compiler from multiplying the loop's index itself, whose overflow C++ does not define.
-    number = torch.arange(count, dtype=torch.int32, device=keys.device) ^ 0x2545F491
-    x = number * -1640531527 ^ keys[:, None]  # 2**32 / golden ratio
+def gumbel_noise(seeds: torch.Tensor, count: int) -> torch.Tensor:
+    """Standard Gumbel noise (B, count) for int32 seeds (B,).
+
+    The hash is lowbias32 of Wellons's hash prospector, in 32-bit arithmetic that wraps around."""
+    # Without the xor the compiler would multiply the loop index; its overflow is undefined in C++.
+    index = torch.arange(count, dtype=torch.int32, device=seeds.device) ^ 0x2545F491
+    x = index * -1640531527 ^ seeds[:, None]  # 2**32 / golden ratio
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -2073254261
     x = (x ^ (x >> 16 & 0xFFFF)) & 0x7FFFFFFF
@@ -73,106 +94,118 @@ def gumbel_noise(keys, count: int):
     return -(-torch.log1p(-uniform)).log()
 
 
-BLOCK = 128  # tokens
-ATTEMPTS = 3  # at a draw among some of the tokens, before the others are looked for
+def gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor, tries: range) -> torch.Tensor:
+    """Sample tokens (B, len(tries)) from logits (B, V) with seeds (B,), independently for each try.
+
+    Sampling has two levels: a group of tokens, then a token of that group. Noise for each of 32,000
+    tokens would take longer than all other work on their logits."""
+    padding = (0, -logits.shape[-1] % GROUP_SIZE)
+    groups = F.pad(logits, padding, value=float("-inf")).unflatten(-1, (-1, GROUP_SIZE))
+    sizes = [groups.shape[1], GROUP_SIZE]  # groups: (B, G, GROUP_SIZE)
+    noise = gumbel_noise(seeds, tries.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))
+    group_noise, token_noise = noise[:, tries.start :].split(sizes, dim=-1)
+    group = (groups.logsumexp(-1)[:, None] + group_noise).argmax(-1)  # (B, A)
+    group_logits = groups.gather(1, group[..., None].expand(-1, -1, GROUP_SIZE))
+    return group * GROUP_SIZE + (group_logits + token_noise).argmax(-1)
 
 
-def draw(logits, keys, attempts: range):
-    """Tokens (B, A) of logits (B, V), drawn independently for each of the attempts at the keys (B,). First
-    a block of tokens is drawn and then one of it: noise for each of 32,000 tokens would take longer
-    than all else that is done with their logits."""
-    blocks = F.pad(logits, (0, -logits.shape[-1] % BLOCK), value=float("-inf")).unflatten(
-        -1, (-1, BLOCK)
-    )
-    sizes = [blocks.shape[1], BLOCK]
-    noise = gumbel_noise(keys, attempts.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))[
-        :, attempts.start :
-    ]
-    of_blocks, of_tokens = noise.split(sizes, dim=-1)
-    block = (blocks.logsumexp(-1)[:, None] + of_blocks).argmax(-1)  # (B, A)
-    of_block = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))  # (B, A, BLOCK)
-    return block * BLOCK + (of_block + of_tokens).argmax(-1)
+def sample_untruncated(
+    logits: torch.Tensor, seeds: torch.Tensor, params: TruncationParams = NO_TRUNCATION
+) -> UntruncatedSample:
+    """Sample from the full distribution until the truncations accept a token (rejection sampling).
 
-
-def first_choice(
-    logits, keys, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-):
-    """Draw as if nothing were truncated until it is a token that the truncations leave: tokens (B,), and
-    whether each is one (B,), so that nothing need be truncated. Where False, after too many attempts or as
-    only truncating would tell, the token is nothing."""
-    if temperature < 1e-6:  # a float32 cannot tell it from 0
+    This avoids truncating logits (B, V) at nearly every step. A row is not accepted after
+    REJECTION_TRIES tries, or where both top_k and top_p apply: sample_next then truncates.
+    Operations are out of place because torch.while_loop requires it."""
+    if params.temperature < 1e-6:  # float32 cannot tell it from 0
         tokens = logits.argmax(-1)
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    if not top_k and top_p == 1 and not min_p:
-        tokens = draw(scaled, keys, range(1))[:, 0]
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    if top_k and top_p < 1:  # p of what k leaves
-        return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    tokens = draw(scaled, keys, range(ATTEMPTS))  # (B, A)
-    own, scaled = scaled.gather(-1, tokens)[..., None], scaled[:, None]  # (B, A, 1), (B, 1, V)
-    inside = torch.ones_like(
-        tokens, dtype=torch.bool
-    )  # not changed in place: a compiled loop forbids that
-    if top_k:
-        inside = inside & ((scaled > own).sum(-1) < top_k)
-    if top_p < 1:
-        number = torch.arange(logits.shape[-1], device=logits.device)
-        before = (scaled > own) | (scaled == own) & (number < tokens[..., None])
-        inside = inside & ((scaled.softmax(-1) * before).sum(-1) < top_p)
-    if min_p:
-        probabilities = scaled.softmax(-1)[:, 0]
-        inside = inside & (
-            probabilities.gather(-1, tokens) >= min_p * probabilities.amax(-1, keepdim=True)
-        )
-    first = inside.int().argmax(-1, keepdim=True)
-    return tokens.gather(-1, first)[:, 0], inside.any(-1)
+        return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    scaled = logits.float() if params.temperature == 1 else logits.float() / params.temperature
+    if not params.top_k and params.top_p == 1 and not params.min_p:
+        tokens = gumbel_argmax(scaled, seeds, range(1))[:, 0]
+        return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    if params.top_k and params.top_p < 1:  # top_p applies to what top_k leaves
+        rejected = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        return UntruncatedSample(logits.argmax(-1), rejected)
+    tokens = gumbel_argmax(scaled, seeds, range(REJECTION_TRIES))  # (B, A)
+    accepted = passes_truncation(scaled, tokens, params)  # (B, A)
+    first = accepted.int().argmax(-1, keepdim=True)
+    return UntruncatedSample(tokens.gather(-1, first)[:, 0], accepted.any(-1))
 
 
-def choose(
-    logits, keys=None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, first=None
-):  # fmt: skip
-    """The next token of each row of logits (B, V), as ids (B,), drawn by the keys (B,). Temperature 0
-    is greedy; top_k 0, top_p 1 and min_p 0 leave all tokens in; each counts what those before it left.
-    first: what first_choice says of the same, where that is known."""
-    tokens, inside = first or first_choice(logits, keys, temperature, top_k, top_p, min_p)
-    if inside.all():
+def passes_truncation(
+    scaled: torch.Tensor, tokens: torch.Tensor, params: TruncationParams
+) -> torch.Tensor:
+    """Whether the truncations keep tokens (B, A) of scaled logits (B, V): (B, A) bool."""
+    token_logits = scaled.gather(-1, tokens)[..., None]  # (B, A, 1)
+    scaled = scaled[:, None]  # (B, 1, V)
+    accepted = torch.ones_like(tokens, dtype=torch.bool)
+    if params.top_k:
+        accepted = accepted & ((scaled > token_logits).sum(-1) < params.top_k)
+    if params.top_p < 1:
+        index = torch.arange(scaled.shape[-1], device=scaled.device)
+        is_tie = scaled == token_logits
+        precedes = (scaled > token_logits) | is_tie & (index < tokens[..., None])
+        accepted = accepted & ((scaled.softmax(-1) * precedes).sum(-1) < params.top_p)
+    if params.min_p:
+        probs = scaled.softmax(-1)[:, 0]
+        threshold = params.min_p * probs.amax(-1, keepdim=True)
+        accepted = accepted & (probs.gather(-1, tokens) >= threshold)
+    return accepted
+
+
+def sample_next(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    params: TruncationParams = NO_TRUNCATION,
+    first_sample: UntruncatedSample | None = None,
+) -> torch.Tensor:
+    """Sample the next token of each row of logits (B, V): token ids (B,).
+
+    Args:
+        seeds: (B,) int32, one for each row; see sample_seed.
+        first_sample: the result of sample_untruncated for the same arguments, if there is one.
+    """
+    tokens, accepted = first_sample or sample_untruncated(logits, seeds, params)
+    if accepted.all():
         return tokens
-    logits = logits[~inside].float() / temperature
-    if top_k:
-        logits = truncate_top_k(logits, top_k)
-    if top_p < 1:
-        logits = truncate_top_p(logits, top_p)
-    if min_p:
-        logits = truncate_min_p(logits, min_p)
-    # With noise of its own: that of the attempts is known to lead elsewhere.
-    drawn = draw(logits, keys[~inside], range(ATTEMPTS, ATTEMPTS + 1))[:, 0]
-    return tokens.masked_scatter(~inside, drawn)
+    logits = logits[~accepted].float() / params.temperature
+    if params.top_k:
+        logits = truncate_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = truncate_top_p(logits, params.top_p)
+    if params.min_p:
+        logits = truncate_min_p(logits, params.min_p)
+    # Fresh noise: the noise of the earlier tries is known to select rejected tokens.
+    tries = range(REJECTION_TRIES, REJECTION_TRIES + 1)
+    resampled = gumbel_argmax(logits, seeds[~accepted], tries)[:, 0]
+    return tokens.masked_scatter(~accepted, resampled)
 
 
-class BadWords:
-    """Strings that may not appear in a text, however it is cut into tokens. token_bytes: what each
-    token of the vocabulary adds to the text."""
+class BannedStrings:
+    """Strings that a sequence must not contain, in any tokenization.
 
-    def __init__(self, words: Collection[str], token_bytes: list[bytes]):
-        words = [word.encode() for word in words]
-        self.token_bytes, self.longest = token_bytes, max(map(len, words), default=0)
-        self.always = [
-            i for i, text in enumerate(token_bytes) if any(word in text for word in words)
+    Args:
+        strings: the banned strings.
+        token_bytes: the bytes that each token of the vocabulary adds to the text.
+    """
+
+    def __init__(self, strings: Collection[str], token_bytes: list[bytes]) -> None:
+        banned = [string.encode() for string in strings]
+        self.token_bytes = token_bytes
+        self.max_length = max(map(len, banned), default=0)
+        self.always_banned = [
+            token for token, text in enumerate(token_bytes) if any(b in text for b in banned)
         ]
-        self.after: dict[
-            bytes, list[int]
-        ] = {}  # the beginning of a word -> the tokens that complete it
-        for word in words:
-            for cut in range(1, len(word)):
-                completing = [
-                    i for i, text in enumerate(token_bytes) if text.startswith(word[cut:])
-                ]
-                self.after[word[:cut]] = self.after.get(word[:cut], []) + completing
+        self.completions: dict[bytes, list[int]] = {}  # prefix of a string -> completing tokens
+        for string in banned:
+            for cut in range(1, len(string)):
+                prefix, rest = string[:cut], string[cut:]
+                tokens = [i for i, text in enumerate(token_bytes) if text.startswith(rest)]
+                self.completions[prefix] = self.completions.get(prefix, []) + tokens
 
-    def completed_by(self, tokens: list[int]) -> list[int]:
-        """The tokens that would complete one of the words after these."""
-        tail = b"".join(self.token_bytes[token] for token in tokens[-self.longest :])
-        return self.always + [
-            i for start, ids in self.after.items() if tail.endswith(start) for i in ids
-        ]
+    def banned_next_tokens(self, tokens: list[int]) -> list[int]:
+        """The tokens that would complete a banned string if they followed these tokens."""
+        tail = b"".join(self.token_bytes[token] for token in tokens[-self.max_length :])
+        matching = [ids for prefix, ids in self.completions.items() if tail.endswith(prefix)]
+        return self.always_banned + [token for ids in matching for token in ids]

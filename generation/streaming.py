@@ -1,134 +1,201 @@
 """
-Texts as they are told: what each token adds to them, and where they end. No files here.
+Generation of text: each token's text as soon as it is certain, and stop strings.
 
-    for piece in generate(model, tokenizer, ["Once upon", "Tom saw"], temperature=0.8):
-        print(piece.prompt, piece.text)
+    for chunk in generate(model, tokenizer, ["Once upon", "Tom saw"], temperature=0.8):
+        print(chunk.prompt, chunk.text)
 """
 
 import zlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
-
-from generation.engine import Decoder, Decoding, Draft, Sequence
-from generation.sampling import BadWords
+from generation.engine import InferenceEngine
+from generation.sampling import BannedStrings
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState
+from generation.steps import PreparedModel
 from model import Transformer
 from textdata.tokenizer import Tokenizer
 
 
-class Story(Sequence):
-    """A text that is being told, as text: nothing of a stop string is shown before it is known to be
-    none."""
+class TextStream:
+    """The text of a sequence that is being generated.
+
+    Text that may be the beginning of a stop string is pending until that is decided.
+
+    Attributes:
+        sequence: the tokens, to be passed to an InferenceEngine.
+        prompt_text: the text of the sequence before generation, as the vocabulary spells it.
+        emitted: the text that push returned so far.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: str, sample: int = 0, stops: Collection[str] = ()
-    ):
-        of_prompt = (
-            zlib.crc32(prompt.encode("utf-8", "surrogatepass")) << 32
-        )  # other prompts, other draws
-        super().__init__(tokenizer.encode(prompt, bos=True), of_prompt + sample)
-        self.tokenizer, self.stops = tokenizer, stops
-        self.begin()
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        sample_index: int = 0,
+        stop_strings: Collection[str] = (),
+    ) -> None:
+        prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        # Different prompts get different random draws.
+        self.sequence = SequenceState(prompt_ids, (prompt_hash << 32) + sample_index)
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.reset()
 
-    def begin(self):
-        self.held, self.shown, self.is_cut, self.to_spell = "", "", False, deque()
-        self.pieces = self.tokenizer.decode_stream(iter(self.to_spell.popleft, None))
-        self.beginning = self.spell(self.tokens)  # the prompt, as the vocabulary spells it
+    def reset(self) -> None:
+        """Make the current tokens the prompt; a new completion starts."""
+        self.emitted = ""
+        self.pending = ""
+        self.stopped_by_string = False
+        self._queue: deque[int | None] = deque()  # tokens for the detokenizer
+        self._detokenizer = self.tokenizer.decode_stream(iter(self._queue.popleft, None))
+        self.prompt_text = self._detokenize(self.sequence.tokens)
 
-    def spell(self, tokens: Iterable[int | None]) -> str:
-        """What these add to the text; None: no more tokens follow."""
-        told = ""
+    def _detokenize(self, tokens: Iterable[int | None]) -> str:
+        """The text that these tokens add; None: no more tokens follow."""
+        text = ""
         for token in tokens:
-            self.to_spell.append(token)
-            told += next(self.pieces)
-        return told
-
-    def show(self, token: int | None) -> str:
-        """The text that is certain with one more token, or without any more. Where a stop string is
-        complete, that is the end."""
-        self.held += "" if self.is_cut else self.spell([token])
-        found = [
-            (place + len(stop), place)
-            for stop in self.stops
-            if (place := self.held.find(stop)) >= 0
-        ]
-        if found:
-            certain, kept, self.is_cut, self.finish = min(found)[1], "", True, "stop"
-        else:
-            open_length = (
-                max((overlap(self.held, stop) for stop in self.stops), default=0)
-                if token is not None
-                else 0
-            )
-            certain = len(self.held) - open_length
-            kept = self.held[certain:]
-        text, self.held = self.held[:certain], kept
-        self.shown += text
+            self._queue.append(token)
+            text += next(self._detokenizer)
         return text
 
-    def go_on_from(self, text: str) -> str:
-        """Add a text of somebody else's; returns it as the vocabulary spells it here. What a stop string
-        cut off is no part of the story."""
-        if self.is_cut:
-            self.tokens = self.tokenizer.encode(self.beginning + self.shown, bos=True)
-            self.start = self.cached = 0
-        before = self.tokenizer.decode(self.tokens)
+    def push(self, token: int | None) -> str:
+        """Add a generated token, or None after the last; returns the text that is now certain.
+
+        If a stop string is complete, the sequence ends before it."""
+        if not self.stopped_by_string:
+            self.pending += self._detokenize([token])
+        matches = []  # (end, start) of the stop strings in the text
+        for stop in self.stop_strings:
+            start = self.pending.find(stop)
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        if matches:
+            _, length = min(matches)  # the first that is complete; of several, the longest
+            rest = ""
+            self.stopped_by_string = True
+            self.sequence.finish = "stop"
+        else:
+            partial = [partial_stop_length(self.pending, stop) for stop in self.stop_strings]
+            length = len(self.pending) - (max(partial, default=0) if token is not None else 0)
+            rest = self.pending[length:]
+        text = self.pending[:length]
+        self.pending = rest
+        self.emitted += text
+        return text
+
+    def push_all(self, tokens: list[int]) -> list[int]:
+        """Add all tokens of a completion; returns them up to the end of a stop string."""
+        for count, token in enumerate([*tokens, None], 1):
+            self.push(token)
+            if self.stopped_by_string:
+                return tokens[:count]
+        return tokens
+
+    def append_user_text(self, text: str) -> str:
+        """Append text that was not generated; returns it as the vocabulary spells it.
+
+        Generated tokens from a stop string on are removed first."""
+        sequence = self.sequence
+        if self.stopped_by_string:
+            sequence.tokens = self.tokenizer.encode(self.prompt_text + self.emitted, bos=True)
+            sequence.clear_cache()
+        before = self.tokenizer.decode(sequence.tokens)
         if text:
             space = "" if self.tokenizer.has_dummy_prefix or not before else " "
-            self.tokens += self.tokenizer.encode(space + text, bos=False)
-        self.begin()
-        return self.beginning[len(before) :]
+            sequence.tokens += self.tokenizer.encode(space + text, bos=False)
+        self.reset()
+        return self.prompt_text[len(before) :]
 
 
-def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of text may begin a stop string: the most that do."""
-    return next(
-        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0
-    )
+def partial_stop_length(text: str, stop: str) -> int:
+    """The length of the longest end of text that is a proper prefix of the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-class Piece(NamedTuple):
-    """What one token adds to one of the texts that are being told."""
+class TextChunk(NamedTuple):
+    """The text that one token adds to one of the completions."""
 
-    prompt: int  # which of the prompts it goes on from
-    sample: int  # which of the samples of that prompt
-    token: int | None  # None: the text is over
+    prompt: int  # index of the prompt
+    sample: int  # index of the sample of that prompt
+    token: int | None  # None: the completion has ended
     text: str
-    finish: str = ""  # of the last piece: "stop" or "length"
+    finish: str = ""  # finish reason, in the last chunk: "stop" or "length"
 
 
-def check_texts(**arguments):
-    for name, texts in arguments.items():
-        if isinstance(texts, str) or not isinstance(texts, Collection):
-            raise ValueError(f"{name}: must be a list of texts, not {type(texts).__name__}")
+@dataclass(frozen=True)
+class GenerationConfig(SamplingParams):
+    """Options of generate, besides those of SamplingParams. Raises ValueError if one is invalid."""
+
+    num_samples: int = 1  # completions of each prompt
+    batch_size: int = 16  # sequences decoded at once
+    stop: Collection[str] = ()  # strings that end a completion and are not part of it
+    bad_words: Collection[str] = ()  # strings that no completion contains
+
+    def __post_init__(self) -> None:
+        check_strings(stop=self.stop, bad_words=self.bad_words)
+        if self.num_samples < 1 or not all([*self.stop, *self.bad_words]):
+            raise ValueError(
+                f"num_samples={self.num_samples}, stop={self.stop}, bad_words={self.bad_words}: "
+                "must not be 0 or contain an empty string"
+            )
+        super().__post_init__()
+
+
+def check_strings(**arguments: Collection[str]) -> None:
+    """Raise ValueError, naming the argument, if one is not a collection of strings."""
+    for name, strings in arguments.items():
+        if isinstance(strings, str) or not isinstance(strings, Collection):
+            raise ValueError(f"{name}: must be a list of strings, not {type(strings).__name__}")
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: Collection[str], num_samples: int = 1, batch_size: int = 16,
-    stop: Collection[str] = (), bad_words: Collection[str] = (), tell: Callable | None = None,
-    at_once: int = 1, draft: Draft | None = None, cache_dtype: torch.dtype | None = None, **options,
-) -> Iterator[Piece]:  # fmt: skip
-    """Go on from each of the prompts, num_samples times, batch_size texts at once: pieces as they
-    come, of all texts in turn. A text is a function of the seed, its prompt and its sample's number,
-    whatever else is told. stop: strings that end a text and are not part of it. options: Decoding's.
-    Raises ValueError, with the first piece, for impossible options, and where no token is left to choose."""
-    check_texts(prompts=prompts, stop=stop, bad_words=bad_words)
-    if num_samples < 1 or not all([*stop, *bad_words]):
-        raise ValueError(
-            f"num_samples={num_samples}, stop={stop}, bad_words={bad_words}: none may be 0 or empty text"
-        )
-    stories = [
-        Story(tokenizer, prompt, sample, stop)
-        for prompt in prompts
-        for sample in range(num_samples)
-    ]
-    place = {id(story): divmod(number, num_samples) for number, story in enumerate(stories)}
-    bad = BadWords(bad_words, tokenizer.token_bytes) if bad_words else None
-    size = min(batch_size, max(1, len(stories)))
-    how = dict(tell=tell, at_once=at_once, draft=draft, cache_dtype=cache_dtype)
-    decoder = Decoder(model, Decoding(**options), size, tokenizer.stop_ids, bad, **how)
-    for story, token in decoder.run(stories):
-        text = story.show(token)
-        yield Piece(*place[id(story)], token, text, "" if token is not None else story.finish)
+    model: Transformer | PreparedModel,
+    tokenizer: Tokenizer,
+    prompts: Collection[str],
+    **options: Any,
+) -> Iterator[TextChunk]:
+    """Complete each of the prompts; yields chunks of text as they come, of all completions in turn.
+
+    A completion depends on the seed, its prompt and its sample index, not on the others in its
+    batch. Raises ValueError with the first chunk for invalid options, and if all tokens are banned.
+
+    Args:
+        model: a model, or the result of prepare_for_inference for the batch size.
+        options: the fields of GenerationConfig.
+    """
+    check_strings(prompts=prompts)
+    config = GenerationConfig(**options)
+    streams: dict[SequenceState, tuple[int, int, TextStream]] = {}
+    for index, prompt in enumerate(prompts):
+        for sample in range(config.num_samples):
+            stream = TextStream(tokenizer, prompt, sample, config.stop)
+            streams[stream.sequence] = (index, sample, stream)
+    banned_strings = None
+    if config.bad_words:
+        banned_strings = BannedStrings(config.bad_words, tokenizer.token_bytes)
+    batch_size = min(config.batch_size, max(1, len(streams)))
+    engine = InferenceEngine(model, config, batch_size, tokenizer.stop_ids, banned_strings)
+    for sequence, token in engine.generate(streams):
+        index, sample, stream = streams[sequence]
+        text = stream.push(token)
+        finish = "" if token is not None else sequence.finish
+        yield TextChunk(index, sample, token, text, finish)
+
+
+def serialize_streams(chunks: Iterable[TextChunk], num_samples: int) -> Iterator[TextChunk]:
+    """Reorder chunks so that completions follow one another; those of the current one at once."""
+    pending: dict[int, deque[TextChunk]] = defaultdict(deque)
+    current = 0
+    for chunk in chunks:
+        pending[chunk.prompt * num_samples + chunk.sample].append(chunk)
+        while pending[current]:
+            first = pending[current].popleft()
+            yield first
+            if first.token is None:
+                current += 1

@@ -1,101 +1,114 @@
 """
-Causal attention as plain matrix products, without the half that lies in the future.
+Causal attention on a CPU as plain matrix products, without most of the masked half.
 
-The queries are taken in blocks of rows, and each block meets only the keys up to its own last
-position: with two blocks a quarter of the work is never done, with eight 7/16. What the backward
-pass needs is kept, the attention weights of the blocks; nothing is computed twice. On a CPU, in
-bfloat16 and at the lengths that small models train with, this takes half the fused kernel's time.
+The queries are split into blocks of rows. Each block multiplies only with the keys up to its own
+last position: two blocks skip 1/4 of the work, eight blocks 7/16. The attention weights of the
+blocks are saved for the backward pass, so nothing is recomputed. In bfloat16, at the sequence
+lengths of small models, this takes half the time of PyTorch's fused kernel.
 
-Shapes: B batch, H heads, T time, D head_dim.
+Shapes: B batch, H heads, T time, S keys, G queries per key-value head, D head_dim.
 """
+
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
-SMALLEST_BLOCK = 128  # rows; smaller ones are slow as products, and many to compile
-MOST_BLOCKS = 8
+MIN_BLOCK_ROWS = 128  # smaller products are slow, and many blocks take long to compile
+MAX_BLOCKS = 8
 
 
 def row_blocks(length: int) -> list[tuple[int, int]]:
-    """Where each block of rows starts and stops."""
-    rows = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    """The (start, stop) rows of each block."""
+    rows = max(MIN_BLOCK_ROWS, -(-length // MAX_BLOCKS))
     return [(start, min(start + rows, length)) for start in range(0, length, rows)]
 
 
 class CausalAttention(torch.autograd.Function):
+    """Blockwise causal attention with a hand-written backward pass. See causal_attention."""
+
     @staticmethod
-    def forward(ctx, q, k, v, dropout: float):
-        wide = torch.promote_types(q.dtype, torch.float32)  # of the softmax
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # or every block would be copied
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        acc_dtype = torch.promote_types(q.dtype, torch.float32)  # of the softmax
+        # Slices of a non-contiguous tensor would be copied for each block.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         positions = torch.arange(q.shape[2], device=q.device)
-        weights, kept, outputs = [], [], []  # kept: the weights after dropout
+        weights, dropped_weights, outputs = [], [], []
         for start, stop in row_blocks(q.shape[2]):
             scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)
-            is_past = positions[:stop] <= positions[start:stop, None]
-            scores = torch.where(is_past, scores, float("-inf"))
-            weights.append(scores.to(wide).softmax(-1).to(q.dtype))
-            kept.append(F.dropout(weights[-1], dropout))
-            outputs.append(kept[-1] @ v[:, :, :stop])  # (B, H, rows, D)
+            is_visible = positions[:stop] <= positions[start:stop, None]
+            scores = torch.where(is_visible, scores, float("-inf"))
+            weights.append(scores.to(acc_dtype).softmax(-1).to(q.dtype))
+            dropped_weights.append(F.dropout(weights[-1], dropout))
+            outputs.append(dropped_weights[-1] @ v[:, :, :stop])  # (B, H, rows, D)
         output = torch.cat(outputs, dim=2)
-        ctx.save_for_backward(q, k, v, output, *weights, *(kept if dropout else ()))
+        ctx.save_for_backward(q, k, v, output, *weights, *(dropped_weights if dropout else ()))
         return output
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v, output, *saved = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)
+        acc_dtype = torch.promote_types(q.dtype, torch.float32)
         grad = grad.contiguous()
-        # A softmax's backward pass takes each row's sum of its weights times their gradients; output
-        # times grad has the same, and is far shorter (FlashAttention, arXiv 2205.14135, appendix B).
-        row_sums = (output.to(wide) * grad.to(wide)).sum(-1, keepdim=True)  # (B, H, T, 1)
-        ends = row_blocks(q.shape[2])
+        # The gradient of softmax needs each row's sum of weights times their gradients. The row sum
+        # of output times grad is equal and shorter (FlashAttention, arXiv 2205.14135, appendix B).
+        row_sums = (output.to(acc_dtype) * grad.to(acc_dtype)).sum(-1, keepdim=True)  # (B, H, T, 1)
+        blocks = row_blocks(q.shape[2])
+        all_weights, all_dropped = saved[: len(blocks)], saved[-len(blocks) :]
         q_grads, k_parts, v_parts = [], [], []
-        for (start, stop), weights, kept in zip(
-            ends, saved[: len(ends)], saved[-len(ends) :], strict=True
-        ):
+        for (start, stop), weights, dropped in zip(blocks, all_weights, all_dropped, strict=True):
             block_grad = grad[:, :, start:stop]
-            kept_grad = (block_grad @ v[:, :, :stop].transpose(-2, -1)).to(
-                wide
-            )  # (B, H, rows, stop)
-            scores_grad = (
-                kept.to(wide) * kept_grad - weights.to(wide) * row_sums[:, :, start:stop]
-            ).to(q.dtype)
+            dropped_grad = block_grad @ v[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)
+            scores_grad = dropped.to(acc_dtype) * dropped_grad.to(acc_dtype)
+            scores_grad = scores_grad - weights.to(acc_dtype) * row_sums[:, :, start:stop]
+            scores_grad = scores_grad.to(q.dtype)
             q_grads.append(scores_grad @ k[:, :, :stop])
             k_parts.append(scores_grad.transpose(-2, -1) @ q[:, :, start:stop])  # (B, H, stop, D)
-            v_parts.append(kept.transpose(-2, -1) @ block_grad)
-        return (
-            torch.cat(q_grads, dim=2),
-            accumulate_prefix_grads(k_parts, ends),
-            accumulate_prefix_grads(v_parts, ends),
-            None,
-        )
+            v_parts.append(dropped.transpose(-2, -1) @ block_grad)
+        q_grad = torch.cat(q_grads, dim=2)
+        k_grad = accumulate_prefix_grads(k_parts, blocks)
+        return q_grad, k_grad, accumulate_prefix_grads(v_parts, blocks), None
 
 
-def accumulate_prefix_grads(parts: list, ends: list[tuple[int, int]]):
-    """The sum (B, H, T, D) of parts (B, H, stop, D), which all begin at 0 and end with their block;
-    summed block by block, as nothing is to be added beyond a part's end."""
-    wide = torch.promote_types(parts[0].dtype, torch.float32)  # of the sum
-    sums = [
-        sum(part[:, :, start:stop].to(wide) for part in parts[first:]).to(parts[0].dtype)
-        for first, (start, stop) in enumerate(ends)
-    ]
-    return torch.cat(sums, dim=2)
+def accumulate_prefix_grads(
+    parts: list[torch.Tensor], blocks: list[tuple[int, int]]
+) -> torch.Tensor:
+    """The sum (B, H, T, D) of one part (B, H, stop, D) per block. A part covers the rows from 0 to
+    the end of its block, so each block of the sum adds only the parts that reach it."""
+    acc_dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    block_sums = []
+    for first, (start, stop) in enumerate(blocks):
+        block_sum = sum(part[:, :, start:stop].to(acc_dtype) for part in parts[first:])
+        block_sums.append(cast(torch.Tensor, block_sum).to(parts[0].dtype))
+    return torch.cat(block_sums, dim=2)
 
 
-def causal_attention(q, k, v, dropout: float = 0.0):
-    """softmax(q @ k.T) @ v, where each position sees itself and those before it; q, k, v and the
-    result are (B, H, T, D), in the type of the products, which autocast is not asked for. dropout: the
-    share of the weights zeroed. The scores are not scaled: it costs less to scale q."""
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0
+) -> torch.Tensor:
+    """softmax(q @ k.T) @ v with a causal mask. q, k, v and the result are (B, H, T, D).
+
+    The dtype is that of q; autocast has no effect. The scores are not scaled, because scaling q
+    costs less. dropout is the probability of zeroing an attention weight."""
     return CausalAttention.apply(q, k, v, dropout)
 
 
-def single_query_attention(q, k, v, mask=None):
-    """The same for the queries of one position, which see all keys, or where a mask (B, 1, 1, S) is true:
-    q (B, n_kv_heads, G, D), as many as share a key, k and v (B, n_kv_heads, S, D). As sums and products,
-    which the compiler makes into loops that read each key and value once; uncompiled they are slow."""
+def single_query_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(q @ k.T) @ v for the queries of one position, for torch.compile.
+
+    q and the result are (B, n_kv_heads, G, D), k and v (B, n_kv_heads, S, D). mask (B, 1, 1, S) is
+    True where a key is visible; None: all are. Written as elementwise operations and sums, which
+    the compiler fuses into loops that read each key and value once. Slow without compilation."""
     scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (B, n_kv_heads, G, S)
     if mask is not None:
         scores = torch.where(mask, scores, float("-inf"))
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    attended = (weights[..., None] * v[:, :, None].float()).sum(-2)  # (B, n_kv_heads, G, D)
-    return (attended / weights.sum(-1, keepdim=True)).type_as(q)  # last: a division takes long
+    weighted = (weights[..., None] * v[:, :, None].float()).sum(-2)  # (B, n_kv_heads, G, D)
+    # Dividing the result by the softmax's denominator takes fewer divisions than the weights.
+    return (weighted / weights.sum(-1, keepdim=True)).type_as(q)

@@ -1,5 +1,5 @@
 """
-The key-value cache.
+The key-value cache of attention, and the context of a forward pass that reads and updates it.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 
 class KVCache:
-    """Keys and values of the positions read so far: a row a sequence, which may all be of different
-    lengths. What lies beyond a row's own length is never attended to.
+    """Keys and values of earlier positions: one row per sequence; rows may have different lengths.
 
-    keys and values: a tensor (batch_size, n_kv_heads, length, head_dim) for each layer."""
+    Positions past a row's own length are never attended to.
+
+    Args:
+        shape: (batch_size, n_kv_heads, length, head_dim) of the keys and the values of each layer.
+    """
 
     def __init__(
         self,
@@ -20,8 +23,7 @@ class KVCache:
         shape: tuple[int, int, int, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
-        """shape: (batch_size, n_kv_heads, length, head_dim)."""
+    ) -> None:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
 
@@ -31,48 +33,54 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """The number of positions that each row can hold."""
         return self.keys[0].shape[2]
 
-    def grow(self, length: int):
-        """Make room for more positions, up to length."""
-        added = (0, 0, 0, length - self.length)
-        self.keys = [F.pad(keys, added) for keys in self.keys]
-        self.values = [F.pad(values, added) for values in self.values]
+    def grow(self, length: int) -> None:
+        """Extend all rows to this many positions."""
+        padding = (0, 0, 0, length - self.length)
+        self.keys = [F.pad(keys, padding) for keys in self.keys]
+        self.values = [F.pad(values, padding) for values in self.values]
 
-    def select_rows(self, rows):
-        """Keep these rows (N,), in this order; one may be there several times."""
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows (N,), in this order; a row may occur several times."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
 
 
 class ForwardContext(NamedTuple):
-    """Where the tokens (B, T) of a forward pass stand, and what was read before them."""
+    """What every layer of a forward pass needs besides its input (B, T, C)."""
 
-    cos: torch.Tensor  # of their positions, ([B,] T, head_dim/2)
+    cos: torch.Tensor  # rotation of each position, ([B,] T, head_dim/2)
     sin: torch.Tensor
     cache: KVCache | None = None
-    start: int | torch.Tensor = 0  # the first token's position, in every row or of each row (B,)
-    end: int = 0  # one beyond the last position of the longest row
-    rows: torch.Tensor | None = None  # of the cache (B,); None: the first B
-    mask: torch.Tensor | None = (
-        None  # which positions each token sees (B, 1, T, end); None: it is causal
-    )
+    start_pos: int | torch.Tensor = 0  # position of the first token: of all rows, or of each (B,)
+    kv_len: int = 0  # positions in use in the longest row, these tokens included
+    batch_idx: torch.Tensor | None = None  # rows of the cache (B,); None: the first B
+    mask: torch.Tensor | None = None  # visible positions (B, 1, T, kv_len); None: causal
 
-    def update_kv_cache(self, layer: int, k, v):
-        """Store k and v (B, n_kv_heads, T, head_dim) in the cache, in its number format; returns those
-        of all positions up to the end."""
+    def update_kv_cache(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, n_kv_heads, T, head_dim) in the cache of a layer.
+
+        Returns the keys and values of all positions, (B, n_kv_heads, kv_len, head_dim), in the
+        dtype of k. The cache keeps its own dtype."""
+        assert self.cache is not None, "there is no cache in this forward pass"
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         batch, heads, length = k.shape[:3]
-        if isinstance(self.start, int):
-            rows = slice(batch) if self.rows is None else self.rows
-            keys[rows, :, self.start : self.end] = k.type_as(keys)
-            values[rows, :, self.start : self.end] = v.type_as(values)
-            if not self.start:
+        rows: slice | torch.Tensor = slice(batch)
+        if isinstance(self.start_pos, int):
+            if self.batch_idx is not None:
+                rows = self.batch_idx
+            keys[rows, :, self.start_pos : self.kv_len] = k.type_as(keys)
+            values[rows, :, self.start_pos : self.kv_len] = v.type_as(values)
+            if not self.start_pos:
                 return k, v
         else:
-            rows, number = slice(batch), torch.arange(max(batch, heads, length), device=k.device)
-            positions = self.start[:, None, None] + number[:length]
-            places = (number[:batch, None, None], number[:heads, None], positions)
-            keys.index_put_(places, k.type_as(keys))
-            values.index_put_(places, v.type_as(values))
-        return keys[rows, :, : self.end].type_as(k), values[rows, :, : self.end].type_as(v)
+            index = torch.arange(max(batch, heads, length), device=k.device)
+            positions = self.start_pos[:, None, None] + index[:length]  # (B, 1, T)
+            indices = (index[:batch, None, None], index[:heads, None], positions)
+            keys.index_put_(indices, k.type_as(keys))
+            values.index_put_(indices, v.type_as(values))
+        return keys[rows, :, : self.kv_len].type_as(k), values[rows, :, : self.kv_len].type_as(v)

@@ -1,5 +1,7 @@
 """
-Linear layers for inference.
+Linear layers for inference: 8-bit, packed for oneDNN, in another dtype, and fused.
+
+Their weights have shape (out_features, in_features), as in nn.Linear. None has a bias.
 """
 
 import math
@@ -8,140 +10,171 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+NUM_STREAMS = 4  # parts of a matrix that int8_matvec reads at once
+SMALL_MATRIX = 2**19  # weights; a smaller matrix fits in the processor's cache
 
-def frozen(tensor) -> nn.Parameter:
-    """A parameter that is not trained. Not a buffer: at each call, a compiled step looks whether its
-    buffers are still as they were, which takes longer than some of the products."""
+# A custom operator, because torch.compile accepts oneDNN's operator only with constant weights.
+LIBRARY = torch.library.Library("cria", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor weight, int out_features) -> Tensor")
+
+
+def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter without gradient. A compiled step checks buffers for changes at each call, which
+    takes longer than some of the products; it does not check parameters."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-PARTS = 4
-SMALL_MATRIX = 2**19  # weights, which a cache near the processor soon holds
+def int8_matvec(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply a float32 row x (1, in) with the transpose of an int8 weight (out, in): (1, out).
 
-
-def row_product(x, weight):
-    """A row x (1, in) of float32 times a matrix (out, in), transposed: (1, out). As sums and products of
-    several parts at once, which the compiler makes one loop. A large matrix is parted by its rows, and
-    so memory is read in several places: to read it in one takes half as long again, as processors fetch
-    ahead, but not far. A small one by its columns, as there is then nothing to join."""
+    The product is written as elementwise operations on several parts, which the compiler fuses
+    into one loop. A large matrix is split by its rows, so that memory is read as several streams;
+    one stream takes half as long again because the processor prefetches only a short distance. A
+    small matrix is split by its columns, so that no concatenation is needed."""
     if weight.numel() >= SMALL_MATRIX:
-        parts = weight.unflatten(0, (math.gcd(PARTS, len(weight)), -1))
-        return torch.cat([(x * part.float()).sum(-1) for part in parts])[None]
-    fitting = [
-        parts for parts in range(1, PARTS + 1) if x.shape[-1] % (16 * parts) == 0
-    ]  # 16 numbers a register
-    pieces, parts = (y.unflatten(-1, (max(fitting, default=1), -1)).unbind(-2) for y in (x, weight))
-    return sum(piece * part.float() for piece, part in zip(pieces, parts, strict=True)).sum(-1)[
-        None
-    ]
+        row_blocks = weight.unflatten(0, (math.gcd(NUM_STREAMS, len(weight)), -1))
+        return torch.cat([(x * block.float()).sum(-1) for block in row_blocks])[None]
+    # 16 values fill a vector register.
+    divisors = [n for n in range(1, NUM_STREAMS + 1) if x.shape[-1] % (16 * n) == 0]
+    num_blocks = max(divisors, default=1)
+    x_blocks = x.unflatten(-1, (num_blocks, -1)).unbind(-2)
+    weight_blocks = weight.unflatten(-1, (num_blocks, -1)).unbind(-2)
+    products = [a * b.float() for a, b in zip(x_blocks, weight_blocks, strict=True)]
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total.sum(-1)[None]
 
 
 class Int8Linear(nn.Module):
-    """A matrix (out, in) of 8-bit integers with a scale for each of its rows. On a CPU the input is
-    quantized too, with a scale for each of its rows, so that the product is one of integers: exact, and
-    the same in a batch of any size. Elsewhere only the matrix is."""
+    """A linear layer with 8-bit weights and one scale per row of the weight.
 
-    def __init__(self, weight):
+    On a CPU the input is quantized too, with one scale per row, so that the matrix product is exact
+    integer arithmetic: its result is the same in a batch of any size. On other devices only the
+    weight is quantized."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         weight = weight.detach().float()
         scale = weight.abs().amax(1) / 127  # (out,)
         quantized = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
         self.shape = quantized.shape
-        self.lie_in(frozen(quantized.flatten()), frozen(scale))
+        self.set_storage(frozen_parameter(quantized.flatten()), frozen_parameter(scale))
 
-    def lie_in(self, weights, scales, weight_at: int = 0, scale_at: int = 0):
-        """Have the matrix in a tensor with others, from there on, and its scales in another."""
-        self.weights, self.weight_at = weights, weight_at
-        self.scales, self.scale_at = scales, scale_at
+    def set_storage(
+        self,
+        weights: nn.Parameter,
+        scales: nn.Parameter,
+        weight_offset: int = 0,
+        scale_offset: int = 0,
+    ) -> None:
+        """Read the weight and its scales from flat tensors, from these offsets on."""
+        self.weights = weights
+        self.scales = scales
+        self.weight_offset = weight_offset
+        self.scale_offset = scale_offset
 
     @property
-    def weight(self):
-        return self.weights[self.weight_at : self.weight_at + self.shape.numel()].view(self.shape)
+    def weight(self) -> torch.Tensor:
+        """The quantized weight (out, in), int8."""
+        end = self.weight_offset + self.shape.numel()
+        return self.weights[self.weight_offset : end].view(self.shape)
 
     @property
-    def scale(self):
-        return self.scales[self.scale_at : self.scale_at + self.shape[0]]
+    def scale(self) -> torch.Tensor:
+        """The scales (out,), float32."""
+        return self.scales[self.scale_offset : self.scale_offset + self.shape[0]]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         if x.device.type != "cpu":
             return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        # Flat before it is quantized: to _int_mm, one row must not come with a stride of its own.
-        rows = x.flatten(0, -2).float()
+        # Flatten first: _int_mm does not accept one row with an unusual stride.
+        rows = x.flatten(0, -2).float()  # (N, in)
         scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         quantized = (rows / scale).round()
         if len(rows) == 1 and torch.compiler.is_compiling():
-            # As it is, but as_strided makes the compiler store it: it would round anew for each row of the matrix.
+            # as_strided makes the compiler store the result. It would round again for each row of
+            # the weight otherwise.
             quantized = quantized.as_strided(quantized.shape, quantized.stride())
-            product = row_product(quantized, self.weight)  # a float32 holds integers up to 2**24
+            product = int8_matvec(quantized, self.weight)  # exact: float32 holds integers to 2**24
         else:
             product = torch._int_mm(quantized.to(torch.int8), self.weight.t()).float()
         return (product * (scale * self.scale)).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def lie_together(layers: list[Int8Linear]):
-    """Have all matrices in one tensor. Compiled code makes itself a handle of each tensor that it is given,
-    for each token: so many that it takes a part of a small model's step. The model is to stay on its device."""
-    weights = frozen(torch.cat([layer.weights for layer in layers]))
-    scales = frozen(torch.cat([layer.scales for layer in layers]))
-    weight_at = scale_at = 0
+def pack_weights(layers: list[Int8Linear]) -> None:
+    """Store the weights of all layers in one tensor and their scales in another.
+
+    Compiled code creates a handle for each input tensor at each call, which takes a noticeable part
+    of a small model's step. The layers must stay on their device afterwards."""
+    weights = frozen_parameter(torch.cat([layer.weights for layer in layers]))
+    scales = frozen_parameter(torch.cat([layer.scales for layer in layers]))
+    weight_offset = 0
+    scale_offset = 0
     for layer in layers:
-        layer.lie_in(weights, scales, weight_at, scale_at)
-        weight_at += layer.shape.numel()
-        scale_at += layer.shape[0]
+        layer.set_storage(weights, scales, weight_offset, scale_offset)
+        weight_offset += layer.shape.numel()
+        scale_offset += layer.shape[0]
 
 
-def packable_kinds() -> list[str]:
-    """The number formats that oneDNN multiplies on this processor."""
+def packed_dtypes() -> list[str]:
+    """The dtypes that oneDNN multiplies on this processor."""
     if not torch.backends.mkldnn.is_available():
         return []
-    return ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["float32", "bfloat16"] if has_bfloat16 else ["float32"]
 
 
 class PackedLinear(nn.Module):
-    """A matrix (out, in) in the layout that oneDNN multiplies fastest for so many rows on a CPU."""
+    """A linear layer whose weight has the layout that oneDNN multiplies fastest with this many rows
+    of input on a CPU."""
 
-    def __init__(self, weight, rows: int):
+    def __init__(self, weight: torch.Tensor, rows: int) -> None:
         super().__init__()
         self.out_features = len(weight)
-        self.weight = frozen(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.weight = frozen_parameter(packed)
 
-    def forward(self, x):
-        return torch.ops.cria.packed_linear(
-            x.to(self.weight.dtype), self.weight, self.out_features
-        ).to(x.dtype)
-
-
-# An operation of our own, because the compiler takes oneDNN's only with weights that are constants.
-LIBRARY = torch.library.Library("cria", "DEF")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+        y = torch.ops.cria.packed_linear(x.to(self.weight.dtype), self.weight, self.out_features)
+        return y.to(x.dtype)
 
 
 @torch.library.impl(LIBRARY, "packed_linear", "CompositeExplicitAutograd")
-def packed_linear(x, weight, out_features: int):
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
+    """The product with a packed weight."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 @torch.library.impl(LIBRARY, "packed_linear", "Meta")
-def packed_linear_shape(x, weight, out_features: int):
+def packed_linear_meta(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
+    """The shape of packed_linear's result, for the compiler."""
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 class CastLinear(nn.Module):
-    """A matrix (out, in) in another number format than what it is multiplied with."""
+    """A linear layer that casts its input to the dtype of its weight, and the result back."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = frozen_parameter(weight)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
 
-class Joined(nn.Module):
-    """One product in the place of several of the same input."""
+class FusedLinear(nn.Module):
+    """One product in place of several with the same input.
 
-    def __init__(self, layer: nn.Module, sizes: list[int]):
+    Args:
+        layer: its weight is the concatenation of theirs.
+        sizes: the number of output features of each.
+    """
+
+    def __init__(self, layer: nn.Module, sizes: list[int]) -> None:
         super().__init__()
-        self.layer, self.sizes = layer, sizes
+        self.layer = layer
+        self.sizes = sizes
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.layer(x).split(self.sizes, dim=-1)

@@ -1,5 +1,5 @@
 """
-Several processes that train together, as torchrun starts them; alone, everything is a no-op.
+Training in several processes, started by torchrun. In a single process everything is a no-op.
 """
 
 import atexit
@@ -11,19 +11,23 @@ import os
 import sys
 import time
 import uuid
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 
-MIN_RENDEZVOUS_TIMEOUT = (
-    60.0  # seconds for which the first process to start waits for the last, at the least
-)
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+MIN_RENDEZVOUS_TIMEOUT = 60.0  # seconds, because processes do not start at the same time
+POLL_INTERVAL = 0.02  # seconds
 
 
 class DistContext(NamedTuple):
-    """Which process this is. Processes agree with each other over gloo, on the CPU, so that
-    asking costs the accelerator no synchronization."""
+    """This process's rank and the collectives that the program uses. They run over gloo on the CPU,
+    so that they do not synchronize the accelerator."""
 
     rank: int = 0
     local_rank: int = 0
@@ -34,133 +38,163 @@ class DistContext(NamedTuple):
         return self.rank == 0
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """The element-wise sums over all processes, known to all."""
+        """Element-wise sums over all ranks."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
-    def barrier(self):
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def all_equal(self, number: int) -> bool:
-        """Whether it is the same in all processes, which all learn alike."""
-        return not self.any_rank(
-            self.all_reduce_sum([float(number)])[0] != float(number) * self.size
-        )
+        """Whether number is the same on all ranks. The result is the same on all ranks, too."""
+        total = self.all_reduce_sum([float(number)])[0]
+        return not self.any_rank(total != float(number) * self.size)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
+        """Whether flag is true on any rank."""
         return self.all_reduce_sum([float(flag)])[0] > 0
 
-    def new_cpu_mesh(self, timeout: float):
-        """All processes, on the CPU, in a group for a thread of its own: what they say to each other there
-        is not mixed up with what is said here. timeout: as of init_distributed."""
+    def new_cpu_mesh(self, timeout: float) -> "DeviceMesh":
+        """A mesh of all ranks on the CPU with a separate process group, for a second thread. Its
+        collectives do not mix with those of the main thread. timeout: see init_distributed."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(
-            dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)), "cpu"
-        )
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        return DeviceMesh.from_group(group, "cpu")
 
 
 def init_distributed(device: str, timeout: float = 600.0) -> tuple[DistContext, str]:
-    """Meet the other processes of torchrun; returns our place among them and our own device. timeout:
-    seconds for which a process waits for the others before it ends (at the start, a minute or more)."""
+    """Join torchrun's process group; returns this process's DistContext and device.
+
+    timeout: seconds after which a collective fails; at the start, at least
+    MIN_RENDEZVOUS_TIMEOUT. Raises ValueError if the environment or the number of GPUs is wrong, or
+    if the other processes do not join in time."""
     if "RANK" not in os.environ:
         return DistContext(), device
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in os.environ]:
-        raise ValueError(
-            f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, or unset it"
-        )
-    dist_ctx = DistContext(
-        int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    )
+    dist_ctx = read_environment()
     if device.startswith("cuda"):
-        if dist_ctx.local_rank >= torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        if dist_ctx.local_rank >= num_gpus:
             raise ValueError(
-                f"--nproc_per_node asks for more processes than this machine has GPUs ({torch.cuda.device_count()})"
+                f"--nproc_per_node asks for more processes than this machine has GPUs ({num_gpus})"
             )
         device = f"cuda:{dist_ctx.local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    to_meet = datetime.timedelta(seconds=max(timeout, MIN_RENDEZVOUS_TIMEOUT))
-    atexit.register(hard_exit)  # unless we part in order
+    join_timeout = datetime.timedelta(seconds=max(timeout, MIN_RENDEZVOUS_TIMEOUT))
+    atexit.register(hard_exit)  # shutdown_distributed unregisters it
     with translate_dist_errors("in time to begin"):
-        store = next(dist.rendezvous("env://", timeout=to_meet))[0]
-        store = dist.PrefixStore(
-            negotiate_store_prefix(store, dist_ctx, to_meet.total_seconds()), store
-        )
+        store = next(dist.rendezvous("env://", timeout=join_timeout))[0]
+        prefix = negotiate_store_prefix(store, dist_ctx, join_timeout.total_seconds())
         dist.init_process_group(
-            backend, store=store, rank=dist_ctx.rank, world_size=dist_ctx.size, timeout=to_meet
+            backend,
+            store=dist.PrefixStore(prefix, store),
+            rank=dist_ctx.rank,
+            world_size=dist_ctx.size,
+            timeout=join_timeout,
         )
         dist.barrier()
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
     return dist_ctx, device
 
 
-def negotiate_store_prefix(store, dist_ctx: DistContext, patience: float) -> str:
-    """A name for this start of the processes, which no earlier one had. torchrun's store outlives its
-    restarts, and processes that read there the addresses of dead ones would wait for them forever.
+def read_environment() -> DistContext:
+    """The ranks in torchrun's environment variables. Raises ValueError if some are missing."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"RANK is set in the environment, but not {', '.join(missing)}; "
+            "start with torchrun, or unset it"
+        )
+    rank, local_rank, size = (int(os.environ[name]) for name in names[:3])
+    return DistContext(rank, local_rank, size)
 
-    Each process leaves a mark of its own; the first offers a name for the marks that it sees, and a new
-    name when these change, until all have agreed to one. Raises ValueError after patience seconds."""
-    mine, deadline, offered = uuid.uuid4().hex, time.monotonic() + patience, None
-    store.set(f"mark{dist_ctx.rank}", mine)
-    marks = [f"mark{rank}" for rank in range(dist_ctx.size)]
+
+def negotiate_store_prefix(store: dist.Store, dist_ctx: DistContext, timeout: float) -> str:
+    """Agree with the other ranks on a key prefix that no earlier start of the processes used.
+
+    torchrun's store survives restarts. Under an old prefix, a process would read the addresses of
+    dead processes and wait for them forever. Each rank publishes a random id. Rank 0 proposes a
+    prefix for the ids that it sees, and a new one when they change. A rank accepts a proposal with
+    its id. The prefix is final when all ranks have accepted it. Raises ValueError after timeout
+    seconds."""
+    rank_id, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"rank_id{dist_ctx.rank}", rank_id)
+    proposed_ids: list[str] = []
     while time.monotonic() < deadline:
-        if dist_ctx.is_main and store.check(marks):
-            seen = [store.get(mark).decode() for mark in marks]
-            if seen != offered:
-                offered, name = seen, uuid.uuid4().hex
-                store.set("offer", " ".join([name, *seen]))
-        if store.check(["offer"]):
-            name, *seen = store.get("offer").decode().split()
-            if seen[dist_ctx.rank : dist_ctx.rank + 1] == [mine]:
-                store.set(f"{name}{dist_ctx.rank}", "agreed")
-                if store.check([f"{name}{rank}" for rank in range(dist_ctx.size)]):
-                    return name
-        time.sleep(0.02)
-    raise ValueError(f"not all of the {dist_ctx.size} processes came within {patience:g} s")
+        if dist_ctx.is_main:
+            proposed_ids = propose_prefix(store, dist_ctx.size, proposed_ids)
+        if prefix := accept_prefix(store, dist_ctx, rank_id):
+            return prefix
+        time.sleep(POLL_INTERVAL)
+    raise ValueError(f"not all of the {dist_ctx.size} processes came within {timeout:g} s")
+
+
+def propose_prefix(store: dist.Store, size: int, proposed_ids: list[str]) -> list[str]:
+    """On rank 0: propose a prefix if the ids of the ranks differ from those of the last proposal;
+    returns the ids of the newest proposal."""
+    keys = [f"rank_id{rank}" for rank in range(size)]
+    if not store.check(keys):
+        return proposed_ids
+    ids = [store.get(key).decode() for key in keys]
+    if ids != proposed_ids:
+        store.set("proposal", " ".join([uuid.uuid4().hex, *ids]))
+    return ids
+
+
+def accept_prefix(store: dist.Store, dist_ctx: DistContext, rank_id: str) -> str | None:
+    """Accept the current proposal if it contains this rank's id; returns the prefix once all ranks
+    have accepted it."""
+    if not store.check(["proposal"]):
+        return None
+    prefix, *ids = store.get("proposal").decode().split()
+    if ids[dist_ctx.rank : dist_ctx.rank + 1] != [rank_id]:
+        return None
+    store.set(f"{prefix}{dist_ctx.rank}", "accepted")
+    is_final = store.check([f"{prefix}{rank}" for rank in range(dist_ctx.size)])
+    return prefix if is_final else None
 
 
 @contextlib.contextmanager
-def translate_dist_errors(in_time: str):
-    """Raise ValueError in place of what PyTorch says when another process ends, or does not answer in_time."""
+def translate_dist_errors(limit: str) -> Iterator[None]:
+    """Replace PyTorch's errors about lost or unresponsive processes by a ValueError in one
+    sentence. limit names the time limit in it."""
     try:
         yield
     except RuntimeError as error:
         text = str(error).lower()
-        if not (
-            isinstance(error, dist.DistError)
-            or "gloo" in text
-            or "connection closed by peer" in text
-        ):
+        is_lost = "gloo" in text or "connection closed by peer" in text
+        if not (isinstance(error, dist.DistError) or is_lost):
             raise
-        is_late = "timed out" in text or "timeout" in text
-        reason = f"another process did not answer {in_time}" if is_late else "another one is gone"
+        is_timeout = "timed out" in text or "timeout" in text
+        reason = f"another process did not answer {limit}" if is_timeout else "another one is gone"
         raise ValueError(
-            f"this process ends because {reason}; its own lines may say why"
+            f"this process ends because {reason}; its output may say why"
         ) from error
 
 
-def hard_exit():
-    """With status 1, also after Ctrl-C. A process group whose members are gone, or about to go, is not taken
-    down in order: that would sometimes abort."""
+def hard_exit() -> None:
+    """Exit with status 1 without destroying the process group. Destroying it can abort the process
+    if other ranks are gone."""
     try:
-        multiprocessing.util._exit_function()  # would come after this, and gives back semaphores
+        # Releases semaphores; os._exit would skip it.
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(1)
 
 
-def shutdown_distributed():
-    """Part in order: a process that leaves while others still talk to it makes them abort, and so
-    does a model in DDP that lives on, in a cycle of references, after its process group."""
+def shutdown_distributed() -> None:
+    """Leave the process group after all ranks have finished.
+
+    A rank that leaves early aborts the others. So does a DDP model that outlives its process group
+    in a reference cycle; the garbage collection prevents that."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()
@@ -168,25 +202,28 @@ def shutdown_distributed():
     atexit.unregister(hard_exit)
 
 
-def is_dtensor(value) -> bool:
-    """Whether a tensor is one process's share of a whole (a DTensor)."""
+def is_dtensor(value: object) -> TypeGuard["DTensor"]:
+    """Whether value is a DTensor, a tensor sharded over the ranks."""
     return hasattr(value, "full_tensor")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all processes' shares, which all must ask for; any other as it is."""
+    """Gather a DTensor from all ranks, which must all call this. Other tensors are returned."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def shard_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This process's share of a whole tensor that each process has, cut as own is; all of it where
-    own is whole. Zeros for a tensor whose values come later."""
-    if not is_dtensor(own):
+def shard_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a full tensor, sharded as reference is; the tensor itself if reference
+    is not sharded. A tensor on the meta device gives zeros. No communication."""
+    if not is_dtensor(reference):
         return tensor
     if tensor.is_meta:
-        return torch.zeros_like(own)
+        return torch.zeros_like(reference)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(
-        tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+        tensor.to(reference.device),
+        reference.device_mesh,
+        reference.placements,
+        src_data_rank=None,
     )

@@ -4,15 +4,18 @@ What several test files share: options, small models and tokenizers, comparisons
 
 import json
 import random
-from collections.abc import Sequence as Tokens
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
-from checkpoints.manager import load_latest
-from generation.engine import Decoder, Decoding, Sequence
+from checkpoints.latest import load_latest
+from generation.engine import InferenceEngine
+from generation.sampling_params import SamplingParams
+from generation.sequence import SequenceState
+from generation.steps import PreparedModel
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
@@ -172,17 +175,16 @@ def random_slices(text: str, count: int = 1000) -> list[str]:
 
 
 def generate_batch(
-    model: Transformer,
+    model: Transformer | PreparedModel,
     prompts: list[list[int]],
     batch_size: int,
-    stop_ids: Tokens[int] = (),
-    decode: dict | None = None,
+    stop_ids: Collection[int] = (),
     **options,
 ) -> list[list[int]]:
-    """The tokens of each prompt and its completion. decode: arguments of the engine; options: of sampling."""
-    sequences = [Sequence(prompt, number) for number, prompt in enumerate(prompts)]
-    decoder = Decoder(model, Decoding(**options), batch_size, stop_ids, **(decode or {}))
-    for _ in decoder.run(sequences):
+    """The tokens of each prompt and its completion. options: those of SamplingParams."""
+    sequences = [SequenceState(prompt, index) for index, prompt in enumerate(prompts)]
+    engine = InferenceEngine(model, SamplingParams(**options), batch_size, stop_ids)
+    for _ in engine.generate(sequences):
         pass
     return [sequence.tokens for sequence in sequences]
 

@@ -5,7 +5,9 @@ from typing import Literal
 
 import pytest
 
-from configurator import configure, exit_with_errors, print_overrides, run_main
+from bench import BENCHMARKS
+from configurator import configure, exit_with_errors, print_overrides, restore_options, run_main
+from export import ExportConfig
 from sample import SampleConfig
 from tests.processes import ROOT
 from tinystories import STAGES, Pretokenize
@@ -17,12 +19,19 @@ class Config:
     """A configuration with an option of every type."""
 
     out_dir: str = "out"  # where it writes
+    # data
     batch_size: int = 128  # sequences in a batch
-    learning_rate: float = 5e-4  # the highest
-    compile: bool = True  # whether to compile
+    # peak learning rate, 100% of it
+    learning_rate: float = 5e-4
+    compile: bool = (
+        True  # whether to compile
+    )
+    # the model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products
     n_kv_heads: int | None = None  # None: as many as heads
-    multiplier: float | None = 1.5  # scales the width
+    # system
+    # scales the width
+    multiplier: float | None = 1.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def config_file(tmp_path):
 def refused(capsys):
     """refused(*argv) is the lines on standard error with which argv is refused with status 2."""
 
-    def read_in_vain(*argv: str, **options) -> list[str]:
+    def read_and_fail(*argv: str, **options) -> list[str]:
         with pytest.raises(SystemExit) as exit:
             read(*argv, **options)
         assert exit.value.code == 2
@@ -68,7 +77,7 @@ def refused(capsys):
         assert all(line.startswith("program.py: ") for line in lines)
         return [line.removeprefix("program.py: ") for line in lines]
 
-    return read_in_vain
+    return read_and_fail
 
 
 def test_nothing_given_is_the_defaults():
@@ -101,9 +110,9 @@ def test_nothing_given_is_the_defaults():
         ("--out_dir=None", "out_dir", "None"),
     ],
 )
-def test_a_flag_is_read_as_its_field_s_type(argument, key, value):
-    found = value_of(key, argument)
-    assert found == value and type(found) is type(value)
+def test_a_flag_is_read_as_the_type_of_its_field(argument, key, value):
+    value_read = value_of(key, argument)
+    assert value_read == value and type(value_read) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +140,11 @@ def test_a_flag_is_read_as_its_field_s_type(argument, key, value):
     ],
 )
 def test_a_file_holds_arithmetic_with_earlier_names(config_file, text, key, value):
-    found = value_of(key, config_file(text))
-    assert found == value and type(found) is type(value)
+    value_read = value_of(key, config_file(text))
+    assert value_read == value and type(value_read) is type(value)
 
 
-def test_what_is_read_left_to_right_later_wins(config_file):
+def test_later_arguments_win(config_file):
     eight, sixteen = (
         config_file("batch_size = 8", "eight.py"),
         config_file("batch_size = 16", "sixteen.py"),
@@ -146,14 +155,14 @@ def test_what_is_read_left_to_right_later_wins(config_file):
     assert value_of("batch_size", eight, "--batch_size=1", "--batch_size=2") == 2
 
 
-def test_names_do_not_pass_from_file_to_file(config_file, refused):
+def test_names_do_not_pass_from_one_file_to_another(config_file, refused):
     first, second = config_file("_n = 8", "first.py"), config_file("batch_size = _n", "second.py")
     assert refused(first, second) == [
         f"{second}:1: cannot work out batch_size: _n is not set above"
     ]
 
 
-def test_given_tells_where_every_option_was_set(config_file, capsys):
+def test_overrides_name_the_source_of_every_option(config_file, capsys):
     path = config_file("_n = 8\n\nbatch_size = _n\ncompile = False")
     config, overrides = read(path, "--compile=True", "--out_dir=x")
     assert overrides == {
@@ -223,7 +232,7 @@ DTYPES = "one of float32, bfloat16"
         ("--multiplier=nan", "a number or None"),
     ],
 )
-def test_a_flag_of_the_wrong_type_is_refused_with_what_is_allowed(refused, argument, allowed):
+def test_a_flag_of_the_wrong_type_is_refused(refused, argument, allowed):
     assert refused(argument) == [f"{argument}: must be {allowed}"]
 
 
@@ -238,7 +247,7 @@ def test_a_flag_of_the_wrong_type_is_refused_with_what_is_allowed(refused, argum
         *((f"n_kv_heads = {value}", NULLABLE) for value in ("'None'", "'4'", "1.5", "False")),
     ],
 )
-def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(
+def test_a_value_of_the_wrong_type_is_refused_with_its_line(
     config_file, refused, assignment, allowed
 ):
     path = config_file("\n\n" + assignment.replace("inf", "1e999"))
@@ -276,7 +285,7 @@ def test_a_file_s_value_of_the_wrong_type_is_refused_with_its_line(
         ("batch_size = = 8", "not a line of Python: "),
     ],
 )
-def test_a_file_line_that_is_no_plain_assignment_is_refused(config_file, refused, line, reason):
+def test_a_line_that_is_no_plain_assignment_is_refused(config_file, refused, line, reason):
     path = config_file(line)
     (problem,) = refused(path)
     assert problem.startswith(f"{path}:{1 + line.count(chr(10))}: {reason}")
@@ -296,7 +305,7 @@ def test_a_file_cannot_run_code(config_file, refused, tmp_path):
         (b"out_dir = 'a\0b'", "source code string cannot contain null bytes"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_problem_like_others(tmp_path, refused, content, reason):
+def test_an_unreadable_config_file_is_reported_like_other_problems(tmp_path, refused, content, reason):
     path = tmp_path / "config.py"
     if content is not None:
         path.write_bytes(content)
@@ -308,14 +317,14 @@ def test_a_file_that_cannot_be_read_is_a_problem_like_others(tmp_path, refused, 
 @pytest.mark.parametrize(
     "argument", ["--batch_size", "-batch_size=8", "batch_size=8", "-b", "--compile"]
 )
-def test_an_option_written_another_way_is_told_how(refused, argument):
+def test_an_option_without_dashes_or_value_is_corrected(refused, argument):
     (problem,) = refused(argument)
     assert problem.startswith(
         f"{argument}: write options as --{argument.strip('-').partition('=')[0]}="
     )
 
 
-def test_all_problems_are_told_at_once(config_file, refused):
+def test_all_problems_are_reported_together(config_file, refused):
     path = config_file("import os\nbatch_size = 'x'\nbatchsize = 1\nout_dir = 7\n")
     missing = path + ".missing"
     problems = refused(path, missing, "--dtype=int8", "--compile", "--learning_rate=nan")
@@ -332,7 +341,7 @@ def test_all_problems_are_told_at_once(config_file, refused):
     )
 
 
-def test_what_the_class_finds_is_told_with_the_rest(refused):
+def test_problems_found_by_validate_are_reported_with_the_rest(refused):
     assert read("--least=3", config_class=Limited)[0].least == 3
     assert refused("--least=12", "--lest=1", config_class=Limited) == [
         "--lest=1: there is no such option, did you mean least?",
@@ -340,11 +349,17 @@ def test_what_the_class_finds_is_told_with_the_rest(refused):
     ]
 
 
-def test_an_earlier_bad_value_is_refused_although_a_later_one_is_good(refused):
+def test_an_overridden_bad_value_is_still_refused(refused):
     assert len(refused("--batch_size=x", "--batch_size=8")) == 1
 
 
-SCRIPTS = [TrainConfig, SampleConfig, *(config_class for config_class, _ in STAGES.values())]
+SCRIPTS = [
+    TrainConfig,
+    SampleConfig,
+    ExportConfig,
+    *(config_class for config_class, _ in STAGES.values()),
+    *(config_class for config_class, _ in BENCHMARKS.values()),
+]
 
 
 @pytest.mark.parametrize(
@@ -356,36 +371,101 @@ def test_every_config_is_frozen(config_class):
             setattr(config_class(), field.name, field.default)
 
 
-def help_of(config_class, capsys, *argv: str) -> tuple[str, dict]:
-    """The usage line and, for each option, its (type, comment, default)."""
+def parse_help(config_class, capsys, *argv: str) -> tuple[str, dict, dict]:
+    """The usage line; for each option its (type, help, default); for each group its options."""
     with pytest.raises(SystemExit) as exit:
         read(*argv, config_class=config_class)
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    words = " ".join(out.replace("│", " ").split())
-    entries = re.findall(r"--(\w+) (\S+) ((?:(?! --\w+ ).)+?) \(default: (.*?)\)", words)
-    return out.splitlines()[0], {name: tuple(rest) for name, *rest in entries}
+    options, groups = {}, {}
+    for title, text in re.findall(r"^(\S.*):\n((?:  .*\n)+)", out, re.M):
+        words = " ".join(text.split())
+        entries = re.findall(r"--(\w+) (\S+) ((?:(?! --\w+ ).)+?) \(default: (.*?)\)", words)
+        options |= {name: tuple(rest) for name, *rest in entries}
+        groups[title] = [name for name, *_ in entries]
+    return out.splitlines()[0], options, groups
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_lists_every_option_with_its_comment_and_default(capsys, flag):
-    usage, options = help_of(Config, capsys, "--batch_size=x", flag)
-    assert usage.startswith("usage: program.py [CONFIG_FILE.py ...]")
+def test_help_lists_every_option_with_comment_type_and_default(capsys, flag):
+    usage, options, _ = parse_help(Config, capsys, "--batch_size=x", flag)
+    assert usage == "usage: program.py [CONFIG_FILE.py ...] [--OPTION=VALUE ...]"
     assert options == {
         "out_dir": ("STR", "where it writes", "out"),
         "batch_size": ("INT", "sequences in a batch", "128"),
-        "learning_rate": ("FLOAT", "the highest", "0.0005"),
+        "learning_rate": ("FLOAT", "peak learning rate, 100% of it", "0.0005"),
         "compile": ("{True,False}", "whether to compile", "True"),
         "dtype": ("{float32,bfloat16}", "of the products", "float32"),
-        "n_kv_heads": ("{None}|INT", "None: as many as heads", "None"),
-        "multiplier": ("{None}|FLOAT", "scales the width", "1.5"),
+        "n_kv_heads": ("INT|None", "None: as many as heads", "None"),
+        "multiplier": ("FLOAT|None", "scales the width", "1.5"),
     }
 
 
+def test_help_shows_the_options_in_the_groups_of_the_comments(capsys):
+    _, _, groups = parse_help(Config, capsys, "--help")
+    assert groups == {
+        "options": ["out_dir"],
+        "data": ["batch_size", "learning_rate", "compile"],
+        "the model": ["dtype", "n_kv_heads"],
+        "system": ["multiplier"],
+    }
+
+
+def test_help_shows_inherited_options_and_positional_arguments(capsys):
+    @dataclass(frozen=True)
+    class Derived(Config):
+        seed: int = 0  # of the dropout
+
+    with pytest.raises(SystemExit):
+        read("--help", config_class=Derived, positional=("out_dir",))
+    out = capsys.readouterr().out
+    assert out.startswith("usage: program.py OUT_DIR [CONFIG_FILE.py ...]")
+    assert "where it writes" in out and "of the dropout" in out
+
+
 @pytest.mark.parametrize("config_class", SCRIPTS, ids=lambda config_class: config_class.__name__)
-def test_help_has_a_comment_for_every_option_of_every_script(capsys, config_class):
-    _, options = help_of(config_class, capsys, "--help")
-    assert set(options) == {field.name for field in dataclasses.fields(config_class)}
+def test_help_explains_every_option_of_every_script(capsys, config_class):
+    """A help comment on a wrong line would be shown as the title of a group."""
+    _, options, groups = parse_help(config_class, capsys, "--help")
+    fields = {field.name.removesuffix("_") for field in dataclasses.fields(config_class)}
+    assert set(options) == fields
+    assert all(len(title.split()) <= 5 for title in groups)
+
+
+def test_help_of_train_has_the_familiar_groups(capsys):
+    _, _, groups = parse_help(TrainConfig, capsys, "--help")
+    assert groups["adamw optimizer"][0] == "optimizer"
+    assert {"I/O", "data", "model", "learning rate decay settings", "system"} <= set(groups)
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [
+        ({}, Config()),
+        (dict(batch_size=8, compile=False), Config(batch_size=8, compile=False)),
+        (dict(learning_rate=1, n_kv_heads=None), Config(learning_rate=1.0)),
+        (dict(no_longer_an_option=1), Config()),
+    ],
+    ids=str,
+)
+def test_saved_options_replace_those_of_the_config(saved, expected):
+    assert restore_options(Config(), saved, "ckpt.pt") == expected
+
+
+@pytest.mark.parametrize(
+    "saved, problem",
+    [
+        (dict(batch_size="8"), "batch_size is '8', not a whole number; give --batch_size"),
+        (dict(batch_size=True), "batch_size is True, not a whole number; give --batch_size"),
+        (dict(dtype="int4"), "dtype is 'int4', not one of float32, bfloat16; give --dtype"),
+        (dict(compile=1), "compile is 1, not True or False; give --compile"),
+    ],
+    ids=str,
+)
+def test_a_saved_option_of_the_wrong_type_is_refused(saved, problem):
+    with pytest.raises(ValueError) as error:
+        restore_options(Config(), dict(out_dir="x") | saved, "ckpt.pt")
+    assert str(error.value) == f"ckpt.pt: its option {problem}"
 
 
 @pytest.mark.parametrize(
@@ -398,7 +478,7 @@ def test_every_preset_is_accepted_by_its_script(preset):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
+def test_a_mistake_ends_the_script_with_status_2(
     run_script, config_file, script
 ):
     path = config_file("bacth_size = 8")
@@ -409,7 +489,7 @@ def test_a_mistake_on_the_real_command_line_ends_with_status_2_and_no_traceback(
     assert second == f"{script}: --device: write options as --device=VALUE"
 
 
-def test_refuse_prints_one_line_a_problem(capsys):
+def test_exit_with_errors_prints_one_line_per_problem(capsys):
     with pytest.raises(SystemExit) as exit:
         exit_with_errors("one", "two", program="x.py")
     assert exit.value.code == 2
@@ -430,7 +510,7 @@ def test_refuse_prints_one_line_a_problem(capsys):
         (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
-def test_a_user_s_mistake_ends_with_one_sentence(monkeypatch, capsys, error, sentence, status):
+def test_a_mistake_of_the_user_ends_with_one_sentence(monkeypatch, capsys, error, sentence, status):
     def main():
         raise error
 
@@ -452,7 +532,7 @@ def test_an_error_of_the_program_itself_is_not_hidden():
         run_main(main)
 
 
-def test_hyphens_and_a_value_after_a_space_are_taken_as_well():
+def test_hyphens_and_a_space_before_the_value_are_accepted():
     config, overrides = read("--batch-size", "8", "--learning_rate", "-1", "--compile=False")
     assert (config.batch_size, config.learning_rate, config.compile) == (8, -1.0, False)
     assert set(overrides) == {"batch_size", "learning_rate", "compile"}

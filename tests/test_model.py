@@ -161,9 +161,9 @@ def test_dropout_reaches_the_weights_of_attention(attention):
     q, k, v = torch.randn(
         3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)
     )  # each (B, n_heads, T, head_dim)
-    assert torch.equal(layer.attend(q, k, v), layer.attend(q, k, v))
+    assert torch.equal(layer.sdpa(q, k, v), layer.sdpa(q, k, v))
     layer.train()
-    assert not torch.allclose(layer.attend(q, k, v), layer.attend(q, k, v), atol=1e-2)
+    assert not torch.allclose(layer.sdpa(q, k, v), layer.sdpa(q, k, v), atol=1e-2)
 
 
 @pytest.mark.parametrize("n_layers", [1, 3, 8])
@@ -307,7 +307,7 @@ def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
     whole, _ = model(tokens)
     cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
-        model.forward_hidden(tokens[row : row + 1, :length], cache, rows=torch.tensor([4 - row]))
+        model.forward_hidden(tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row]))
     cache.select_rows(torch.tensor([4, 3, 2]))
     starts = torch.tensor(lengths)
     for step in (1, 3, 1):

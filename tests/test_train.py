@@ -22,7 +22,7 @@ from model import ModelArgs, Transformer
 from tests.helpers import TINY_RUN, load_model, read_metrics, same_tensors, same_training_state
 from tests.processes import ROOT, run_ranks, train_on_ranks
 from textdata.token_shards import TokenDataset
-from train import check_against_cpu
+from training.monitor import check_against_cpu
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def train(run_script, data_dir):
     return run
 
 
-def test_a_run_leaves_all_that_is_promised(train, tmp_path):
+def test_run_leaves_all_documented_files(train, tmp_path):
     result = train(*TINY_RUN, "--max_iters=40", f"--out_dir={tmp_path}", "--sample_interval=40")
     assert result.returncode == 0, result.stderr
-    assert "a story after 40 steps" in result.stdout
+    assert "a sample after 40 steps" in result.stdout
     assert read_metrics(tmp_path, "val_loss")[-1] < read_metrics(tmp_path, "val_loss")[0] - 1
     assert (
         all(math.isfinite(loss) for loss in read_metrics(tmp_path, "loss"))
@@ -48,6 +48,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     left = {
         "ckpt.pt",
         "ckpt_000020.pt",
+        "ckpt_000040.pt",
         "best.pt",
         "model.bin",
         "metrics.jsonl",
@@ -68,7 +69,7 @@ def test_a_run_leaves_all_that_is_promised(train, tmp_path):
     [["--dtype=float32"], ["--dtype=bfloat16"], ["--optimizer=muon", "--lr_schedule=wsd"]],
     ids=["float32", "bfloat16", "muon and wsd"],
 )
-def test_40_steps_are_20_and_resume_and_20_bit_for_bit_with_dropout(train, tmp_path, choices):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, tmp_path, choices):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     options = (*TINY_RUN, *choices, "--dropout=0.2", "--max_iters=40", "--keep_checkpoints=9")
     assert train(*options, f"--out_dir={straight}").returncode == 0
@@ -97,7 +98,7 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
         assert norms[name] == pytest.approx(norms["accumulated"], abs=1e-4)
 
 
-def test_muon_trains_alike_on_any_number_of_processes(train, data_dir, tmp_path):
+def test_muon_trains_alike_on_any_number_of_ranks(train, data_dir, tmp_path):
     """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
@@ -137,7 +138,7 @@ def test_steps_that_do_not_divide_among_the_processes_are_refused(data_dir, tmp_
         assert result.returncode == 1 and "give a multiple of 3" in result.stderr
 
 
-def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
+def test_nan_stops_the_run_and_keeps_a_good_checkpoint(train, tmp_path):
     assert train(*TINY_RUN, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
     blown_up = ("--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False", "--max_iters=60")
     result = train(
@@ -148,7 +149,7 @@ def test_a_nan_stops_the_run_and_leaves_a_good_checkpoint(train, tmp_path):
     assert all(weight.isfinite().all() for weight in kept["model"].values())
 
 
-def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_path):
+def test_float16_overflow_skips_the_step_and_lowers_the_scale(train, tmp_path):
     options = (*TINY_RUN, "--dtype=float16", "--max_iters=3", "--checkpoint_interval=1")
     assert train(*options, f"--out_dir={tmp_path}").returncode == 0
     before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
@@ -161,7 +162,7 @@ def test_an_overflow_in_float16_costs_its_step_and_lowers_the_scale(train, tmp_p
     assert same_tensors(before["model"], after["model"])
 
 
-def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(train, data_dir, tmp_path):
+def test_interrupted_run_saves_and_resumes(train, data_dir, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train(*TINY_RUN, "--max_iters=120", f"--out_dir={straight}").returncode == 0
     for number, step in ((signal.SIGINT, 10), (signal.SIGTERM, 60)):
@@ -224,7 +225,7 @@ def test_a_checkpoint_of_llama2c_goes_on_here(train, tmp_path):
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 5
 
 
-def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words(train, tmp_path):
+def test_resuming_refuses_another_architecture_but_accepts_another_spelling(train, tmp_path):
     assert train(*TINY_RUN, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
     result = train("--init_from=resume", "--dim=64", "--n_kv_heads=4", f"--out_dir={tmp_path}")
     assert (
@@ -234,7 +235,7 @@ def test_resuming_refuses_another_architecture_and_takes_the_same_in_other_words
     assert train("--init_from=resume", *same, f"--out_dir={tmp_path}").returncode == 0
 
 
-def test_a_new_run_moves_an_earlier_one_aside(train, tmp_path):
+def test_new_run_archives_the_earlier_one(train, tmp_path):
     assert train(*TINY_RUN, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     earlier = (tmp_path / "ckpt.pt").read_bytes()
     assert train(*TINY_RUN, "--max_iters=2", f"--out_dir={tmp_path}").returncode == 0
@@ -242,7 +243,7 @@ def test_a_new_run_moves_an_earlier_one_aside(train, tmp_path):
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 2
 
 
-def test_evaluation_alone_writes_nothing_and_repeats_the_figure(train, tmp_path):
+def test_eval_only_writes_nothing_and_repeats_the_loss(train, tmp_path):
     everything = ("--eval_iters=0", "--batch_size=64", "--gradient_accumulation_steps=1")
     assert train(*TINY_RUN, *everything, "--max_iters=1", f"--out_dir={tmp_path}").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -296,7 +297,7 @@ def test_a_machine_that_cannot_compile_trains_all_the_same(train, tmp_path):
     assert len(read_metrics(tmp_path / "out", "loss")) == 2
 
 
-def test_wandb_is_told_when_asked(train, tmp_path):
+def test_wandb_gets_metrics_if_enabled(train, tmp_path):
     (tmp_path / "wandb.py").write_text(
         "def init(**options): print('wandb init', options['project'], options['config']['dim'])\n"
         "def log(figures, step): print('wandb log', step, *figures)\n"
@@ -307,7 +308,7 @@ def test_wandb_is_told_when_asked(train, tmp_path):
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, is_right):
+def test_device_that_differs_from_the_cpu_is_refused(token_folder, is_right):
     class Model(Transformer):
         def cpu(self):  # the copy that the device is compared with
             if not is_right:
@@ -318,7 +319,7 @@ def test_a_device_that_computes_otherwise_than_the_cpu_is_refused(token_folder, 
     run = SimpleNamespace(
         model=model,
         device="cpu",
-        val_windows=TokenDataset(token_folder, "val", 16, include_partial=True),
+        val_dataset=TokenDataset(token_folder, "val", 16, include_partial=True),
     )
     with (
         contextlib.nullcontext()

@@ -109,7 +109,7 @@ MISTAKES = [
     ((*TRAIN, "--device=tpu"), "must be auto, cpu, cuda, cuda:N or mps"),
     ((*TRAIN, "--n_heads=5"), "--n_heads=5: must divide dim=32"),
     ((*TRAIN, "--n_kv_heads=3"), "--n_kv_heads=3: must divide n_heads=4"),
-    ((*TRAIN, "--n_heads=32"), "must be even for rotary positions"),
+    ((*TRAIN, "--n_heads=32"), "must be even for RoPE"),
     ((*TRAIN, "--dropout=1.5"), "--dropout=1.5: must be at least 0 and below 1"),
     ((*TRAIN, "no-such-config.py"), "no-such-config.py: cannot read this config file"),
     ((*TRAIN, "config-typo.py"), "config-typo.py:2: batch_sise = 8: there is no such option"),

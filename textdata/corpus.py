@@ -1,32 +1,36 @@
 """
-Documents from text files, read as a stream: memory does not grow with the file.
+Stream documents from text files. Memory does not grow with the size of the file.
 
-.txt   documents separated by blank lines, or by a separator of your own
-.jsonl one JSON object a line     } with the text under "story" or "text"
-.json  one array of such objects, as TinyStories has them
+.txt    documents separated by blank lines, or by a given separator
+.jsonl  one JSON object per line, with the text under "story" or "text"
+.json   an array of such objects, as in TinyStories
 """
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TextIO
 
 SUFFIXES = (".txt", ".json", ".jsonl")
-BLOCK = 2**20  # characters read at a time
-LONGEST_PIECE = 2**22  # characters; a longer document is cut at a space, to bound memory
-LONGEST_RECORD = 2**26  # characters; a longer JSON record is taken for damage
+BLOCK_SIZE = 2**20  # characters read at a time
+MAX_CHUNK = 2**22  # characters; a longer document is split at a space, to bound memory
+MAX_RECORD = 2**26  # characters; a longer JSON record is treated as damaged
+JSON_SEPARATOR = re.compile(r"\s*,?\s*")
+DECODER = json.JSONDecoder()
 
 
 class DocumentChunk(NamedTuple):
-    """A document, or one part of a very long one."""
+    """A document, or one part of a very long document."""
 
     text: str
     starts_document: bool
 
 
 def find_files(path: str) -> list[str]:
-    """The file itself, or all text files below the folder, sorted. Raises ValueError for none."""
+    """The file itself, or all text files below the folder, sorted. Raises ValueError if there is
+    none."""
     if os.path.isfile(path):
         if not path.endswith(SUFFIXES):
             raise ValueError(
@@ -43,78 +47,118 @@ def find_files(path: str) -> list[str]:
 
 
 def read_documents(
-    path: str, separator: str = "", progress=lambda position: None
+    path: str, separator: str = "", progress: Callable[[int], None] = lambda num_bytes: None
 ) -> Iterator[DocumentChunk]:
-    """Yield the file's documents, stripped of space around them, the empty ones left out.
+    """Yield the documents of the file without surrounding whitespace; skip the empty ones.
 
-    progress is called with the bytes read so far. Raises ValueError, naming the file, for what
-    is not UTF-8 text or not such JSON."""
-    reader = read_text if path.endswith(".txt") else read_json
+    Args:
+        path: a .txt, .json or .jsonl file.
+        separator: the text between the documents of a .txt file; blank lines if empty.
+        progress: called with the number of bytes read so far.
+
+    Raises ValueError with the path if the file is not UTF-8 text or not such JSON.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
-
-            def read_block():
-                block = file.read(BLOCK)
-                progress(file.buffer.tell())
-                return block
-
-            for piece in reader(read_block, separator):
-                if text := piece.text.strip():
-                    yield DocumentChunk(text, piece.starts_document)
+            blocks = read_blocks(file, progress)
+            chunks = read_text(blocks, separator) if path.endswith(".txt") else read_json(blocks)
+            for chunk in chunks:
+                if text := chunk.text.strip():
+                    yield DocumentChunk(text, chunk.starts_document)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason}); convert it, with iconv say"
+            f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_text(read_block, separator: str) -> Iterator[DocumentChunk]:
+def read_blocks(file: TextIO, progress: Callable[[int], None]) -> Iterator[str]:
+    """Yield the text of the file in blocks, and report the bytes read after each."""
+    while True:
+        block = file.read(BLOCK_SIZE)
+        progress(file.buffer.tell())
+        if not block:
+            return
+        yield block
+
+
+def read_text(blocks: Iterable[str], separator: str) -> Iterator[DocumentChunk]:
+    """Yield the documents of a .txt file; very long ones in chunks."""
     boundary = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n\s*")
-    rest, starts_document = "", True
-    while block := read_block():
-        # The last document may go on in the next block, and a separator may be cut by its end.
+    rest = ""
+    starts_document = True
+    for block in blocks:
+        # The last document may continue in the next block, and so may a separator at its end.
         *documents, rest = boundary.split(rest + block)
         for text in documents:
             yield DocumentChunk(text, starts_document)
             starts_document = True
-        while len(rest) > LONGEST_PIECE:
-            # SentencePiece puts a space before each text: it stands for the one we cut at.
-            cut = rest.rfind(" ", 1, LONGEST_PIECE)
-            cut = cut if cut > 0 else LONGEST_PIECE
+        while len(rest) > MAX_CHUNK:
+            # SentencePiece puts a space before each text, which replaces the space removed here.
+            cut = rest.rfind(" ", 1, MAX_CHUNK)
+            cut = cut if cut > 0 else MAX_CHUNK
             yield DocumentChunk(rest[:cut], starts_document)
-            rest, starts_document = rest[cut:], False
+            rest = rest[cut:]
+            starts_document = False
     yield DocumentChunk(rest, starts_document)
 
 
-def read_json(read_block, separator: str) -> Iterator[DocumentChunk]:
-    """Objects of an array, or one after the other; each is decoded as soon as it is whole."""
-    decode, text, at, number = json.JSONDecoder().raw_decode, "", 0, 0
-    between = re.compile(r"\s*,?\s*")
-    is_array = None
-    while True:
-        block = read_block()
-        text, at = text[at:] + block, 0
-        if is_array is None and (start := text.lstrip()):
-            is_array, text = start[0] == "[", start.removeprefix("[")
-        while (at := between.match(text, at).end()) < len(text):
-            if text[at] == "]" and is_array:
+def read_json(blocks: Iterable[str]) -> Iterator[DocumentChunk]:
+    """Yield the texts of a .json or .jsonl file. A record is decoded as soon as it is complete."""
+    text = ""
+    is_array = None  # unknown until the first character that is not whitespace
+    num_records = 0
+    for block in itertools.chain(blocks, [""]):  # the empty block marks the end of the file
+        text += block
+        if is_array is None and (stripped := text.lstrip()):
+            is_array = stripped[0] == "["
+            text = stripped.removeprefix("[")
+        position = skip_separator(text, 0)
+        while position < len(text):
+            if is_array and text[position] == "]":
                 return
-            try:
-                record, end = decode(text, at)
-            except json.JSONDecodeError as error:
-                if block and len(text) - at < LONGEST_RECORD:
-                    break  # not whole yet
-                raise ValueError(f"record {number + 1} is not whole JSON: {error.msg}") from None
-            yield DocumentChunk(record_text(record, number + 1), True)
-            at, number = end, number + 1
-        if not block:
-            if is_array:
-                raise ValueError(f"the file is cut off after record {number}")
-            return
+            can_continue = block != "" and len(text) - position < MAX_RECORD
+            decoded = decode_record(text, position, num_records + 1, can_continue)
+            if decoded is None:
+                break
+            num_records += 1
+            yield DocumentChunk(record_text(decoded.record, num_records), True)
+            position = skip_separator(text, decoded.end)
+        text = text[position:]
+    if is_array:
+        raise ValueError(f"the file is cut off after record {num_records}")
 
 
-def record_text(record, number: int) -> str:
+def skip_separator(text: str, position: int) -> int:
+    """The position after whitespace and at most one comma."""
+    match = JSON_SEPARATOR.match(text, position)
+    assert match is not None, "the pattern matches the empty string"
+    return match.end()
+
+
+class DecodedRecord(NamedTuple):
+    """A JSON value, and the position after it."""
+
+    record: object
+    end: int
+
+
+def decode_record(
+    text: str, position: int, number: int, can_continue: bool
+) -> DecodedRecord | None:
+    """Decode the JSON value at the position, or return None if it can continue in the next block.
+    Raises ValueError with its number if it cannot."""
+    try:
+        return DecodedRecord(*DECODER.raw_decode(text, position))
+    except json.JSONDecodeError as error:
+        if can_continue:
+            return None
+        raise ValueError(f"record {number} is not whole JSON: {error.msg}") from None
+
+
+def record_text(record: object, number: int) -> str:
+    """The text of a JSON record. Raises ValueError with the record's number if it has none."""
     text = record.get("story", record.get("text")) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'record {number} has no text under "story" or "text"')

@@ -1,12 +1,8 @@
 """
-Tokens on disk and in training order.
+The data loader: which windows each batch holds, and their tensors.
 
-A data set is a folder of shards, flat arrays of uint16 or uint32 token ids in which every
-document begins with BOS, and one meta.json that says what they are: vocabulary size and hash,
-dtype, and for each shard how many tokens it has and which of them train and which validate.
-
-The order of training is a pure function of (seed, position): position p of the run reads the
-same window however many processes, restarts or micro-batches there are. It takes no memory.
+The order of training is a pure function of (seed, position): the sequence at position p of the run
+is the same for any number of processes, restarts and micro-batches. It takes no memory.
 """
 
 import queue
@@ -19,12 +15,16 @@ import torch
 from runtime.hashing import splitmix64
 from textdata.token_shards import TokenDataset
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets
+POLL_INTERVAL = 0.1  # seconds between checks whether the reader of a full queue is to stop
+
 
 def feistel_permute(index: int, count: int, key: int) -> int:
-    """Where index goes in the permutation of range(count) that belongs to key.
+    """The image of index under a permutation of range(count) that is selected by key.
 
-    A Feistel network permutes the smallest power of four that holds count, and is walked until
-    it lands inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002)."""
+    A Feistel network permutes the smallest power of four that is at least count. It is applied
+    until the result is below count (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+    2002)."""
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -37,15 +37,15 @@ def feistel_permute(index: int, count: int, key: int) -> int:
 
 
 def epoch_index(position: int, count: int, seed: int) -> int:
-    """The window that the run reads at this position: all count windows once an epoch, in
-    another order each time."""
+    """The window at a position of the run. Each epoch has all count windows once, in another
+    order."""
     epoch, index = divmod(position, count)
     return feistel_permute(index, count, splitmix64(seed + splitmix64(epoch + 1)))
 
 
-def collate(windows: list[np.ndarray], batch_size: int, seq_len: int):
-    """(inputs, targets), each (batch_size, seq_len) int64; what the windows do not fill is
-    token 0 with target -1, which the loss leaves out."""
+def collate(windows: list[np.ndarray], batch_size: int, seq_len: int) -> Batch:
+    """Inputs and targets, each (batch_size, seq_len) int64. Positions after the end of a window
+    have input 0 and target -1, which the loss ignores."""
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), -1, dtype=torch.int64)
     for row, window in enumerate(windows):
@@ -54,61 +54,53 @@ def collate(windows: list[np.ndarray], batch_size: int, seq_len: int):
     return inputs, targets
 
 
-def training_indices(windows: TokenDataset, seed: int, batch_size: int, position: int) -> list[int]:
-    """The windows of the batch whose first sequence stands at this position in the run."""
-    return [epoch_index(position + i, len(windows), seed) for i in range(batch_size)]
+def training_indices(dataset: TokenDataset, seed: int, batch_size: int, position: int) -> list[int]:
+    """The windows of the batch whose first sequence is at this position of the run."""
+    return [epoch_index(position + i, len(dataset), seed) for i in range(batch_size)]
 
 
 def dropout_seed(seed: int, position: int) -> int:
-    """Dropout is a function of the batch's position, like the data: the same on any number of processes."""
+    """The dropout seed of the batch at this position of the run, for any number of processes."""
     return splitmix64(splitmix64(seed) + position)
 
 
 def training_batches(
-    windows: TokenDataset, seed: int, batch_size: int, positions: Iterable[int]
-) -> Iterator:
-    """One (inputs, targets) for every position, which is where its first sequence stands in the run."""
+    dataset: TokenDataset, seed: int, batch_size: int, positions: Iterable[int]
+) -> Iterator[Batch]:
+    """Yield a batch for each position of the run, which is that of its first sequence."""
     for position in positions:
-        indices = training_indices(windows, seed, batch_size, position)
-        yield collate([windows[i] for i in indices], batch_size, windows.seq_len)
+        indices = training_indices(dataset, seed, batch_size, position)
+        yield collate([dataset[i] for i in indices], batch_size, dataset.seq_len)
 
 
 def evaluation_batches(
-    windows: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1
-):
-    """This rank's share of num_batches batches spread evenly over the split, 0 for all of it: the same
-    windows at every evaluation. Every rank gets as many, of which the last may have no targets."""
-    wanted = min(num_batches * batch_size or len(windows), len(windows))
-    indices = [i * len(windows) // wanted for i in range(wanted)]
-    for start in range(0, wanted, batch_size * world_size):
-        own = indices[start + rank * batch_size :][:batch_size]
-        yield collate([windows[i] for i in own], batch_size, windows.seq_len)
+    dataset: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Yield this rank's batches of an evaluation, the same windows at every evaluation.
+
+    Args:
+        dataset: the windows of the split.
+        batch_size: sequences per batch.
+        num_batches: batches of all ranks together, spread evenly over the split; 0 for all of it.
+        rank: this process.
+        world_size: number of processes. Each gets as many batches; its last may have no targets.
+    """
+    num_windows = min(num_batches * batch_size or len(dataset), len(dataset))
+    indices = [i * len(dataset) // num_windows for i in range(num_windows)]
+    for start in range(0, num_windows, batch_size * world_size):
+        rank_indices = indices[start + rank * batch_size :][:batch_size]
+        yield collate([dataset[i] for i in rank_indices], batch_size, dataset.seq_len)
 
 
-def prefetch(batches: Iterable, device: str, ahead: int = 4) -> Iterator:
-    """Yield the batches on the device, read and copied by a thread while the device computes.
-    An exception while reading is raised where the batch is asked for."""
-    ready, stop = queue.Queue(ahead), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read():
-        try:
-            for batch in batches:
-                pinned = (t.pin_memory() for t in batch) if device.startswith("cuda") else batch
-                put(tuple(t.to(device, non_blocking=True) for t in pinned))
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=read, daemon=True).start()
+def prefetch(
+    batches: Iterable[tuple[torch.Tensor, ...]], device: str, ahead: int = 4
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the batches on the device. A thread reads and copies up to `ahead` batches while the
+    device computes. An exception while reading is raised where the batch is requested."""
+    ready: queue.Queue[tuple[torch.Tensor, ...] | BaseException | None] = queue.Queue(ahead)
+    stop = threading.Event()
+    reader = threading.Thread(target=read_batches, args=(batches, device, ready, stop), daemon=True)
+    reader.start()
     try:
         while True:
             item = ready.get()
@@ -119,3 +111,31 @@ def prefetch(batches: Iterable, device: str, ahead: int = 4) -> Iterator:
             yield item
     finally:
         stop.set()
+
+
+def read_batches(
+    batches: Iterable[tuple[torch.Tensor, ...]],
+    device: str,
+    ready: queue.Queue,
+    stop: threading.Event,
+) -> None:
+    """Put the batches into the queue, copied to the device, then None or the exception that ended
+    them. Returns early when stop is set."""
+    try:
+        for batch in batches:
+            pinned = (t.pin_memory() for t in batch) if device.startswith("cuda") else batch
+            put(ready, tuple(t.to(device, non_blocking=True) for t in pinned), stop)
+            if stop.is_set():
+                return
+        put(ready, None, stop)
+    except BaseException as error:
+        put(ready, error, stop)
+
+
+def put(ready: queue.Queue, item: object, stop: threading.Event) -> None:
+    """Put an item into the queue as soon as there is space, unless stop is set."""
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=POLL_INTERVAL)
+        except queue.Full:
+            continue

@@ -1,10 +1,10 @@
-"""
-How good a model is: loss, perplexity and bits per byte over fixed windows.
-"""
+"""Loss, perplexity and bits per byte of a model over fixed windows of a split."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from runtime.device import autocast
@@ -13,48 +13,57 @@ from textdata.loader import evaluation_batches
 from textdata.token_shards import TokenDataset
 
 SINGLE_PROCESS = DistContext()
+MAX_EXPONENT = 700  # exp of a larger number overflows a float
 
 
 class EvalResult(NamedTuple):
+    """The quality of a model on a split."""
+
     loss: float  # nats per token
     bits_per_byte: float  # of text; comparable between vocabularies
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))  # beyond that a float has no room
+        """exp(loss)."""
+        return math.exp(min(self.loss, MAX_EXPONENT))
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What an evaluation reads and how it computes."""
+
+    byte_counts: np.ndarray  # (V,) bytes of text that each token stands for
+    batch_size: int  # sequences in a batch
+    num_batches: int  # batches spread evenly over the split; 0: the whole split
+    device: str
+    dtype: str  # of the matrix products
+    dist_ctx: DistContext = SINGLE_PROCESS  # the processes that share the batches
 
 
 @torch.no_grad()
-def evaluate(
-    model,
-    windows: TokenDataset,
-    byte_counts,
-    batch_size: int,
-    num_batches: int,
-    device,
-    dtype,
-    dist_ctx=SINGLE_PROCESS,
-):
-    """The Quality of a model over num_batches batches spread over the split, 0 for all of it,
-    shared among the processes. byte_counts (V,): bytes of text behind each token.
+def evaluate(model: torch.nn.Module, dataset: TokenDataset, settings: EvalSettings) -> EvalResult:
+    """Evaluate a model on a split; the processes share the batches and all get the result.
 
-    The windows, and so the figures, are the same at every call; no random state is touched."""
+    Every call reads the same windows, so results are comparable. No random state changes."""
+    dist_ctx = settings.dist_ctx
     was_training = model.training
     model.eval()
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for inputs, targets in evaluation_batches(
-        windows, batch_size, num_batches, dist_ctx.rank, dist_ctx.size
-    ):
-        with autocast(device, dtype):
-            _, loss = model(inputs.to(device), targets.to(device))
-        predicted = targets[targets != -1]
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    batches = evaluation_batches(
+        dataset, settings.batch_size, settings.num_batches, dist_ctx.rank, dist_ctx.size
+    )
+    for inputs, targets in batches:  # each (B, T)
+        with autocast(settings.device, settings.dtype):
+            _, loss = model(inputs.to(settings.device), targets.to(settings.device))
+        has_target = targets != -1
+        predicted = targets[has_target]
         nats += loss.item() * len(predicted) if len(predicted) else 0.0
-        tokens += len(predicted)
-        # The space before a text, which is none of it, is in the token that follows BOS.
-        before = inputs[targets != -1].numpy()
-        text_bytes += int(
-            byte_counts[predicted.numpy()].clip(min=0).sum() + byte_counts[before].clip(max=0).sum()
-        )
+        num_tokens += len(predicted)
+        # SentencePiece's token after BOS contains a space that is not part of the text: byte_counts
+        # is -1 at BOS.
+        previous = inputs[has_target].numpy()
+        num_bytes += int(settings.byte_counts[predicted.numpy()].clip(min=0).sum())
+        num_bytes += int(settings.byte_counts[previous].clip(max=0).sum())
     model.train(was_training)
-    nats, tokens, text_bytes = dist_ctx.all_reduce_sum([nats, tokens, text_bytes])
+    nats, tokens, text_bytes = dist_ctx.all_reduce_sum([nats, num_tokens, num_bytes])
     return EvalResult(nats / tokens, nats / math.log(2) / max(1, text_bytes))

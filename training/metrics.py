@@ -1,6 +1,4 @@
-"""
-What a run measured: a line of JSON for each report, and the loss curve as a picture.
-"""
+"""The metrics of a run: one JSON record per report, and a plot of the loss."""
 
 import contextlib
 import errno
@@ -9,85 +7,100 @@ import math
 import os
 import sys
 import time
+from typing import BinaryIO
 
-from checkpoints.manager import RETRY_SECONDS
+from checkpoints.background_writer import RETRY_SECONDS
 from runtime.atomic_files import AtomicFile, write_atomically
+
+CURVES = (  # record key, label and line style of each curve in the plot
+    ("loss", "training batch", {"linewidth": 0.8, "alpha": 0.5}),
+    ("train_loss", "training, fixed windows", {"marker": "."}),
+    ("val_loss", "validation", {"marker": "o"}),
+)
 
 
 class MetricsLogger:
-    """OUT_DIR/metrics.jsonl. Records from first_step on, of an earlier try that is being run
-    again, are dropped, and so is a last line that was cut off."""
+    """Appends records to OUT_DIR/metrics.jsonl and draws OUT_DIR/loss.png.
 
-    def __init__(self, out_dir: str, first_step: int):
+    A record is a dictionary with the key "iter" and numbers. The main process calls open once,
+    before the first write."""
+
+    def __init__(self, out_dir: str):
         self.path = os.path.join(out_dir, "metrics.jsonl")
-        self.picture = os.path.join(out_dir, "loss.png")
+        self.plot_path = os.path.join(out_dir, "loss.png")
+        self.records: list[dict] = []
+        self.file: BinaryIO | None = None
+        self.last_attempt = 0.0  # time.monotonic() of the last write that may have failed
+        self.needs_rewrite = False  # the file lacks some of the records
+        self.can_plot = True
+
+    def open(self, first_step: int) -> None:
+        """Read the records before first_step, drop later ones, and rewrite the file with them.
+
+        The dropped records are of steps that run again. Raises OSError."""
         self.records = [record for record in read_records(self.path) if record["iter"] < first_step]
-        self.file, self.tried_at = None, 0.0
-        self.needs_rewrite = False  # whether the file lacks records
-        self.can_draw = True  # as far as is known
         self.rewrite()
 
-    def rewrite(self):
-        self.tried_at = time.monotonic()
-        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+    def rewrite(self) -> None:
+        """Write all records to a new file, atomically. Raises OSError."""
+        self.last_attempt = time.monotonic()
+        lines = [json.dumps(record) + "\n" for record in self.records]
+        write_atomically(self.path, "".join(lines).encode())
         if self.file:
             self.file.close()
         self.file = open(self.path, "ab", buffering=0)
         self.needs_rewrite = False
 
-    def write(self, **record):
-        """Add a line; a figure that is no number is written as null, which every reader knows. Raises
-        OSError once where it cannot; later calls then try to write all lines again."""
-        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self.records.append(record)
+    def write(self, **record: float) -> None:
+        """Append a record; NaN and Inf become null, which all JSON readers accept.
+
+        Raises OSError at the first failed write. Later calls keep the records in memory and try to
+        rewrite the file every RETRY_SECONDS."""
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self.records.append(finite)
         if self.needs_rewrite:
-            if not self.tried_at or time.monotonic() - self.tried_at > RETRY_SECONDS:
-                self.finish()
+            if not self.last_attempt or time.monotonic() - self.last_attempt > RETRY_SECONDS:
+                self.flush()
             return
-        self.needs_rewrite, self.tried_at = True, time.monotonic()
-        line = (json.dumps(record) + "\n").encode()
-        if self.file.write(line) != len(line):
+        self.needs_rewrite = True
+        self.last_attempt = time.monotonic()
+        line = (json.dumps(finite) + "\n").encode()
+        if self.file is None or self.file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.needs_rewrite = False
 
-    def mark_missing(self):
-        """It is gone: the next call writes all lines again."""
-        self.needs_rewrite, self.tried_at = True, 0.0
+    def mark_missing(self) -> None:
+        """Note that the file was deleted: the next write rewrites it."""
+        self.needs_rewrite = True
+        self.last_attempt = 0.0
 
-    def finish(self):
-        """Write what is missing, where that can be done now."""
+    def flush(self) -> None:
+        """Write the records that the file lacks, if that is possible now."""
         if self.needs_rewrite:
             with contextlib.suppress(OSError):
                 self.rewrite()
 
-    def draw(self):
-        """Training and validation loss over the steps so far. Where matplotlib cannot be imported, or
-        takes offence at the user's own settings for it, it says so once and there is no picture."""
-        if not self.can_draw:
+    def plot_loss(self) -> None:
+        """Draw the training and validation loss. Raises OSError where the file cannot be written.
+
+        Where matplotlib cannot be imported, or rejects the user's settings, it warns once."""
+        if not self.can_plot:
             return
         try:
-            self.draw_with_matplotlib()
-        except OSError:  # a disk that is full may have room again
+            self._plot_loss()
+        except OSError:  # a full disk may have space again later
             raise
         except Exception as error:
-            self.can_draw = False
-            print(f"no picture of the loss, as matplotlib fails: {error}", file=sys.stderr)
+            self.can_plot = False
+            print(f"no plot of the loss: matplotlib fails with {error}", file=sys.stderr)
 
-    def draw_with_matplotlib(self):
+    def _plot_loss(self) -> None:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for key, label, style in (
-            ("loss", "training batch", dict(linewidth=0.8, alpha=0.5)),
-            ("train_loss", "training, fixed windows", dict(marker=".")),
-            ("val_loss", "validation", dict(marker="o")),
-        ):
-            points = [
-                (record["iter"], record[key])
-                for record in self.records
-                if record.get(key) is not None
-            ]
+        for key, label, style in CURVES:
+            points = [(r["iter"], r[key]) for r in self.records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
@@ -95,22 +108,17 @@ class MetricsLogger:
         axes.yaxis.set_minor_formatter("{x:.1g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        with AtomicFile(self.picture) as file:
+        with AtomicFile(self.plot_path) as file:
             figure.savefig(file, format="png", dpi=120)
 
 
 def read_records(path: str) -> list[dict]:
-    """The whole lines of a metrics.jsonl; none if there is no file."""
+    """Read the complete records of a metrics.jsonl; an empty list if there is no file."""
+    if not os.path.exists(path):
+        return []
     records = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-    return [
-        record
-        for record in records
-        if isinstance(record, dict) and isinstance(record.get("iter"), int)
-    ]
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
+                records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("iter"), int)]

@@ -1,73 +1,104 @@
-"""
-Whether a run is well: spikes of its loss and gradient, and numbers that are none.
-"""
+"""Watches a run for loss spikes, gradient spikes, and NaN or Inf values."""
 
+import copy
 import math
 import statistics
 
 import torch
 
-from training.state import Run
+from textdata.loader import evaluation_batches
+from training.state import TrainingRun
 
-FEWEST_NORMS, MOST_NORMS = 20, 100  # of gradients, of which the median is the usual one
-SPIKE = 5.0  # times the usual norm, or loss, are worth a line
-SMALLEST_SCALE = 2.0**-10  # a GradScaler that has come down to this will not recover
+MIN_HISTORY = 20  # gradient norms or losses before a median is meaningful
+MAX_HISTORY = 100  # of the latest ones, which the median is taken of
+SPIKE_FACTOR = 5.0  # times the recent median: worth a line in the log
+MIN_LOSS_SCALE = 2.0**-10  # a GradScaler that has come down to this does not recover
 
 
-def skips(run: Run, norm) -> bool:
-    """Whether a gradient of this norm is a spike, and left out; only with --skip_spikes, as to know the
-    norm is to wait for the device. The usual norm is part of the checkpoint, so a resumed run skips alike."""
+def recent_median(values: list[float]) -> float:
+    """The median of recent values; Inf while there are too few."""
+    return statistics.median(values) if len(values) >= MIN_HISTORY else math.inf
+
+
+def should_skip_step(run: TrainingRun, grad_norm: torch.Tensor) -> bool:
+    """Whether to skip an optimizer step because its gradient norm is a spike (--skip_spikes).
+
+    Reading the norm waits for the device, so nothing is read without the option. The recent norms
+    are part of the checkpoint: a resumed run skips the same steps."""
     if not run.config.skip_spikes:
         return False
-    usual = statistics.median(run.late_norms) if len(run.late_norms) >= FEWEST_NORMS else math.inf
-    if math.isfinite(norm.item()):
-        run.late_norms = [*run.late_norms, norm.item()][-MOST_NORMS:]
-    is_spike = norm.item() > run.config.skip_spikes * usual
+    norm = grad_norm.item()
+    median = recent_median(run.state.recent_grad_norms)
+    if math.isfinite(norm):
+        run.state.recent_grad_norms = [*run.state.recent_grad_norms, norm][-MAX_HISTORY:]
+    is_spike = norm > run.config.skip_spikes * median
     if is_spike:
-        run.say(
-            f"step {run.iter_num}: skipped, its gradient has norm {norm.item():.4g}, the usual one is {usual:.4g}"
-        )
+        step = run.state.iter_num
+        run.log(f"step {step}: skipped, gradient norm {norm:.4g}, recent median {median:.4g}")
     return is_spike
 
 
-def tell_spikes(run: Run, **figures):
-    """Say where a figure is far above what it was of late."""
-    for name, value in figures.items() if run.dist_ctx.is_main else ():
-        if not math.isfinite(value):
-            continue  # in float16 an overflow, which the scaler sees to
-        late = [record[name] for record in run.metrics.records[-MOST_NORMS:] if record.get(name)]
-        usual = statistics.median(late) if len(late) >= FEWEST_NORMS else math.inf
-        if value > SPIKE * usual:
-            run.say(
-                f"step {run.iter_num}: {name} {value:.4g} is {value / usual:.0f} times what is usual"
-            )
-
-
-def remember_bad(run: Run, norm):
-    """Note the first step whose gradient is no number; on the device, so that nobody waits for it."""
-    is_first = ~norm.isfinite() & (run.first_bad < 0)
-    run.first_bad = torch.where(is_first, run.iter_num, run.first_bad)
-
-
-def check_finite(run: Run, step: int, loss: float, norm: float):
-    """Raise ValueError where the run cannot go on after this step. In float16 an overflow only costs its step:
-    the scaler has skipped it and lowered the scale, until the scale itself gives out."""
-    if run.scaler.is_enabled():
-        if run.scaler.get_scale() > SMALLEST_SCALE:
-            return
-    elif math.isfinite(loss) and math.isfinite(norm):
+def log_spikes(run: TrainingRun, **figures: float) -> None:
+    """Log every figure that is far above the recent median in the metrics of the same name."""
+    if not run.dist_ctx.is_main:
         return
-    run.keeper.join()  # which may just be writing one
-    if not run.scaler.is_enabled() and 0 <= int(run.first_bad) < step:
-        step = int(run.first_bad)  # it is noticed only where the loss is reported
-    kept = (
-        "nothing is saved yet"
-        if run.saved_at is None
-        else f"{run.path('ckpt.pt')} of step {run.saved_at} is intact"
-    )
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            continue  # in float16 an overflow, which the GradScaler handles
+        recent = [r[name] for r in run.metrics.records[-MAX_HISTORY:] if r.get(name)]
+        median = recent_median(recent)
+        if value > SPIKE_FACTOR * median:
+            step, factor = run.state.iter_num, value / median
+            run.log(f"step {step}: {name} {value:.4g} is {factor:.0f} times the recent median")
+
+
+def record_first_nonfinite(run: TrainingRun, grad_norm: torch.Tensor) -> None:
+    """Record the first step whose gradient norm is NaN or Inf, without waiting for the device."""
+    is_first = ~grad_norm.isfinite() & (run.first_nonfinite_step < 0)
+    step = torch.where(is_first, run.state.iter_num, run.first_nonfinite_step)
+    run.first_nonfinite_step.copy_(step)
+
+
+def check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) -> None:
+    """Raise ValueError if the loss or the gradient norm of a step is NaN or Inf.
+
+    In float16 an overflow costs only its step: the GradScaler skips it and lowers the loss scale.
+    The run ends when the scale gets too small."""
+    if run.scaler.is_enabled():
+        if run.scaler.get_scale() > MIN_LOSS_SCALE:
+            return
+    elif math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    run.checkpoints.join()  # a checkpoint may be being written
+    first_step = int(run.first_nonfinite_step)
+    if not run.scaler.is_enabled() and 0 <= first_step < step:
+        step = first_step  # the loss is read at log_interval only
+    saved_step = run.checkpoints.last_saved_step
+    saved = f"{run.path('ckpt.pt')} of step {saved_step} is intact"
+    if saved_step is None:
+        saved = "nothing is saved yet"
+    config = run.config
+    sequence = run.state.position + (step - run.state.iter_num) * config.sequences_per_step
     raise ValueError(
-        f"step {step}, which reads from sequence {run.position + (step - run.iter_num) * run.config.sequences_per_step}"
-        f" on: the loss is {loss} and the norm of the gradient {norm}; {kept}. Lower --learning_rate or raise "
-        f"--warmup_iters; python train.py --init_from=auto --out_dir={run.config.out_dir} --debug_step={step} shows "
+        f"step {step}, which reads from sequence {sequence} on: the loss is {loss} and the "
+        f"gradient norm {grad_norm}; {saved}. Lower --learning_rate or raise --warmup_iters; "
+        f"python train.py --init_from=auto --out_dir={config.out_dir} --debug_step={step} shows "
         "that batch, with your other options"
     )
+
+
+@torch.no_grad()
+def check_against_cpu(run: TrainingRun) -> None:
+    """Raise ValueError if the device and the CPU compute different losses for one sequence.
+
+    Apple's MPS has silently computed wrong results."""
+    run.model.eval()
+    inputs, targets = next(evaluation_batches(run.val_dataset, batch_size=1, num_batches=1))
+    loss = run.model(inputs.to(run.device), targets.to(run.device))[1].item()
+    expected = copy.deepcopy(run.model).cpu()(inputs, targets)[1].item()
+    run.model.train()
+    if not math.isclose(loss, expected, rel_tol=1e-2):
+        raise ValueError(
+            f"--device={run.device} computes a loss of {loss:.4f} where the CPU computes "
+            f"{expected:.4f}: another version of PyTorch may be right; --device=cpu is right"
+        )

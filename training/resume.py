@@ -1,70 +1,125 @@
-"""
-Resume a run from its checkpoint, or start one from a pretrained model.
-"""
+"""Where a run starts: from new weights, from its latest checkpoint, or from a pretrained model."""
 
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from checkpoints.manager import load_latest
-from configurator import parse
+from checkpoints.latest import load_latest
 from formats.lazy_model import LazyModel
 from formats.registry import open_model
 from model import ModelArgs
 from training.optim import load_optimizer
-from training.state import Run
+from training.state import TrainingRun
 
-# Options that a resumed run cannot change: they are the checkpoint's.
+# The options of the architecture: a resumed run takes them from the checkpoint.
 ARCHITECTURE = (
-    *("max_seq_len", "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"),
-    *("hidden_dim", "ffn_dim_multiplier", "rope_theta"),
+    "max_seq_len",
+    "vocab_size",
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "multiple_of",
+    "hidden_dim",
+    "ffn_dim_multiplier",
+    "rope_theta",
 )
-LONGEST_UNASKED = 4096  # tokens of a pretrained model's context that a run takes for its own
+MAX_IMPLICIT_CONTEXT = 4096  # tokens; a longer context of a pretrained model must be requested
+# The options that always come from the current command line.
+OWN_OPTIONS = ("out_dir", "init_from", "eval_only", "debug_step")
+# The options that choose the windows of an evaluation: a best loss holds for these only.
+EVAL_OPTIONS = ("data_dir", "eval_iters", "batch_size")
 
 
-def resume(config, overrides: dict) -> tuple[object, tuple[str, dict] | None]:
-    """The options, and the path and content of the checkpoint to go on from: the newest in OUT_DIR that
-    is whole. None if there is none at all, and init_from is auto."""
+@dataclass(frozen=True)
+class StartPoint:
+    """What a run starts from; new weights if everything is empty."""
+
+    path: str = ""
+    checkpoint: dict | None = None  # loaded (see latest.open_checkpoint)
+    damaged: list[str] = field(default_factory=list)  # checkpoints that could not be loaded
+    pretrained: LazyModel | None = None
+
+
+def find_checkpoint(config: Any) -> StartPoint | None:
+    """Load the latest checkpoint in --out_dir, or None if there is none.
+
+    Only the main process warns of damaged ones. Raises ValueError if all are damaged, or if there
+    is none and --init_from=resume."""
     is_main = os.environ.get("RANK", "0") == "0"
     found = load_latest(config.out_dir, print if is_main else lambda text: None)
-    if found is None and config.init_from == "auto":
-        return dataclasses.replace(config, init_from="scratch"), None
-    if found is None:
+    if found is None and config.init_from == "resume":
         path = os.path.join(config.out_dir, "ckpt.pt")
-        raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
-    path, checkpoint = found
-    return resumed_config(
-        dataclasses.replace(config, init_from="resume"), overrides, checkpoint, path
-    ), found
+        raise ValueError(f"{path}: there is no checkpoint; train a model with python train.py")
+    if found is None:
+        return None
+    return StartPoint(found.path, found.checkpoint, found.damaged)
 
 
-def fine_tune(config, overrides: dict) -> tuple[object, LazyModel]:
-    """The options for a new run with the weights of a model in any format, and that model. Its
-    architecture is the file's; only another context may be asked for."""
-    if os.path.realpath(config.init_from).startswith(
-        os.path.join(os.path.realpath(config.out_dir), "")
-    ):
-        raise ValueError(
-            f"--init_from={config.init_from}: lies in --out_dir={config.out_dir}; name another --out_dir"
-        )
+def open_pretrained(config: Any, overrides: Mapping[str, str]) -> StartPoint:
+    """Open the model named by --init_from, of any format, for fine-tuning.
+
+    Raises ValueError where it lies in --out_dir or does not fit the options."""
+    path, out_dir = config.init_from, config.out_dir
+    if os.path.realpath(path).startswith(os.path.join(os.path.realpath(out_dir), "")):
+        raise ValueError(f"--init_from={path}: is in --out_dir={out_dir}; name another --out_dir")
     max_seq_len = config.max_seq_len if "max_seq_len" in overrides else None
-    pretrained = open_model(config.init_from, config.tokenizer, max_seq_len)
-    if pretrained.args.max_seq_len > LONGEST_UNASKED and max_seq_len is None:
+    pretrained = open_model(path, config.tokenizer, max_seq_len)
+    context = pretrained.args.max_seq_len
+    if context > MAX_IMPLICIT_CONTEXT and max_seq_len is None:
         raise ValueError(
-            f"{config.init_from} has a context of {pretrained.args.max_seq_len} tokens; say how long the sequences "
-            "to train on are to be with --max_seq_len"
+            f"{path} has a context of {context} tokens; give the length of the training sequences "
+            "with --max_seq_len"
         )
-    check_architecture(config, overrides, pretrained.args, config.init_from)
-    options = {
-        name: getattr(pretrained.args, name) for name in ARCHITECTURE if name not in overrides
-    }
-    return dataclasses.replace(config, **options), pretrained
+    check_architecture(config, overrides, pretrained.args, path)
+    return StartPoint(pretrained=pretrained)
 
 
-def keeps_architecture(args: ModelArgs, name: str, value) -> bool:
-    """Whether an option asks for what the model has, if only in other words."""
+def saved_options(config: Any, overrides: Mapping[str, str], start: StartPoint) -> dict[str, Any]:
+    """The options that a resumed run takes from its checkpoint: all that are not given now.
+
+    Raises ValueError where a given option asks for another architecture."""
+    checkpoint = start.checkpoint
+    assert checkpoint is not None, "a resumed run has a checkpoint"
+    args: ModelArgs = checkpoint["model_args"]
+    check_architecture(config, overrides, args, start.path)
+    current = {*OWN_OPTIONS, *overrides}
+    if "versions" not in checkpoint:  # written by llama2.c, perhaps on another type of machine
+        current |= {"device", "compile"}
+    names = {option.name for option in dataclasses.fields(config)} - current
+    saved = checkpoint.get("config", {})
+    values = {name: value for name, value in saved.items() if name in names}
+    return values | pretrained_options(args, overrides)
+
+
+def pretrained_options(args: ModelArgs, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The architecture options of a model, except those that are given."""
+    return {name: getattr(args, name) for name in ARCHITECTURE if name not in overrides}
+
+
+def check_resumed(config: Any, start: StartPoint) -> None:
+    """Raise ValueError where a resumed run's options are invalid, or its optimizer is another."""
+    assert start.checkpoint is not None, "a resumed run has a checkpoint"
+    path = start.path
+    optimizer = start.checkpoint.get("config", {}).get("optimizer", "adamw")
+    if config.optimizer != optimizer:
+        raise ValueError(
+            f"--optimizer={config.optimizer}: the moments in {path} are {optimizer}'s; leave the "
+            f"option out, or start a new run with these weights: --init_from={path} and another "
+            "--out_dir"
+        )
+    if errors := list(config.validate()):
+        raise ValueError("; ".join(errors))
+
+
+def same_architecture(args: ModelArgs, name: str, value: Any) -> bool:
+    """Whether an option has the value of the model, or another spelling of it."""
+    changes = {name: value}
     try:
-        asked = dataclasses.replace(args, **{name: value})
+        requested = dataclasses.replace(args, **changes)
     except ValueError:
         return False
     effective = {
@@ -72,86 +127,68 @@ def keeps_architecture(args: ModelArgs, name: str, value) -> bool:
         "hidden_dim": "ffn_dim",
         "ffn_dim_multiplier": "ffn_dim",
     }.get(name, name)
-    return getattr(asked, effective) == getattr(args, effective) and asked.ffn_dim == args.ffn_dim
+    is_equal = getattr(requested, effective) == getattr(args, effective)
+    return is_equal and requested.ffn_dim == args.ffn_dim
 
 
-def check_architecture(config, overrides: dict, args: ModelArgs, path: str):
-    """Raise ValueError where an option that was given asks for another model than the file's."""
-    problems = []
-    for name in filter(overrides.__contains__, ARCHITECTURE):
-        if not keeps_architecture(args, name, getattr(config, name)):
-            problems.append(
-                f"--{name}={getattr(config, name)}: {path} has {name}={getattr(args, name)}"
-            )
-    if problems:
-        raise ValueError(
-            "; ".join(problems)
-            + "; leave the option out, or train a new model in another --out_dir"
-        )
+def check_architecture(
+    config: Any, overrides: Mapping[str, str], args: ModelArgs, path: str
+) -> None:
+    """Raise ValueError where a given option asks for another architecture than the file's."""
+    errors = []
+    for name in ARCHITECTURE:
+        value = getattr(config, name)
+        if name in overrides and not same_architecture(args, name, value):
+            errors.append(f"--{name}={value}: {path} has {name}={getattr(args, name)}")
+    if errors:
+        advice = "leave the option out, or train a new model in another --out_dir"
+        raise ValueError("; ".join([*errors, advice]))
 
 
-def resumed_config(config, overrides: dict, checkpoint: dict, path: str):
-    """The checkpoint's options, except those given now. Raises ValueError where one that was
-    given would make it another model."""
-    saved_args = checkpoint["model_args"]
-    check_architecture(config, overrides, saved_args, path)
-    of_this_call = {"out_dir", "init_from", "eval_only", "debug_step", *overrides}
-    if "versions" not in checkpoint:  # from llama2.c, perhaps from another kind of machine
-        of_this_call |= {"device", "compile"}
-    types = {
-        field.name: field.type
-        for field in dataclasses.fields(config)
-        if field.name not in of_this_call
-    }
-    saved = {name: value for name, value in checkpoint.get("config", {}).items() if name in types}
-    for name, value in saved.items():
-        try:
-            saved[name] = parse(types[name], value, from_file=True)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: its option {name} is {value!r}, not {error}; give --{name}"
-            ) from None
-    saved |= {name: getattr(saved_args, name) for name in ARCHITECTURE if name not in overrides}
-    resumed = dataclasses.replace(config, **saved)
-    trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")
-    if resumed.optimizer != trained_with:
-        raise ValueError(
-            f"--optimizer={resumed.optimizer}: the moments in {path} are {trained_with}'s; leave the option out, or "
-            f"begin a new run with these weights: --init_from={path} and another --out_dir"
-        )
-    if problems := list(resumed.validate()):
-        raise ValueError("; ".join(problems))
-    return resumed
+def restore_state(run: TrainingRun, start: StartPoint) -> None:
+    """Restore the moments, the loss scale and the TrainState from a checkpoint.
 
-
-def restore(run: Run, checkpoint: dict, path: str):
-    """Where the run was: moments, scale, step, position and best loss."""
+    The weights are already set, except those of a sharded checkpoint. Raises ValueError where a
+    value in the checkpoint has the wrong type or does not fit."""
+    checkpoint, path = start.checkpoint, start.path
+    assert checkpoint is not None, "there is a checkpoint to restore from"
     if "optimizer" in checkpoint:
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     else:
-        run.say(f"{path} has no optimizer state: its moments begin anew")
+        run.log(f"{path} has no optimizer state: training starts with new moments")
     if "shares" in checkpoint:
-        from checkpoints.sharded import split_sharded, without_tied_head
-
-        state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-        checkpoint["shares"].read(without_tied_head(split_sharded(state)[0], run.model.args))
+        read_shards(run, checkpoint)
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
             run.scaler.load_state_dict(checkpoint["scaler"])
         except KeyError as error:
             raise ValueError(f"{path}: its scaler has no {error}") from None
-    run.iter_num = run.saved_at = run.started_at = int(checkpoint["iter_num"])
-    run.position = int(checkpoint.get("position", run.iter_num * run.config.sequences_per_step))
+    state = run.state
+    state.iter_num = int(checkpoint["iter_num"])
+    default_position = state.iter_num * run.config.sequences_per_step
+    state.position = int(checkpoint.get("position", default_position))
     try:
-        run.late_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
+        state.recent_grad_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
     except (TypeError, ValueError):
-        raise ValueError(f"{path}: its late_norms are no numbers") from None
-    saved = checkpoint.get("config", {})
-    measure = ("data_dir", "eval_iters", "batch_size")  # another choice of windows has its own best
-    if all(
-        saved.get(name, getattr(run.config, name)) == getattr(run.config, name) for name in measure
-    ):
-        try:
-            run.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{path}: its best_val_loss is no number") from None
+        raise ValueError(f"{path}: its late_norms are not numbers") from None
+    saved, current = checkpoint.get("config", {}), dataclasses.asdict(run.config)
+    if all(saved.get(name, current[name]) == current[name] for name in EVAL_OPTIONS):
+        state.best_val_loss = read_best_val_loss(checkpoint, path)
+    run.checkpoints.last_saved_step = state.iter_num
+
+
+def read_shards(run: TrainingRun, checkpoint: dict) -> None:
+    """Read this process's shards of the weights and moments from a sharded checkpoint."""
+    from checkpoints.sharded import split_sharded, without_tied_head
+
+    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    shards, _ = split_sharded(state)
+    checkpoint["shares"].read(without_tied_head(shards, run.model.args))
+
+
+def read_best_val_loss(checkpoint: dict, path: str) -> float:
+    """The lowest validation loss of a checkpoint, in nats; Inf if it has none."""
+    try:
+        return float(checkpoint.get("best_val_loss", math.inf))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{path}: its best_val_loss is not a number") from None

@@ -1,178 +1,258 @@
-"""
-The parts of a training run: built, and restored from a checkpoint. How it goes on from there is train.py's.
-"""
+"""Builds the components of a training run and restores its state."""
 
+import contextlib
 import dataclasses
 import os
+import sys
 import zlib
 from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints.manager import Keeper
-from formats.lazy_model import LazyModel
+from checkpoints.file import FORMAT, write_model_args
+from checkpoints.manager import CheckpointManager
+from formats import llama2c
+from formats.lazy_model import LazyModel, from_state_dict
 from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset, read_meta, token_dir
 from textdata.tokenizer import Tokenizer, load_tokenizer
+from training.metrics import MetricsLogger
 from training.optim import make_optimizer
-from training.parallel import load_weights, shard
-from training.resume import restore
-from training.state import Run
+from training.parallel import is_sharded, load_weights, shard
+from training.resume import StartPoint, restore_state
+from training.state import TrainingRun
+
+MAX_UNUSED = 0.1  # of the training tokens; more are worth a note
 
 
-def set_up(
-    config,
-    found: tuple[str, dict] | None,
-    pretrained: LazyModel | None,
-    dist_ctx: DistContext,
-    device: str,
-) -> Run:
-    """Everything a run needs: new, from the checkpoint found, or with the weights of another model."""
-    path, checkpoint = found or ("", None)
+class Data(NamedTuple):
+    """The tokenizer and both splits."""
+
+    tokenizer: Tokenizer
+    train: TokenDataset
+    val: TokenDataset
+
+
+def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str) -> TrainingRun:
+    """Build a run: new, resumed from a checkpoint, or with the weights of a pretrained model.
+
+    Raises ValueError where data, tokenizer, checkpoint or processes do not fit each other."""
     if config.gradient_accumulation_steps % dist_ctx.size:
         raise ValueError(
-            f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared evenly by "
-            f"{dist_ctx.size} processes; give a multiple of {dist_ctx.size}"
+            f"--gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared "
+            f"evenly by {dist_ctx.size} processes; give a multiple of {dist_ctx.size}"
         )
-    check_agreement(config, checkpoint, dist_ctx)
+    check_ranks_agree(config, start.checkpoint, dist_ctx)
     data = open_data(config)
-    if checkpoint and "shares" in checkpoint and not in_shares(config, dist_ctx):
+    if start.checkpoint and "shares" in start.checkpoint and not uses_fsdp(config, dist_ctx):
         from checkpoints.sharded import gather_full_state
 
-        checkpoint = gather_full_state(checkpoint)
-    if checkpoint:
-        check_tokenizer(data[0], checkpoint.get("tokenizer_hash"), path, config)
-    elif pretrained:
-        expected = hash_of_tokenizer(pretrained)
-        if expected is None and dist_ctx.is_main:
-            print(
-                f"note: the vocabulary of {pretrained.path} is not known; is it that of {config.data_dir}?"
-            )
-        check_tokenizer(data[0], expected, pretrained.path, config)
+        start = dataclasses.replace(start, checkpoint=gather_full_state(start.checkpoint))
+    check_start_tokenizer(config, start, data.tokenizer, dist_ctx.is_main)
     torch.manual_seed(config.seed)
-    args, weights = first_weights(config, checkpoint, pretrained)
-    run = equip(config, dist_ctx, device, data, args)
+    args, weights = initial_weights(config, start)
+    run = build_components(config, dist_ctx, device, data, args)
     load_weights(run.model, weights)
-    if run.train_windows.unused > 0.1:
-        run.say(
-            f"note: {run.train_windows.unused:.0%} of the training tokens are not read, in many short shards; "
-            "join small files before pretokenizing, or lower --max_seq_len"
+    if run.train_dataset.unused > MAX_UNUSED:
+        run.log(
+            f"note: {run.train_dataset.unused:.0%} of the training tokens are not read, as the "
+            "shards are short; join small files before pretokenizing, or lower --max_seq_len"
         )
-    if checkpoint:
-        restore(run, checkpoint, path)
-        checkpoint.clear()  # whoever else has it: what is not used is to be given back
+    if start.checkpoint:
+        restore_state(run, start)
+        start.checkpoint.clear()  # frees the tensors, whoever else refers to them
     return run
 
 
-def check_agreement(config, checkpoint: dict | None, dist_ctx: DistContext):
-    """Raise ValueError, in all processes, unless they begin with the same checkpoint and the same options."""
-    step, is_sharded_checkpoint = (
-        (checkpoint["iter_num"], "shares" in checkpoint) if checkpoint else (0, False)
-    )
+def check_ranks_agree(config: Any, checkpoint: dict | None, dist_ctx: DistContext) -> None:
+    """Raise ValueError, in all processes, unless checkpoint and options are the same in all."""
+    step = checkpoint["iter_num"] if checkpoint else 0
+    is_sharded_checkpoint = checkpoint is not None and "shares" in checkpoint
     if not dist_ctx.all_equal(2 * step + is_sharded_checkpoint):
         raise ValueError(
-            f"this process would begin at step {step}, others elsewhere: --out_dir={config.out_dir} must be one folder "
-            "that all machines see and can read"
+            f"this process would start at step {step}, others elsewhere: "
+            f"--out_dir={config.out_dir} must be one folder that all machines see and can read"
         )
-    options = dataclasses.asdict(config) | dict(out_dir="", data_dir="", tokenizer="", device="")
+    options = dataclasses.asdict(config)
+    for name in ("out_dir", "data_dir", "tokenizer", "device"):  # may differ between machines
+        options[name] = ""
     if not dist_ctx.all_equal(zlib.crc32(repr(options).encode())):
         raise ValueError(
-            "the processes were given different options: start train.py with the same ones everywhere"
+            "the processes have different options: start train.py with the same ones everywhere"
         )
 
 
-def in_shares(config, dist_ctx: DistContext) -> bool:
-    """Whether each process has a share of the model, and not all of it."""
+def uses_fsdp(config: Any, dist_ctx: DistContext) -> bool:
+    """Whether the model is sharded among the processes."""
     return config.parallel == "fsdp" and dist_ctx.size > 1
 
 
-def equip(config, dist_ctx: DistContext, device: str, data: tuple, args: ModelArgs) -> Run:
-    """A run of a model on the device, its weights still to be set, with what it takes to train it."""
+def build_components(
+    config: Any, dist_ctx: DistContext, device: str, data: Data, args: ModelArgs
+) -> TrainingRun:
+    """Build the components of a run. The model's weights are not set yet."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
-    dtype, model = pick_dtype(config.dtype, device), Transformer.on_meta(args)
+    dtype = pick_dtype(config.dtype, device)
+    model = Transformer.on_meta(args)
     model.activation_checkpointing = config.activation_checkpointing
-    if shares := in_shares(config, dist_ctx):
+    mesh = None
+    if uses_fsdp(config, dist_ctx):
         shard(model, device, dist_ctx.size, dtype)
+        mesh = dist_ctx.new_cpu_mesh(config.timeout)
     model.materialize(device)
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(
         model, config.optimizer, config.learning_rate, betas, config.weight_decay
     )
-    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16")
-    run = Run(
-        config,
-        dist_ctx,
-        device,
-        dtype,
-        *data,
-        model,
-        optimizer,
-        scaler,
-        keeper=Keeper(alone=not shares),
+    return TrainingRun(
+        config=config,
+        dist_ctx=dist_ctx,
+        device=device,
+        dtype=dtype,
+        tokenizer=data.tokenizer,
+        train_dataset=data.train,
+        val_dataset=data.val,
+        model=model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.partition(":")[0], enabled=dtype == "float16"),
+        metrics=MetricsLogger(config.out_dir),
+        checkpoints=CheckpointManager(
+            config.out_dir,
+            config.keep_checkpoints,
+            dist_ctx,
+            run_files=tokenizer_files(data.tokenizer),
+            export_best=best_exporter(config.out_dir, args),
+            mesh=mesh,
+        ),
+        first_nonfinite_step=torch.tensor(-1, device=device),
     )
-    run.first_bad = torch.tensor(-1, device=device)
-    run.saving_mesh = dist_ctx.new_cpu_mesh(config.timeout) if shares else None
-    return run
 
 
-def first_weights(
-    config, checkpoint: dict | None, pretrained: LazyModel | None
-) -> tuple[ModelArgs, Iterable]:
-    """The model to begin with: the checkpoint's, the pretrained one, or a new one; and its weights, one at a
-    time. Those of a checkpoint in shares come later: each process reads its own."""
-    if not checkpoint and not pretrained:
-        return config.model_args(), iter_initial_weights(config.model_args())
-    args = checkpoint["model_args"] if checkpoint else pretrained.args
-    names = [name for name, _ in parameter_shapes(args)]
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name and content of the tokenizer files that a run leaves beside its model."""
+    files = {"tokenizer.model": tokenizer.content}
+    with contextlib.suppress(ValueError):  # the format cannot hold this vocabulary
+        files["tokenizer.bin"] = tokenizer.to_bin()
+    return files
+
+
+def best_exporter(out_dir: str, args: ModelArgs) -> Any:
+    """A function (args, state dict) that writes model.bin; None where it cannot hold the model."""
+    if llama2c.unsupported_reason(args):
+        return None
+    return partial(export_model_bin, os.path.join(out_dir, "model.bin"))
+
+
+def export_model_bin(path: str, args: ModelArgs, weights: dict[str, torch.Tensor]) -> None:
+    """Write a state dict as llama2.c's model.bin."""
+    llama2c.write(from_state_dict(args, weights), path)
+
+
+def initial_weights(
+    config: Any, start: StartPoint
+) -> tuple[ModelArgs, Iterable[tuple[str, torch.Tensor]]]:
+    """The architecture and the weights to start with, one tensor at a time.
+
+    The weights of a sharded checkpoint are missing: each process reads its shards later."""
+    checkpoint, pretrained = start.checkpoint, start.pretrained
+    if checkpoint:
+        args = dataclasses.replace(checkpoint["model_args"], dropout=config.dropout)
+        if "shares" in checkpoint:
+            return args, ()
+        return args, [(name, checkpoint["model"][name]) for name, _ in parameter_shapes(args)]
     if pretrained:
-        weights = ((name, pretrained.read(name)) for name in names)
+        args = dataclasses.replace(pretrained.args, dropout=config.dropout)
+        return args, ((name, pretrained.read(name)) for name, _ in parameter_shapes(args))
+    args = config.model_args()
+    return args, iter_initial_weights(args)
+
+
+def check_start_tokenizer(
+    config: Any, start: StartPoint, tokenizer: Tokenizer, is_main: bool
+) -> None:
+    """Raise ValueError where the data's tokenizer is not that of the weights to start with."""
+    if start.checkpoint:
+        expected, path = start.checkpoint.get("tokenizer_hash"), start.path
+    elif start.pretrained:
+        expected, path = pretrained_tokenizer_hash(start.pretrained), start.pretrained.path
+        if expected is None and is_main:
+            print(f"note: the tokenizer of {path} is not known; is it that of {config.data_dir}?")
     else:
-        weights = (
-            () if "shares" in checkpoint else [(name, checkpoint["model"][name]) for name in names]
+        return
+    if expected not in (None, tokenizer.hash):
+        raise ValueError(
+            f"the tokens in {config.data_dir} are of a tokenizer with hash {tokenizer.hash[:12]}, "
+            f"but {path} was trained with another tokenizer (hash {expected[:12]}); give the "
+            "--data_dir of that one"
         )
-    return dataclasses.replace(args, dropout=config.dropout), weights
 
 
-def hash_of_tokenizer(pretrained: LazyModel) -> str | None:
-    """That of the vocabulary a model was trained with, if it tells, or else of one in or beside it."""
+def pretrained_tokenizer_hash(pretrained: LazyModel) -> str | None:
+    """The hash of the tokenizer that a model was trained with, or of the one in or beside it."""
     try:
         tokenizer = pretrained.own_tokenizer() if pretrained.tokenizer_hash is None else None
-    except ValueError:  # a vocabulary that we cannot read
+    except ValueError:  # a vocabulary that cannot be read
         return None
     if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:
         return tokenizer.hash
     return pretrained.tokenizer_hash
 
 
-def check_tokenizer(tokenizer: Tokenizer, expected: str | None, model_path: str, config):
-    """Raise ValueError where the data's tokenizer is not the model's, if that one is known."""
-    if expected not in (None, tokenizer.hash):
-        raise ValueError(
-            f"the tokens in {config.data_dir} are of a tokenizer with hash {tokenizer.hash[:12]}, but {model_path} "
-            f"was trained with another tokenizer (hash {expected[:12]}); give the --data_dir of that one"
-        )
-
-
-def open_data(config) -> tuple[Tokenizer, TokenDataset, TokenDataset]:
-    """The tokenizer and both splits, checked against each other."""
+def open_data(config: Any) -> Data:
+    """Open the tokenizer and both splits. Raises ValueError where they do not fit the options."""
     folder = token_dir(config.data_dir, config.vocab_source, config.vocab_size)
     meta = read_meta(folder)
     path = config.tokenizer or os.path.join(folder, "tokenizer.model")
     tokenizer = load_tokenizer(path)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise ValueError(
-            f"{path} (hash {tokenizer.hash[:12]}, {tokenizer.vocab_size} tokens) is not the tokenizer of {folder} "
-            f"(hash {meta['tokenizer_hash'][:12]}, {meta['vocab_size']} tokens); pretokenize again or name that one"
+            f"{path} (hash {tokenizer.hash[:12]}, {tokenizer.vocab_size} tokens) is not the "
+            f"tokenizer of {folder} (hash {meta['tokenizer_hash'][:12]}, {meta['vocab_size']} "
+            "tokens); pretokenize again or name that one"
         )
     if config.vocab_size != meta["vocab_size"]:
-        raise ValueError(
-            f"{folder} has {meta['vocab_size']} tokens: give --vocab_size={meta['vocab_size']}"
-        )
-    train_windows = TokenDataset(folder, "train", config.max_seq_len)
-    return (
-        tokenizer,
-        train_windows,
-        TokenDataset(folder, "val", config.max_seq_len, include_partial=True),
-    )
+        size = meta["vocab_size"]
+        raise ValueError(f"{folder} has {size} tokens: give --vocab_size={size}")
+    train = TokenDataset(folder, "train", config.max_seq_len)
+    val = TokenDataset(folder, "val", config.max_seq_len, include_partial=True)
+    return Data(tokenizer, train, val)
+
+
+def training_state(run: TrainingRun) -> dict[str, Any]:
+    """What a checkpoint holds: llama2.c's keys, then cria's. No random state: data order and dropout
+    are functions of the position."""
+    weights = run.model.state_dict()
+    if run.model.args.tie_embeddings:
+        weights["output.weight"] = weights["tok_embeddings.weight"]  # one object, copied once
+    state = run.state
+    return {
+        "model": weights,
+        "optimizer": run.optimizer.state_dict(),
+        "model_args": write_model_args(run.model.args),
+        "iter_num": state.iter_num,
+        "best_val_loss": torch.tensor(state.best_val_loss, dtype=torch.float64),
+        "config": dataclasses.asdict(run.config),
+        "scaler": run.scaler.state_dict(),
+        "position": state.position,
+        "late_norms": state.recent_grad_norms,
+        "tokenizer_hash": run.tokenizer.hash,
+        "versions": {
+            "format": FORMAT,
+            "torch": str(torch.__version__),
+            "python": sys.version.split()[0],
+        },
+    }
+
+
+def save_state(run: TrainingRun, best: bool = False) -> None:
+    """Start saving the training state in the background.
+
+    The main process writes all of it, or all processes their shards."""
+    if run.dist_ctx.is_main or is_sharded(run.model):
+        was_deleted = run.checkpoints.save(training_state(run), run.model.args, best)
+        if was_deleted and run.dist_ctx.is_main:
+            run.metrics.mark_missing()

@@ -1,26 +1,17 @@
-import errno
 import functools
 import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
 
-from checkpoints import manager as keeper_module
-from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import (
-    Keeper,
-    load_latest,
-    numbered_checkpoints,
-    put_older_aside,
-    remove_oldest,
-    snapshot,
-)
+from checkpoints import manager as manager_module
+from checkpoints.file import load_checkpoint
+from checkpoints.manager import CheckpointManager, snapshot
 from runtime.atomic_files import run_lock
+from runtime.distributed import DistContext
 from tests import helpers
 from tests.helpers import TINY_RUN, make_checkpoint, read_metrics, same_training_state
 from tests.processes import ROOT, read_until
@@ -28,30 +19,33 @@ from tests.processes import ROOT, read_until
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 
 
-def save_steps(out_dir, steps, count: int) -> str:
-    """Checkpoints of these steps written one after another, of which count older ones stay."""
-    path, before = str(out_dir / "ckpt.pt"), None
+def make_manager(out_dir, keep_checkpoints=1, **options) -> CheckpointManager:
+    """The manager of an unsharded run in this folder."""
+    options = {"run_files": {"tokenizer.model": b"x"}} | options
+    manager = CheckpointManager(str(out_dir), keep_checkpoints, DistContext(), **options)
+    manager.write_run_files()
+    return manager
+
+
+def save_steps(out_dir, steps, keep_checkpoints: int, best_step: int | None = None) -> None:
+    """Save random models as the checkpoints of these steps, one after another."""
+    manager = make_manager(out_dir, keep_checkpoints)
     for step in steps:
-        if before is not None:
-            put_older_aside(str(out_dir), before, "ckpt.pt", step, keeps=True)
-        save_checkpoint(path, make_checkpoint(random_model(), iter_num=step))
-        remove_oldest(str(out_dir), step, count)
-        before = step
-    return path
+        model = random_model()
+        state = make_checkpoint(model, iter_num=step)
+        manager.save(state, model.args, best=step == best_step)
+        manager.flush()
+    assert manager.last_saved_step == steps[-1]
+    os.remove(out_dir / "tokenizer.model")
 
 
-def cut(path):
-    os.truncate(path, os.path.getsize(path) // 2)
+def checkpoint_steps(out_dir) -> dict[str, int]:
+    """The step of every checkpoint file in a folder, by its name."""
+    names = sorted(name for name in os.listdir(out_dir) if name.endswith(".pt"))
+    return {name: load_checkpoint(str(out_dir / name))["iter_num"] for name in names}
 
 
-def flip(path):
-    """Change a bit of a weight, and what the archive says of its content with it."""
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["model"]["norm.weight"].view(torch.int32)[3] ^= 1
-    torch.save(checkpoint, path)
-
-
-def test_a_snapshot_is_of_its_moment_and_keeps_what_is_tied():
+def test_snapshot_does_not_change_with_the_model_and_keeps_ties():
     model = random_model()
     weights = model.state_dict()
     weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -64,118 +58,64 @@ def test_a_snapshot_is_of_its_moment_and_keeps_what_is_tied():
     assert state["more"][0] == 1 and torch.equal(state["more"][1][1], torch.ones(2))
 
 
-def test_the_last_few_older_checkpoints_stay(tmp_path):
-    save_steps(tmp_path, [5, 10, 15, 20, 20, 25], count=2)
-    assert [os.path.basename(path) for path in numbered_checkpoints(str(tmp_path))] == [
-        "ckpt_000020.pt",
+def test_latest_and_the_last_few_older_checkpoints_stay(tmp_path):
+    save_steps(tmp_path, [5, 10, 15, 20, 20, 25], keep_checkpoints=2)
+    assert checkpoint_steps(tmp_path) == {
+        "ckpt.pt": 25,
+        "ckpt_000015.pt": 15,
+        "ckpt_000020.pt": 20,
+        "ckpt_000025.pt": 25,
+    }
+    assert os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt_000025.pt")
+
+
+def test_without_older_checkpoints_only_the_latest_stays(tmp_path):
+    save_steps(tmp_path, [5, 10], keep_checkpoints=0)
+    assert checkpoint_steps(tmp_path) == {"ckpt.pt": 10, "ckpt_000010.pt": 10}
+
+
+def test_folder_with_the_name_of_a_checkpoint_does_not_disturb(tmp_path):
+    (tmp_path / "ckpt_000001.pt").mkdir()
+    save_steps(tmp_path, [5, 10, 15], keep_checkpoints=1)
+    assert sorted(os.listdir(tmp_path)) == [
+        "ckpt.pt",
+        "ckpt_000001.pt",
+        "ckpt_000010.pt",
         "ckpt_000015.pt",
     ]
-    assert [load_checkpoint(path)["iter_num"] for path in numbered_checkpoints(str(tmp_path))] == [
-        20,
-        15,
-    ]
-    assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 25
 
 
-def test_what_only_looks_like_an_older_checkpoint_is_in_nobody_s_way(tmp_path):
-    (tmp_path / "ckpt_000001.pt").mkdir()
-    save_steps(tmp_path, [5, 10, 15], count=1)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000001.pt", "ckpt_000010.pt"]
+def test_kill_between_write_and_link_loses_no_checkpoint(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5], keep_checkpoints=1)
+
+    def killed(source, target):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as context:
+        context.setattr(manager_module, "link_checkpoint", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            save_steps(tmp_path, [10], keep_checkpoints=1)
+    assert checkpoint_steps(tmp_path) == {"ckpt.pt": 5, "ckpt_000005.pt": 5, "ckpt_000010.pt": 10}
 
 
-def test_an_older_checkpoint_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
-    def no_link(*args):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", no_link)
-    save_steps(tmp_path, [5, 10], count=1)
-    assert load_checkpoint(str(tmp_path / "ckpt_000005.pt"))["iter_num"] == 5
-
-
-@pytest.mark.parametrize("damage", [cut, flip, os.remove], ids=["cut", "flip", "remove"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, tmp_path):
-    damage(save_steps(tmp_path, [5, 10, 15], count=2))
-    said = []
-    path, checkpoint = load_latest(str(tmp_path), said.append)
-    assert checkpoint["iter_num"] == 10 and path == str(tmp_path / "ckpt_000010.pt")
-    assert (
-        len(said) == 1
-        and f"going on from {path}, which is of step 10" in said[0]
-        and "ckpt.pt" in said[0]
-    )
+def test_best_state_is_written_before_the_latest(tmp_path):
+    written = []
+    manager = make_manager(tmp_path, export_best=lambda args, weights: written.append(args))
+    model = random_model()
+    manager.save(make_checkpoint(model), model.args, best=True)
+    assert list(manager.writer.pending) or written
+    manager.flush()
+    assert written == [model.args] and checkpoint_steps(tmp_path)["best.pt"] == 7
 
 
-def test_where_all_are_damaged_the_newest_is_named_and_where_none_is_there_none_is_found(tmp_path):
-    assert load_latest(str(tmp_path)) is None
-    save_steps(tmp_path, [5, 10], count=1)
-    for path in tmp_path.iterdir():
-        cut(path)
-    with pytest.raises(ValueError, match=r"/ckpt\.pt: damaged"):
-        load_latest(str(tmp_path))
-
-
-def failing(times: list, done: list):
-    """Something that fails as often as times says, with a full disk."""
-
-    def write():
-        if times[0]:
-            times[0] -= 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "ckpt.pt")
-        done.append(threading.current_thread() is not threading.main_thread())
-
-    return write
-
-
-def test_what_fails_is_told_once_and_tried_again_until_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(keeper_module, "RETRY_SECONDS", 0.0)
-    keeper, done, told = Keeper(), [], []
-    keeper.keep({str(tmp_path / "ckpt.pt"): failing([2], done)})
-    deadline = time.monotonic() + 20
-    while not done and time.monotonic() < deadline:
-        told += keeper.news()
-        time.sleep(0.01)
-    keeper.finish()
-    assert done == [True] and not keeper.pending
-    assert [*told, *keeper.news()] == [
-        "ckpt.pt: No space left on device; the run goes on, and tries to save again", "saving works again"
-    ]  # fmt: skip
-
-
-def test_what_cannot_be_written_in_the_end_is_an_error(tmp_path):
-    keeper = Keeper()
-    keeper.keep({str(tmp_path / "ckpt.pt"): failing([99], [])})
-    with pytest.raises(
-        ValueError, match=r"ckpt\.pt: No space left on device; not written: .*ckpt\.pt"
-    ):
-        keeper.finish()
-
-
-def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
-    keeper = Keeper()
-    keeper.keep({str(tmp_path / "ckpt.pt"): lambda: int("x")})
-    with pytest.raises(ValueError, match="invalid literal"):
-        keeper.finish()
-
-
-def test_what_cannot_be_written_is_in_nobody_s_way(tmp_path):
-    (tmp_path / "model.bin").mkdir()
-    keeper, path = Keeper(), str(tmp_path / "ckpt.pt")
-    writes = {name: lambda name=name: save_checkpoint(name, make_checkpoint(random_model())) for name in
-              (str(tmp_path / "model.bin"), path)}  # fmt: skip
-    keeper.keep(writes)
-    with pytest.raises(ValueError, match=r"not written: \S*/model\.bin$"):
-        keeper.finish()
-    assert load_checkpoint(path)["iter_num"] == 7
-
-
-def test_a_later_state_takes_the_place_of_one_that_could_not_be_written(tmp_path):
-    keeper, done = Keeper(), []
-    keeper.keep(
-        {str(tmp_path / "a"): failing([1], []), str(tmp_path / "b"): lambda: done.append("b")}
-    )
-    keeper.keep({str(tmp_path / "a"): lambda: done.append("a")})
-    keeper.finish()
-    assert done == ["b", "a"]
+def test_weights_with_nan_are_never_written(tmp_path):
+    manager, model = make_manager(tmp_path), random_model()
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    manager.save(make_checkpoint(model), model.args, best=True)
+    with pytest.raises(ValueError, match="not written"):
+        manager.flush()
+    assert checkpoint_steps(tmp_path) == {}
 
 
 @pytest.fixture
@@ -236,7 +176,7 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert (
-        "the run goes on, and tries to save again" in result.stdout
+        "training continues, the save is retried" in result.stdout
         and len(read_metrics(tmp_path, "loss")) == 30
     )
     assert "no checkpoint" in result.stderr.splitlines()[-1] and "ckpt.pt" in result.stderr
@@ -272,13 +212,11 @@ def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--max_iters=30")
     assert run_script("train.py", *options, f"--out_dir={straight}").returncode == 0
     shutil.copytree(straight, hurt)
-    cut(hurt / "ckpt.pt")
+    os.truncate(hurt / "ckpt.pt", 1000)
+    os.remove(hurt / "ckpt_000030.pt")  # copied, no longer a link
     os.remove(hurt / "best.pt")  # of the same step
     result = run_script("train.py", f"--out_dir={hurt}", "--init_from=auto")
-    assert (
-        result.returncode == 0
-        and f"going on from {hurt}/ckpt_000025.pt, which is of step 25" in result.stdout
-    )
+    assert result.returncode == 0 and f"using {hurt}/ckpt_000025.pt, of step 25" in result.stdout
     assert (
         same_training_state(straight / "ckpt.pt", hurt / "ckpt.pt")
         and (hurt / "ckpt.damaged").exists()

@@ -1,6 +1,5 @@
 """Checkpoints in shares: written, read, joined, and refused where they are damaged."""
 
-import dataclasses
 import errno
 import functools
 import os
@@ -14,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 import train
+from checkpoints import manager as manager_module
 from checkpoints import sharded
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.manager import load_latest, open_checkpoint
+from checkpoints.latest import load_latest, open_checkpoint
 from checkpoints.sharded import gather_full_state, open_sharded, write_single_rank
 from model import ModelArgs, Transformer, iter_initial_weights
 from runtime.device import autocast
 from runtime.distributed import DistContext, full_tensor
 from tests import helpers
 from tests.helpers import make_checkpoint, same_training_state
-from training import saving
-from training import setup as run_module
-from training.metrics import MetricsLogger
+from training import setup as training_setup
+from training.out_dir import remove_partial_files
 from training.parallel import load_weights, shard
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
@@ -224,115 +223,123 @@ def alone():
 
 @pytest.fixture
 def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
-    """A run in shares, of which one process has all; each call takes a step and saves."""
-    monkeypatch.setattr(run_module, "in_shares", lambda config, dist_ctx: True)
+    """A run with sharded checkpoints on one process; each call takes a step and saves."""
+    monkeypatch.setattr(training_setup, "uses_fsdp", lambda config, dist_ctx: True)
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     config = train.TrainConfig(**ARGS, out_dir=str(out_dir), dtype="float32", keep_checkpoints=1)
-    run = run_module.equip(
-        config, DistContext(), "cpu", (tokenizer, None, None), config.model_args()
-    )
+    data = training_setup.Data(tokenizer, None, None)
+    run = training_setup.build_components(config, DistContext(), "cpu", data, config.model_args())
     load_weights(run.model, iter_initial_weights(config.model_args()))
-    run.metrics = MetricsLogger(str(out_dir), 0)
-    (out_dir / "tokenizer.model").write_bytes(tokenizer.content)
+    run.metrics.open(0)
+    run.checkpoints.write_run_files()
 
     def save(step: int, best: bool = False) -> Path:
-        run.iter_num = step
-        run.model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[
-            1
-        ].backward()
+        run.state.iter_num = step
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+        _, loss = run.model(tokens, tokens + 1)
+        loss.backward()
         run.optimizer.step()
-        saving.save(run, best)
-        run.keeper.wait()
+        training_setup.save_state(run, best)
+        run.checkpoints.writer.wait_or_raise()
         return out_dir
 
     save.run = run
     return save
 
 
-def steps_in(out_dir: Path) -> dict[str, int]:
-    names = [
-        name for name in os.listdir(out_dir) if name.endswith((".dcp", ".pt", ".partial", ".old"))
-    ]
-    return {name: open_checkpoint(str(out_dir / name))["iter_num"] for name in sorted(names)}
+def checkpoint_steps(out_dir: Path) -> dict[str, int]:
+    """The step of every checkpoint in a folder, by its name."""
+    suffixes = (".dcp", ".pt", ".partial", ".old")
+    names = sorted(name for name in os.listdir(out_dir) if name.endswith(suffixes))
+    return {name: open_checkpoint(str(out_dir / name))["iter_num"] for name in names}
 
 
-def test_shares_are_kept_as_files_are(sharded_run):
+def test_sharded_checkpoints_rotate_as_files_do(sharded_run):
     out_dir = sharded_run(5, best=True)
-    for lesser in ("best.pt", "model.bin"):
-        (out_dir / lesser).write_bytes(b"")
+    for worse in ("best.pt", "model.bin"):
+        (out_dir / worse).write_bytes(b"")
     sharded_run(10, best=True)
     assert not (out_dir / "best.pt").exists() and not (out_dir / "model.bin").exists()
     sharded_run(15)
     sharded_run(15)  # of the same step again, as before an evaluation and after it
-    assert steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 15, "ckpt_000010.dcp": 10}
+    assert checkpoint_steps(out_dir) == {
+        "best.dcp": 10,
+        "ckpt.dcp": 15,
+        "ckpt_000010.dcp": 10,
+        "ckpt_000015.dcp": 15,
+    }
     weights = gather_full_state(open_sharded(str(out_dir / "ckpt.dcp")))["model"]
-    assert all(
-        torch.equal(weights[name], p.full_tensor())
-        for name, p in sharded_run.run.model.named_parameters()
-    )
-    os.truncate(out_dir / "ckpt.dcp" / "__0_0.distcp", 1000)
-    said = []
-    assert (
-        load_latest(str(out_dir), said.append)[0] == str(out_dir / "ckpt_000010.dcp")
-        and len(said) == 1
-    )
+    for name, parameter in sharded_run.run.model.named_parameters():
+        assert torch.equal(weights[name], parameter.full_tensor())
+    os.truncate(out_dir / "ckpt.dcp" / "__0_0.distcp", 1000)  # and so ckpt_000015.dcp
+    messages = []
+    found = load_latest(str(out_dir), messages.append)
+    assert found.path == str(out_dir / "ckpt_000010.dcp") and len(messages) == 1
 
 
-def test_without_older_ones_there_is_the_newest_alone(sharded_run):
-    sharded_run.run.config = dataclasses.replace(sharded_run.run.config, keep_checkpoints=0)
+def test_without_older_sharded_checkpoints_only_the_latest_stays(sharded_run):
+    sharded_run.run.checkpoints.keep_checkpoints = 0
     sharded_run(5)
-    assert steps_in(sharded_run(10)) == {"ckpt.dcp": 10}
+    assert checkpoint_steps(sharded_run(10)) == {"ckpt.dcp": 10, "ckpt_000010.dcp": 10}
 
 
-@pytest.mark.parametrize("where", ["link_or_copy", "write_hashed"])
-def test_a_best_that_could_not_be_written_is_owed(sharded_run, monkeypatch, where):
+@pytest.mark.parametrize("failing", ["best link", "write"])
+def test_best_that_could_not_be_written_is_written_later(sharded_run, monkeypatch, failing):
     out_dir = sharded_run(5)
+    link = manager_module.link_checkpoint
 
-    def full(*paths):
-        raise OSError(28, "No space left on device", paths[0])
+    def full_disk(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device", str(paths[0]))
 
-    with monkeypatch.context() as on:
-        on.setattr(saving if where == "link_or_copy" else sharded, where, full)
+    def link_all_but_best(source, target):
+        return full_disk(target) if target.endswith("best.dcp") else link(source, target)
+
+    with monkeypatch.context() as context:
+        if failing == "write":
+            context.setattr(sharded, "write_hashed", full_disk)
+        else:
+            context.setattr(manager_module, "link_checkpoint", link_all_but_best)
         sharded_run(10, best=True)
-        assert "No space left" in sharded_run.run.keeper.news()[0]
-        newest = 10 if where == "link_or_copy" else 5  # which does not suffer by the best
-        assert steps_in(out_dir).get("ckpt.dcp") == newest and "best.dcp" not in steps_in(out_dir)
+        assert "No space left" in sharded_run.run.checkpoints.poll()[0]
+        latest = 10 if failing == "best link" else 5  # it does not fail with the best
+        steps = checkpoint_steps(out_dir)
+        assert steps.get("ckpt.dcp") == latest and "best.dcp" not in steps
     sharded_run(15)
-    assert steps_in(out_dir) == {"best.dcp": 15, "ckpt.dcp": 15, f"ckpt_{newest:06d}.dcp": newest}
+    assert checkpoint_steps(out_dir) == {
+        "best.dcp": 15,
+        "ckpt.dcp": 15,
+        "ckpt_000015.dcp": 15,
+        f"ckpt_{latest:06d}.dcp": latest,
+    }
 
 
-def test_what_stands_in_the_way_of_the_best_holds_up_nothing_else(sharded_run):
+def test_foreign_file_in_best_checkpoint_does_not_stop_the_latest(sharded_run):
     out_dir = sharded_run(5, best=True)
     (out_dir / "best.dcp" / "mine").mkdir()
     sharded_run(10, best=True)
-    assert (
-        "holds other things (mine)" in sharded_run.run.keeper.news()[0]
-        and steps_in(out_dir)["ckpt.dcp"] == 10
-    )
+    assert "holds other things (mine)" in sharded_run.run.checkpoints.poll()[0]
+    assert checkpoint_steps(out_dir)["ckpt.dcp"] == 10
     (out_dir / "best.dcp" / "mine").rmdir()
-    sharded_run.run.keeper.finish()
-    assert steps_in(out_dir)["best.dcp"] == 10
+    sharded_run.run.checkpoints.flush()
+    assert checkpoint_steps(out_dir)["best.dcp"] == 10
 
 
-def test_a_folder_that_is_deleted_is_made_again(sharded_run):
+def test_deleted_folder_of_sharded_checkpoints_is_made_again(sharded_run):
     out_dir = sharded_run(5, best=True)
     shutil.rmtree(out_dir)
     sharded_run(10)
-    assert (
-        steps_in(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10}
-        and (out_dir / "tokenizer.model").exists()
-    )
+    assert checkpoint_steps(out_dir) == {"best.dcp": 10, "ckpt.dcp": 10, "ckpt_000010.dcp": 10}
+    assert (out_dir / "tokenizer.model").exists()
 
 
-def test_a_best_that_was_to_give_way_to_nothing_comes_back(sharded_run):
-    """Killed between the two renamings, there was no best.dcp, and the next start removed the old one."""
+def test_best_checkpoint_of_an_interrupted_replacement_comes_back(sharded_run):
+    """Killed between the two renames, there was no best.dcp, and the next start removed the old."""
     out_dir = sharded_run(5, best=True)
     os.rename(out_dir / "best.dcp", out_dir / "best.dcp.123.partial.old")
     (out_dir / "ckpt.dcp.10.partial").mkdir()
-    sharded_run.run.config = dataclasses.replace(sharded_run.run.config, init_from="resume")
-    saving.open_out_dir(sharded_run.run, str(out_dir / "ckpt.dcp"))
-    assert steps_in(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5}
+    remove_partial_files(str(out_dir))
+    assert checkpoint_steps(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5, "ckpt_000005.dcp": 5}
 
 
 def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
@@ -343,7 +350,7 @@ def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, mo
     with pytest.raises(ValueError, match="--out_dir must be one folder that all machines see"):
         sharded_run(10)
     monkeypatch.undo()
-    assert steps_in(out_dir) == {"ckpt.dcp": 5}
+    assert checkpoint_steps(out_dir) == {"ckpt.dcp": 5, "ckpt_000005.dcp": 5}
 
 
 def test_gathering_in_16_bits_changes_nothing_but_the_gains_rounding(alone):

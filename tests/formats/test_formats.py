@@ -18,7 +18,7 @@ from export import write_model
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, LazyTensor, from_model
 from formats.registry import FORMATS, detect_format, open_model
-from generation.engine import continuation
+from generation.engine import generate_tokens
 from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
 from tests.helpers import LLAMA3, model_logits, random_model
@@ -369,7 +369,7 @@ def test_sample_tells_the_same_story_from_every_format(target, run_script, token
         prompt = tokenizer.encode("Once", bos=True)
         tokens = [
             *prompt,
-            *continuation(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0),
+            *generate_tokens(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0),
         ]
         assert result.stdout.strip().endswith(tokenizer.decode(tokens).strip())
 

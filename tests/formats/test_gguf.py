@@ -14,7 +14,7 @@ from export import write_model
 from formats import gguf, gguf_file
 from formats.lazy_model import expand_layers, from_model
 from formats.registry import open_model
-from generation.engine import continuation
+from generation.engine import generate_tokens
 from tests.helpers import LLAMA3, random_model, random_slices, small_llama3_tokenizer
 from textdata.tokenizer import load_tokenizer
 
@@ -59,7 +59,7 @@ def exported(tmp_path, source, dtype) -> str:
 
 
 def greedy(model, tokenizer, number):
-    return continuation(model, [tokenizer.bos_id], max_new_tokens=number, temperature=0)
+    return generate_tokens(model, [tokenizer.bos_id], max_new_tokens=number, temperature=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -10,7 +10,7 @@ from checkpoints.file import save_checkpoint, write_model_args
 from formats import lazy_model, llama2c
 from formats.lazy_model import LazyModel
 from formats.registry import open_model
-from generation.engine import continuation
+from generation.engine import generate_tokens
 from model import Transformer
 from ops.rope import precompute_rope_cache
 from tests import helpers
@@ -108,7 +108,7 @@ def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, 
     model, tokenizer = read_v0(path), load_tokenizer(shared("models/tok512.bin"))
     write_v0(model, copy)
     assert content_of(copy) == content_of(path)
-    tokens = continuation(model, [tokenizer.bos_id], max_new_tokens=200, temperature=0)
+    tokens = generate_tokens(model, [tokenizer.bos_id], max_new_tokens=200, temperature=0)
     assert len(tokens) == 200
     assert tokenizer.decode(tokens).startswith(
         "Once upon a time, there was a little girl named Lily."

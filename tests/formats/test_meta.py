@@ -17,7 +17,7 @@ from export import write_model
 from formats import meta
 from formats.lazy_model import from_model
 from formats.registry import open_model
-from generation.engine import continuation
+from generation.engine import generate_tokens
 from ops.rope import RopeScaling
 from tests.helpers import (
     LLAMA3,
@@ -268,7 +268,7 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
     )
     prompt = tokenizer.encode("Once upon a time", bos=True)
     assert prompt == [128000, 12805, 5304, 264, 892]
-    told = continuation(model, prompt, max_new_tokens=20, temperature=0)
+    told = generate_tokens(model, prompt, max_new_tokens=20, temperature=0)
     assert len(told) == 20 and tokenizer.decode(told)
     place = str(llama3_folder)
     for step in ("hf", "gguf", "ckpt", "meta"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ops.attention import (
-    MOST_BLOCKS,
-    SMALLEST_BLOCK,
+    MAX_BLOCKS,
+    MIN_BLOCK_ROWS,
     causal_attention,
     row_blocks,
     single_query_attention,
@@ -37,7 +37,7 @@ def results(attend, inputs, output_grad) -> list:
 
 
 @pytest.mark.parametrize(
-    "length", [1, 2, SMALLEST_BLOCK - 1, SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 200, 256, 600]
+    "length", [1, 2, MIN_BLOCK_ROWS - 1, MIN_BLOCK_ROWS, MIN_BLOCK_ROWS + 1, 200, 256, 600]
 )
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 def test_output_and_gradients_are_those_of_the_definition(length, transposed):
@@ -64,7 +64,7 @@ def test_the_blocks_cover_every_row_once_and_are_few(length):
     ends = row_blocks(length)
     rows = [row for start, stop in ends for row in range(start, stop)]
     assert rows == list(range(length))
-    assert len(ends) <= MOST_BLOCKS
+    assert len(ends) <= MAX_BLOCKS
 
 
 def test_no_position_sees_the_future():

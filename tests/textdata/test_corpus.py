@@ -15,7 +15,7 @@ def texts_of(tmp_path):
     def write_and_read(name: str, content: str | bytes, **options) -> list[str]:
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return [piece.text for piece in read_documents(str(path), **options)]
+        return [chunk.text for chunk in read_documents(str(path), **options)]
 
     return write_and_read
 
@@ -53,7 +53,7 @@ def test_txt_documents_are_separated_by_blank_lines(texts_of, content, documents
         ("\n---\n", "one\r\n---\r\ntwo", ["one", "two"]),
     ],
 )
-def test_a_separator_of_one_s_own_is_taken_literally(texts_of, separator, content, documents):
+def test_a_separator_is_taken_literally(texts_of, separator, content, documents):
     assert texts_of("a.txt", content, separator=separator) == documents
 
 
@@ -83,16 +83,16 @@ def test_json_documents_are_the_stories(texts_of, name):
     assert texts_of(name, LAYOUTS[name]) == STORIES
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_where_a_json_block_ends_makes_no_difference(texts_of, monkeypatch, name, block):
-    monkeypatch.setattr(corpus, "BLOCK", block)
+def test_json_block_boundaries_make_no_difference(texts_of, monkeypatch, name, block_size):
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", block_size)
     assert texts_of(name, LAYOUTS[name]) == STORIES
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 17])
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
-def test_where_a_txt_block_ends_makes_no_difference(texts_of, monkeypatch, separator, block):
+def test_txt_block_boundaries_make_no_difference(texts_of, monkeypatch, separator, block_size):
     parts = [
         "one two",
         "naïve 日本語 🦙",
@@ -101,11 +101,11 @@ def test_where_a_txt_block_ends_makes_no_difference(texts_of, monkeypatch, separ
         "a longer one, with more words than a block holds",
     ]
     content = "\r\n" + (separator or "\n \n\n").join(parts).replace("\n", "\r\n") + "\n\n \n"
-    monkeypatch.setattr(corpus, "BLOCK", block)
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", block_size)
     assert texts_of("a.txt", content, separator=separator) == parts
 
 
-def test_text_may_stand_under_text_instead_of_story(texts_of):
+def test_the_key_may_be_text_instead_of_story(texts_of):
     content = '{"text": "one"}\n{"text": "not this", "story": "two"}\n'
     assert texts_of("a.jsonl", content) == ["one", "two"]
 
@@ -146,9 +146,9 @@ def test_damaged_json_is_refused_with_the_number_of_the_record(texts_of, content
         texts_of("a.json", content)
 
 
-def test_damaged_json_is_noticed_without_reading_the_rest_into_memory(texts_of, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 100)
-    monkeypatch.setattr(corpus, "LONGEST_RECORD", 1000)
+def test_damaged_json_is_refused_without_reading_the_whole_file(texts_of, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", 100)
+    monkeypatch.setattr(corpus, "MAX_RECORD", 1000)
     read = []
     with pytest.raises(ValueError, match="record 1 is not whole JSON"):
         texts_of("a.json", '[{"story" ' + "x" * 100_000, progress=read.append)
@@ -167,31 +167,31 @@ def test_a_record_without_text_is_refused(texts_of, record):
 @pytest.mark.parametrize(
     "content", ["[{}]".encode("utf-16"), b'[{"story": "caf\xe9"}]', "naïve".encode("latin-1")]
 )
-def test_what_is_not_utf8_is_refused_with_the_file_s_name(texts_of, name, content):
+def test_text_that_is_not_utf8_is_refused_with_its_path(texts_of, name, content):
     with pytest.raises(ValueError, match=rf"{re.escape(name)}: not UTF-8 text"):
         texts_of(name, content)
 
 
-def test_a_long_document_is_cut_at_spaces_into_one_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 64)
-    monkeypatch.setattr(corpus, "LONGEST_PIECE", 200)
+def test_a_long_document_is_split_at_spaces_into_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", 64)
+    monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
     long = " ".join(f"word{i}" for i in range(500))
     path = tmp_path / "a.txt"
     path.write_text(f"first\n\n{long}\n\nlast")
-    first, *pieces, last = read_documents(str(path))
+    first, *chunks, last = read_documents(str(path))
     assert first == DocumentChunk("first", True) and last == DocumentChunk("last", True)
-    assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert " ".join(piece.text for piece in pieces) == long
-    assert len(pieces) > 10 and max(len(piece.text) for piece in pieces) <= 200 + 64
+    assert [chunk.starts_document for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert " ".join(chunk.text for chunk in chunks) == long
+    assert len(chunks) > 10 and max(len(chunk.text) for chunk in chunks) <= 200 + 64
 
 
-def test_a_long_document_without_spaces_is_cut_anywhere_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 64)
-    monkeypatch.setattr(corpus, "LONGEST_PIECE", 200)
+def test_a_long_document_without_spaces_is_split_without_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", 64)
+    monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
     long = "日本" * 1000
     path = tmp_path / "a.txt"
     path.write_text(long, encoding="utf-8")
-    assert "".join(piece.text for piece in read_documents(str(path))) == long
+    assert "".join(chunk.text for chunk in read_documents(str(path))) == long
 
 
 @pytest.mark.parametrize("name", ["lines.txt", "one.txt", "a.json"])
@@ -199,12 +199,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     size = 30_000_000
     path = tmp_path / name
     story = "All work and no play makes Jack a dull boy. " * 20
-    form = {
+    layouts = {
         "lines.txt": ("", story + "\n\n", ""),
         "one.txt": ("", story, ""),
         "a.json": ("[", json.dumps({"story": story}) + ",", "{}]"),
     }
-    begin, record, end = form[name]
+    begin, record, end = layouts[name]
     with open(path, "w") as file:
         file.write(begin)
         for _ in range(size // len(record)):
@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         file.write(end.replace("{}", '{"story": "last"}'))
     tracemalloc.start()
     try:
-        characters = sum(len(piece.text) for piece in read_documents(str(path)))
+        characters = sum(len(chunk.text) for chunk in read_documents(str(path)))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -221,8 +221,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 
 def test_progress_ends_at_the_size_of_the_file(texts_of, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 1000)
-    content, positions = "naïve text\n\n" * 5000, []
+    monkeypatch.setattr(corpus, "BLOCK_SIZE", 1000)
+    content = "naïve text\n\n" * 5000
+    positions = []
     texts_of("a.txt", content, progress=positions.append)
     assert positions == sorted(positions) and positions[-1] == len(content.encode())
     assert len(set(positions)) > 3
@@ -240,8 +241,8 @@ def test_all_text_files_below_a_folder_are_found_in_order(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]
-    assert found == ["a.json", "b.txt", "deep/d.txt", "deep/er/c.jsonl"]
+    names = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]
+    assert names == ["a.json", "b.txt", "deep/d.txt", "deep/er/c.jsonl"]
     assert find_files(str(tmp_path / "b.txt")) == [str(tmp_path / "b.txt")]
 
 
@@ -253,7 +254,7 @@ def test_all_text_files_below_a_folder_are_found_in_order(tmp_path):
         ("empty", r"no file here ends in \.txt, \.json, \.jsonl"),
     ],
 )
-def test_no_text_is_an_error_that_names_the_path(tmp_path, name, reason):
+def test_a_path_without_text_is_refused_with_its_name(tmp_path, name, reason):
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))}: {reason}"):

@@ -29,11 +29,12 @@ def target(tmp_path) -> str:
 
 @pytest.fixture
 def give_up_after(server, target):
-    """give_up_after(etag) leaves what a download that broke off in the middle leaves: the first
-    megabytes of CONTENT, with that tag."""
+    """give_up_after(etag) leaves the files of an interrupted download: the first megabytes of
+    CONTENT, with that tag."""
 
     def leave(etag: str | None = '"one"'):
-        server.content["file"], server.etag = CONTENT, etag
+        server.content["file"] = CONTENT
+        server.etag = etag
         server.cuts = [3 * MIB + 5]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "ATTEMPTS", 1)
@@ -56,7 +57,7 @@ def files_beside(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**21 + 1])
-def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
+def test_a_download_leaves_only_the_file(server, target, size):
     server.content["file"] = (CONTENT * 3)[:size]
     download(server.url("file"), target)
     assert content_of(target) == server.content["file"] and files_beside(target) == [
@@ -64,8 +65,9 @@ def test_a_file_is_downloaded_and_nothing_else_is_left(server, target, size):
     ]
 
 
-def test_a_cut_connection_is_continued_where_it_stopped(server, target):
-    server.content["file"], server.cuts = CONTENT, [3 * MIB + 5, MIB + 5]
+def test_a_cut_connection_resumes_where_it_stopped(server, target):
+    server.content["file"] = CONTENT
+    server.cuts = [3 * MIB + 5, MIB + 5]
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
     first, second, third = server.requests
@@ -79,7 +81,7 @@ def test_a_cut_connection_is_continued_where_it_stopped(server, target):
     assert files_beside(target) == ["archive.tar.gz"]
 
 
-def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_after):
+def test_a_later_run_resumes_an_earlier_download(server, target, give_up_after):
     give_up_after()
     have = os.path.getsize(f"{target}.partial")
     download(server.url("file"), target)
@@ -89,26 +91,25 @@ def test_a_later_run_continues_what_an_earlier_one_left(server, target, give_up_
 
 @pytest.mark.parametrize("before", ['"one"', 'W/"one"', None])
 @pytest.mark.parametrize("now", ['"two"', 'W/"two"', None])
-def test_another_content_under_the_same_address_is_fetched_anew(
-    server, target, give_up_after, before, now
-):
-    """Two contents may not be joined. An empty If-Range is none to many servers, and a weak tag
-    may not stand in it (RFC 9110, 13.1.5)."""
+def test_changed_content_is_downloaded_from_the_start(server, target, give_up_after, before, now):
+    """Two contents must not be joined. Many servers ignore an empty If-Range, and a weak tag is not
+    valid there (RFC 9110, 13.1.5)."""
     give_up_after(before)
-    server.content["file"], server.etag = OTHER, now
+    server.content["file"] = OTHER
+    server.etag = now
     download(server.url("file"), target)
     assert content_of(target) == OTHER
     assert not any((request["If-Range"] or "").startswith("W/") for request in server.requests)
 
 
-def test_a_server_that_ignores_ranges_sends_everything_again(server, target, give_up_after):
+def test_a_server_that_ignores_ranges_restarts_the_download(server, target, give_up_after):
     give_up_after()
     server.knows_ranges = False
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
 
 
-def test_a_partial_file_that_is_whole_already_only_gets_its_name(server, target, give_up_after):
+def test_a_complete_partial_file_is_only_renamed(server, target, give_up_after):
     give_up_after()
     with open(f"{target}.partial", "wb") as file:
         file.write(CONTENT)
@@ -117,7 +118,7 @@ def test_a_partial_file_that_is_whole_already_only_gets_its_name(server, target,
     assert len(server.requests) == 1
 
 
-def test_a_partial_file_longer_than_the_content_is_fetched_anew(server, target, give_up_after):
+def test_a_partial_file_that_is_too_long_is_downloaded_again(server, target, give_up_after):
     give_up_after()
     with open(f"{target}.partial", "wb") as file:
         file.write(CONTENT + b"too much")
@@ -126,35 +127,39 @@ def test_a_partial_file_longer_than_the_content_is_fetched_anew(server, target, 
 
 
 @pytest.mark.parametrize("statuses", [[503], [503, 502, 500, 504]])
-def test_a_server_in_trouble_is_asked_again(server, target, statuses):
-    server.content["file"], server.statuses = CONTENT, statuses
+def test_server_errors_are_retried(server, target, statuses):
+    server.content["file"] = CONTENT
+    server.statuses = statuses
     download(server.url("file"), target)
     assert content_of(target) == CONTENT
 
 
-def test_a_server_that_stays_in_trouble_is_given_up_with_the_reason(server, target):
-    server.content["file"], server.statuses = CONTENT, [503] * 100
+def test_persistent_server_errors_give_up_with_the_reason(server, target):
+    server.content["file"] = CONTENT
+    server.statuses = [503] * 100
     with pytest.raises(ConnectionError, match=r"gave up on http\S+/file after 5 attempts: 503 "):
         download(server.url("file"), target)
     assert len(server.requests) == 5 and not os.path.exists(target)
 
 
 @pytest.mark.parametrize("status", [404, 403, 410])
-def test_what_is_not_there_is_asked_for_once(server, target, status):
+def test_client_errors_are_not_retried(server, target, status):
     server.statuses = [status]
     with pytest.raises(requests.HTTPError, match=str(status)):
         download(server.url("file"), target)
     assert len(server.requests) == 1 and not os.path.exists(target)
 
 
-def test_a_server_that_announces_more_than_it_sends_is_given_up(server, target):
-    server.content["file"], server.extra_length, server.knows_ranges = CONTENT, 5, False
+def test_a_body_shorter_than_content_length_gives_up(server, target):
+    server.content["file"] = CONTENT
+    server.extra_length = 5
+    server.knows_ranges = False
     with pytest.raises(ConnectionError, match="after 5 attempts"):
         download(server.url("file"), target)
     assert not os.path.exists(target)
 
 
-def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
+def test_an_unreachable_server_gives_up_with_a_plain_reason(target):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # not listening
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
@@ -165,10 +170,11 @@ def test_a_server_that_is_not_there_is_given_up_with_a_plain_reason(target):
     assert files_beside(target) == []
 
 
-def test_an_earlier_file_is_kept_until_the_new_one_is_whole(server, target):
+def test_the_old_file_stays_until_the_new_one_is_complete(server, target):
     with open(target, "wb") as file:
         file.write(b"old")
-    server.content["file"], server.statuses = CONTENT, [503] * 5
+    server.content["file"] = CONTENT
+    server.statuses = [503] * 5
     with pytest.raises(ConnectionError):
         download(server.url("file"), target)
     assert content_of(target) == b"old"
@@ -209,8 +215,8 @@ def test_an_archive_is_unpacked_into_a_new_folder(pack, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder", "packed"]
 
 
-def symlink(name: str, target: str, kind: bytes = tarfile.SYMTYPE):
-    return member(name, b"", type=kind, linkname=target)
+def symlink(name: str, target: str, member_type: bytes = tarfile.SYMTYPE):
+    return member(name, b"", type=member_type, linkname=target)
 
 
 EVIL = {
@@ -230,34 +236,36 @@ EVIL = {
 }
 
 
-@pytest.mark.parametrize("kind", EVIL)
-def test_an_archive_that_would_write_elsewhere_is_refused(pack, tmp_path, kind):
+@pytest.mark.parametrize("attack", EVIL)
+def test_an_archive_that_writes_outside_its_folder_is_refused(pack, tmp_path, attack):
     with pytest.raises(tarfile.TarError):
-        unpack(pack([member("data00.json"), *EVIL[kind]]), str(tmp_path / "deep" / "folder"))
+        unpack(pack([member("data00.json"), *EVIL[attack]]), str(tmp_path / "deep" / "folder"))
     left = [name for _, folders, files in os.walk(tmp_path) for name in folders + files]
     assert sorted(left) == ["packed"] or sorted(left) == ["deep", "packed"]
 
 
-def test_an_absolute_path_stays_inside(pack, tmp_path):
+def test_an_absolute_path_stays_inside_the_folder(pack, tmp_path):
     outside = tmp_path / "outside"
     unpack(pack([member(str(outside))]), str(tmp_path / "folder"))
     assert not outside.exists()
     assert sorted(os.listdir(tmp_path)) == ["folder", "packed"]
 
 
-def test_an_executable_with_the_rights_of_another_user_loses_them(pack, tmp_path):
+def test_setuid_and_write_permissions_are_removed(pack, tmp_path):
     unpack(pack([member("tool", mode=0o6777)]), str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "tool").stat().st_mode & 0o6022 == 0
 
 
-REFUSALS = (tarfile.TarError, EOFError, OSError)  # what the download stage turns into a sentence
+REFUSALS = (tarfile.TarError, EOFError, OSError)  # the download stage reports them in one sentence
 
 
 def test_a_truncated_archive_is_refused_wherever_it_ends(pack, tmp_path):
-    """Cut within a header, an archive seems to end there: tarfile alone lets files be missing."""
+    """tarfile alone takes an archive that is cut within a header as complete."""
     names = [f"data{number:02d}.json" for number in range(3)]
     path = pack([member(name, name.encode() * 100) for name in names])
-    whole, folder, mistaken = content_of(path), tmp_path / "folder", []
+    whole = content_of(path)
+    folder = tmp_path / "folder"
+    accepted = []
     for length in range(len(whole)):
         with open(path, "wb") as file:
             file.write(whole[:length])
@@ -266,19 +274,19 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(pack, tmp_path):
         except REFUSALS:
             assert os.listdir(tmp_path) == ["packed"]
         except Exception as error:
-            mistaken.append((length, repr(error)))
+            accepted.append((length, repr(error)))
         else:
             if sorted(os.listdir(folder)) != names:
-                mistaken.append((length, sorted(os.listdir(folder))))
+                accepted.append((length, sorted(os.listdir(folder))))
             shutil.rmtree(folder)
-    assert mistaken == []
+    assert accepted == []
 
 
 @pytest.mark.parametrize(
     "content", [CONTENT[:5000], random.Random(1).randbytes(5000)], ids=["compressible", "random"]
 )
 def test_a_damaged_archive_is_refused(pack, tmp_path, content):
-    """Its checksum is at the very end, after what tarfile reads."""
+    """The checksum of gzip is at the end, which tarfile does not read."""
     path = pack([member(f"{number}.json", content) for number in range(4)])
     whole = content_of(path)
     for position in range(len(whole) // 4, len(whole) - 8, len(whole) // 10):
@@ -289,7 +297,7 @@ def test_a_damaged_archive_is_refused(pack, tmp_path, content):
         assert os.listdir(tmp_path) == ["packed"]
 
 
-def test_what_an_interrupted_unpacking_left_is_not_mixed_in(pack, tmp_path):
+def test_files_of_an_interrupted_unpacking_are_removed(pack, tmp_path):
     (tmp_path / "folder.partial").mkdir()
     (tmp_path / "folder.partial" / "stale.json").write_text("x")
     unpack(pack([member("data00.json")]), str(tmp_path / "folder"))

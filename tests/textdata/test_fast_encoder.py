@@ -6,56 +6,48 @@ import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from textdata import fast_encoder as words
+from textdata import fast_encoder
 from textdata.fast_encoder import Encoder, is_word_separable
-from textdata.tokenizer import SentencePieceTokenizer, load_tokenizer
+from textdata.tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
 
-# Spaces side by side and at the ends, other white space, digits, the space's own sign, what looks
-# like a control token, characters that no vocabulary has.
+# Adjacent spaces, other whitespace, digits, the sign for a space, text that looks like a control
+# token and characters that no vocabulary has.
+# fmt: off
 PARTS = [
-    "a",
-    "the",
-    "dog",
-    ".",
-    "1",
-    "23",
-    " ",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "▁",
-    "▁the",
-    "é",
-    "中",
-    "😀",
-    "<s>",
+    "a", "the", "dog", ".", "1", "23", " ", " ", "  ", "\n", "\n\n", "\t", "▁", "▁the", "é", "中",
+    "😀", "<s>", "\u00a0", "\u2028", "\x00", "n't", "Lily", chr(34),
 ]
-PARTS += ["\u00a0", "\u2028", "\x00", "n't", "Lily", chr(34)]
+# fmt: on
 
 
-def odd_texts(count: int, seed=0) -> list[str]:
+def odd_texts(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     return ["".join(draw.choices(PARTS, k=draw.randint(1, 30))) for _ in range(count)]
 
 
-def encoded(tokenizer, texts: list[str], dtype="<u2") -> list[list[int]]:
+def encode_texts(tokenizer, texts: list[str], dtype="<u2") -> list[list[int]]:
     encoder = Encoder(tokenizer, np.dtype(dtype))
-    once, twice = encoder.encode(texts), encoder.encode(texts)  # from the words remembered, too
-    assert once == twice
-    return [np.frombuffer(ids, dtype).tolist() for ids in once]
+    encoded = encoder.encode(texts)
+    assert encoder.encode(texts) == encoded  # now from the cache
+    return [np.frombuffer(ids, dtype).tolist() for ids in encoded]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_ids_are_sentencepieces_own(tokenizer, stories, dtype):
+def test_token_ids_equal_those_of_sentencepiece(tokenizer, stories, dtype):
     assert is_word_separable(tokenizer)
     texts = stories + odd_texts(3000)
-    assert encoded(tokenizer, texts, dtype) == tokenizer.processor.encode(texts)
+    assert encode_texts(tokenizer, texts, dtype) == tokenizer.processor.encode(texts)
 
 
 @pytest.mark.parametrize("name", ["tok512.bin", "llama2_tokenizer.model"])
-def test_with_real_vocabularies_too(shared, stories, name):
+def test_token_ids_of_real_vocabularies_equal_those_of_sentencepiece(shared, stories, name):
     tokenizer = load_tokenizer(shared(f"models/{name}"))
     assert is_word_separable(tokenizer)
     with open(shared("data/tinyshakespeare.txt"), encoding="utf-8") as file:
@@ -65,18 +57,22 @@ def test_with_real_vocabularies_too(shared, stories, name):
         + stories
         + odd_texts(1000)
     )
-    assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
+    assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
-def learned(texts, **options) -> SentencePieceTokenizer:
+def train(texts, **options) -> SentencePieceTokenizer:
+    """A vocabulary like that of train_sentencepiece, but for the options."""
     model = io.BytesIO()
     settings = dict(
-        model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity"
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
     )
-    settings |= (
-        dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
-        | options
-    )
+    settings |= options
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, **settings
     )
@@ -96,33 +92,31 @@ def learned(texts, **options) -> SentencePieceTokenizer:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_a_vocabulary_whose_tokens_may_depend_on_more_than_a_word_is_left_to_sentencepiece(
-    stories, options
-):
-    tokenizer = learned(stories, **options)
+def test_vocabularies_with_tokens_across_words_use_sentencepiece(stories, options):
+    tokenizer = train(stories, **options)
     assert not is_word_separable(tokenizer)
     texts = stories[:50] + odd_texts(300)
-    assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
+    assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
-@pytest.mark.parametrize("kind", [2, 3, 5], ids=["unknown", "control", "unused"])
-def test_a_vocabulary_whose_space_is_no_token_is_left_to_sentencepiece(stories, kind):
-    """Without it, unknown characters of neighbouring words are joined into one unknown token."""
-    model = ModelProto.FromString(learned(stories, byte_fallback=False).content)
+@pytest.mark.parametrize("space_type", [UNKNOWN, CONTROL, UNUSED])
+def test_a_vocabulary_without_a_space_token_uses_sentencepiece(stories, space_type):
+    """Without it, unknown characters of neighboring words become one unknown token."""
+    model = ModelProto.FromString(train(stories, byte_fallback=False).content)
     space = next(piece for piece in model.pieces if piece.piece == "▁")
-    space.type = kind
-    if kind == 2:
-        model.pieces[0].type = 1  # there may be one unknown token only
+    space.type = space_type
+    if space_type == UNKNOWN:
+        model.pieces[0].type = NORMAL  # there may be one unknown token only
     tokenizer = SentencePieceTokenizer(model.SerializeToString())
     texts = ["é 中", "a é 中 b", *odd_texts(300)]
     assert not is_word_separable(tokenizer)
-    assert encoded(tokenizer, texts) == tokenizer.processor.encode(texts)
+    assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
-def test_no_more_is_remembered_than_a_limit(tokenizer, stories, monkeypatch):
-    monkeypatch.setattr(words, "MOST_WORDS", 20)
-    monkeypatch.setattr(words, "LONGEST_WORD", 5)
+def test_the_word_cache_is_limited(tokenizer, stories, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "MAX_CACHED_WORDS", 20)
+    monkeypatch.setattr(fast_encoder, "MAX_WORD_LENGTH", 5)
     encoder = Encoder(tokenizer, np.dtype("<u2"))
-    found = [np.frombuffer(ids, "<u2").tolist() for ids in encoder.encode(stories)]
-    assert found == tokenizer.processor.encode(stories)
+    ids = [np.frombuffer(content, "<u2").tolist() for content in encoder.encode(stories)]
+    assert ids == tokenizer.processor.encode(stories)
     assert len(encoder.words) == 20 and max(map(len, encoder.words)) <= 5

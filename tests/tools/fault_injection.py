@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints.manager import latest_path, load_latest, remove
+from checkpoints.latest import latest_path, load_latest, remove_checkpoint
 from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
 from tests.processes import ROOT
 from textdata.synthetic import story
@@ -179,7 +179,7 @@ def run_attempt(
     if newest.exists() and fault == "cut checkpoint":
         cut_checkpoint(newest, random.Random(delay))
     elif newest.exists() and fault == "deleted checkpoint":
-        remove(str(newest))
+        remove_checkpoint(str(newest))
     return True, status
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from formats.registry import open_model
 from model import ModelArgs, Transformer
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset
-from training.evaluation import EvalResult, evaluate
+from training.evaluation import EvalResult, EvalSettings, evaluate
 
 SEQ_LEN = 32
 
@@ -43,10 +44,10 @@ def quality_of(token_folder, tokenizer):
 
     def measure(model, batch_size=8, num_batches=0, dtype="float32", dist_ctx=None, split="val"):
         windows = TokenDataset(token_folder, split, SEQ_LEN, include_partial=True)
-        more = () if dist_ctx is None else (dist_ctx,)
-        return evaluate(
-            model, windows, tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype, *more
-        )
+        settings = EvalSettings(tokenizer.byte_counts, batch_size, num_batches, "cpu", dtype)
+        if dist_ctx is not None:
+            settings = dataclasses.replace(settings, dist_ctx=dist_ctx)
+        return evaluate(model, windows, settings)
 
     return measure
 
@@ -71,7 +72,7 @@ def nats_of_each_token(model, tokens: list[int]) -> list[float]:
     return nats
 
 
-def test_the_figures_are_those_of_every_token_and_every_byte_of_the_split(
+def test_evaluation_counts_every_token_and_byte_of_the_split(
     model, quality_of, token_folder, tokenizer
 ):
     """llama2.c #475: nobody could reproduce a published loss."""
@@ -98,14 +99,14 @@ def test_more_batches_than_there_are_give_the_whole_split(model, quality_of):
     assert quality_of(model, num_batches=10_000) == quality_of(model)
 
 
-def test_some_batches_are_the_same_at_every_call_and_come_from_all_of_the_split(model, quality_of):
+def test_every_evaluation_reads_the_same_batches_across_the_split(model, quality_of):
     some = quality_of(model, num_batches=4)
     assert some == quality_of(model, num_batches=4) != quality_of(model)
     assert some.loss == pytest.approx(quality_of(model).loss, rel=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_random_state_and_no_mode_is_touched_and_dropout_is_off(training, model, quality_of):
+def test_evaluation_leaves_random_state_and_mode_without_dropout(training, model, quality_of):
     expected = quality_of(model)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert quality_of(model.train(training)) == expected

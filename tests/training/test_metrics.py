@@ -3,10 +3,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-DRAW = "from training.metrics import MetricsLogger; m = MetricsLogger({!r}, 0); m.write(iter=0, loss=2.0); m.draw(); m.draw(); print('on')"
+DRAW = """
+from training.metrics import MetricsLogger
+metrics = MetricsLogger({!r})
+metrics.open(0)
+metrics.write(iter=0, loss=2.0)
+metrics.plot_loss()
+metrics.plot_loss()
+print("on")
+"""
 
 
-def test_settings_that_matplotlib_does_not_take_cost_the_picture_and_not_the_run(tmp_path):
+def test_settings_matplotlib_rejects_cost_the_plot_only(tmp_path):
     """They ended a training run at its first evaluation."""
     command = [sys.executable, "-c", DRAW.format(str(tmp_path))]
     environment = os.environ | {"MPLBACKEND": "nonsense"}
@@ -15,5 +23,5 @@ def test_settings_that_matplotlib_does_not_take_cost_the_picture_and_not_the_run
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=60
     )
     assert (result.returncode, result.stdout) == (0, "on\n"), result.stderr
-    assert result.stderr.count("no picture of the loss") == 1 and "Traceback" not in result.stderr
+    assert result.stderr.count("no plot of the loss") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "loss.png").exists() and (tmp_path / "metrics.jsonl").exists()

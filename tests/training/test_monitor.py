@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from checkpoints.file import load_checkpoint
+from runtime.distributed import DistContext
 from tests.helpers import TINY_RUN, same_training_state
 from textdata.loader import epoch_index
 from textdata.token_shards import TokenDataset
-from training import monitor as health
+from training import monitor
+from training.state import TrainState
 
 SPIKED = "--skip_spikes=1.05"  # so low that it is met
 
@@ -20,43 +22,56 @@ def train(run_script, data_dir):
     return lambda *args: run_script("train.py", f"--data_dir={data_dir}", *args)
 
 
-def run_with(norms, skip_spikes=3.0, said=None) -> types.SimpleNamespace:
-    config = types.SimpleNamespace(skip_spikes=skip_spikes)
-    say = (said if said is not None else []).append
-    return types.SimpleNamespace(config=config, late_norms=list(norms), iter_num=7, say=say)
-
-
-def test_a_norm_far_above_the_usual_one_is_skipped_and_told():
-    said = []
-    run = run_with([1.0] * 30, said=said)
-    assert not health.skips(run, torch.tensor(2.9)) and not said
-    assert health.skips(run, torch.tensor(3.1)) and "step 7: skipped" in said[0]
-    assert run.late_norms[-2:] == [pytest.approx(2.9), pytest.approx(3.1)]
-
-
-def test_nothing_is_skipped_unasked_or_before_it_is_known_what_is_usual():
-    assert not health.skips(run_with([1.0] * 30, skip_spikes=0.0), torch.tensor(1e9))
-    assert not health.skips(run_with([1.0] * (health.FEWEST_NORMS - 1)), torch.tensor(1e9))
-
-
-def test_norms_that_are_no_numbers_are_not_remembered():
-    run = run_with([1.0] * 30)
-    health.skips(run, torch.tensor(float("nan")))
-    health.skips(run, torch.tensor(float("inf")))
-    assert len(run.late_norms) == 30
-
-
-def test_a_spike_of_the_loss_is_told():
-    said, records = [], [{"loss": 2.0}] * 30
-    run = run_with([], said=said)
-    run.dist_ctx, run.metrics = (
-        types.SimpleNamespace(is_main=True),
-        types.SimpleNamespace(records=records),
+def fake_run(norms, skip_spikes=3.0, messages=None, records=()) -> types.SimpleNamespace:
+    """A run at step 7 with these recent gradient norms and metrics."""
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(skip_spikes=skip_spikes),
+        state=TrainState(iter_num=7, recent_grad_norms=list(norms)),
+        log=(messages if messages is not None else []).append,
+        dist_ctx=DistContext(),
+        metrics=types.SimpleNamespace(records=list(records)),
+        first_nonfinite_step=torch.tensor(-1),
     )
-    health.tell_spikes(run, loss=9.0)
-    assert not said
-    health.tell_spikes(run, loss=30.0)
-    assert said == ["step 7: loss 30 is 15 times what is usual"]
+
+
+def test_gradient_norm_far_above_the_median_is_skipped_and_logged():
+    messages = []
+    run = fake_run([1.0] * 30, messages=messages)
+    assert not monitor.should_skip_step(run, torch.tensor(2.9)) and not messages
+    assert monitor.should_skip_step(run, torch.tensor(3.1))
+    assert messages == ["step 7: skipped, gradient norm 3.1, recent median 1"]
+    assert run.state.recent_grad_norms[-2:] == [pytest.approx(2.9), pytest.approx(3.1)]
+
+
+def test_no_step_is_skipped_without_option_or_history():
+    run = fake_run([1.0] * 30, skip_spikes=0.0)
+    assert not monitor.should_skip_step(run, torch.tensor(1e9))
+    run = fake_run([1.0] * (monitor.MIN_HISTORY - 1))
+    assert not monitor.should_skip_step(run, torch.tensor(1e9))
+
+
+def test_nonfinite_norms_do_not_enter_the_history():
+    run = fake_run([1.0] * 30)
+    monitor.should_skip_step(run, torch.tensor(float("nan")))
+    monitor.should_skip_step(run, torch.tensor(float("inf")))
+    assert len(run.state.recent_grad_norms) == 30
+
+
+def test_loss_spike_is_logged():
+    messages = []
+    run = fake_run([], messages=messages, records=[{"loss": 2.0}] * 30)
+    monitor.log_spikes(run, loss=9.0)
+    assert not messages
+    monitor.log_spikes(run, loss=30.0)
+    assert messages == ["step 7: loss 30 is 15 times the recent median"]
+
+
+def test_only_the_first_nonfinite_step_is_recorded():
+    run = fake_run([])
+    for step, norm in ((3, 1.0), (4, float("inf")), (5, float("nan"))):
+        run.state.iter_num = step
+        monitor.record_first_nonfinite(run, torch.tensor(norm))
+    assert int(run.first_nonfinite_step) == 4
 
 
 def test_a_resumed_run_skips_the_same_updates(train, tmp_path):
@@ -64,7 +79,7 @@ def test_a_resumed_run_skips_the_same_updates(train, tmp_path):
     whole = train(
         *TINY_RUN, SPIKED, "--max_iters=60", f"--out_dir={straight}", "--keep_checkpoints=9"
     )
-    assert whole.stdout.count("skipped, its gradient") > 2, whole.stdout
+    assert whole.stdout.count("skipped, gradient norm") > 2, whole.stdout
     resumed.mkdir()
     shutil.copy(straight / "ckpt_000040.pt", resumed / "ckpt.pt")
     rest = train("--init_from=resume", f"--out_dir={resumed}")
@@ -85,7 +100,7 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = next(r for r in map(json.loads, lines) if r["iter"] == 20 and "loss" in r)
     loss, norm = map(
-        float, re.search(r"^loss (\S+), norm of the gradient (\S+);", result.stdout, re.M).groups()
+        float, re.search(r"^loss (\S+), gradient norm (\S+);", result.stdout, re.M).groups()
     )
     assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(
         record["grad_norm"], rel=1e-4
@@ -97,7 +112,7 @@ def test_a_step_can_be_looked_at_again(train, tmp_path, token_folder):
         assert re.search(rf"^ *{position}  {re.escape(path)}:{start}  loss", result.stdout, re.M)
 
 
-def test_a_loss_that_is_no_number_is_told_with_its_place_and_how_to_see_it(train, tmp_path):
+def test_nan_loss_names_step_sequence_and_debug_command(train, tmp_path):
     blown_up = (
         "--learning_rate=1e30",
         "--grad_clip=0",

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -8,10 +9,14 @@ import torch
 
 from model import Transformer
 from tests import helpers
-from training.optim import load_optimizer, lr_at_step, make_optimizer
+from training.optim import LRSchedule, load_optimizer, lr_at_step, make_optimizer
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
-SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
+COSINE = LRSchedule("cosine", 5e-4, 5e-5, warmup_steps=1000, total_steps=100_000)
+
+
+def rates_of(schedule: LRSchedule, steps) -> list[float]:
+    return [lr_at_step(step, schedule) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -26,50 +31,48 @@ SCHEDULE = dict(peak=5e-4, floor=5e-5, warmup_steps=1000, total_steps=100_000)
         (200_000, 5e-5),
     ],
 )
-def test_the_learning_rate_at_key_points(step, expected):
-    assert lr_at_step(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+def test_cosine_learning_rate_at_key_steps(step, expected):
+    assert lr_at_step(step, COSINE) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("floor", [0.0, 5e-5, 5e-4])
-def test_the_learning_rate_rises_then_falls_and_ends_at_the_floor(floor):
-    rates = [lr_at_step(step, 5e-4, floor, 10, 100) for step in range(101)]
+@pytest.mark.parametrize("min_lr", [0.0, 5e-5, 5e-4])
+def test_learning_rate_rises_then_falls_to_its_minimum(min_lr):
+    rates = rates_of(LRSchedule("cosine", 5e-4, min_lr, 10, 100), range(101))
     assert rates[:10] == sorted(set(rates[:10]))
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[9] == 5e-4 and rates[100] == floor
-    assert min(rates[10:]) >= floor and rates[0] > 0
+    assert rates[9] == 5e-4 and rates[100] == min_lr
+    assert min(rates[10:]) >= min_lr and rates[0] > 0
 
 
-def test_the_learning_rate_without_decay_stays_at_its_peak():
-    rates = [
-        lr_at_step(step, **SCHEDULE, kind="constant")
-        for step in (999, 1000, 50_000, 100_000, 10**9)
-    ]
-    assert rates == [5e-4] * 5
+def test_constant_learning_rate_stays_at_its_peak():
+    schedule = dataclasses.replace(COSINE, name="constant")
+    assert rates_of(schedule, (999, 1000, 50_000, 100_000, 10**9)) == [5e-4] * 5
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 100])
-def test_the_learning_rate_without_warm_up_begins_at_its_peak(total_steps):
-    assert lr_at_step(0, 5e-4, 0.0, 0, total_steps) == 5e-4
-    assert lr_at_step(total_steps, 5e-4, 0.0, 0, total_steps) == 0
+def test_learning_rate_without_warmup_starts_at_its_peak(total_steps):
+    schedule = LRSchedule("cosine", 5e-4, 0.0, 0, total_steps)
+    assert rates_of(schedule, (0, total_steps)) == [5e-4, 0]
 
 
-def test_a_warm_up_longer_than_the_run_only_rises():
-    rates = [lr_at_step(step, 1.0, 0.0, 1000, 10) for step in range(10)]
+def test_warmup_longer_than_the_run_only_rises():
+    rates = rates_of(LRSchedule("cosine", 1.0, 0.0, 1000, 10), range(10))
     assert rates == pytest.approx([(step + 1) / 1000 for step in range(10)])
 
 
-@pytest.mark.parametrize("floor", [0.0, 5e-5])
-def test_wsd_stays_at_its_peak_and_comes_down_in_the_last_fifth(floor):
-    rates = [lr_at_step(step, 5e-4, floor, 10, 100, "wsd") for step in range(101)]
+@pytest.mark.parametrize("min_lr", [0.0, 5e-5])
+def test_wsd_is_constant_and_decays_in_the_last_fifth(min_lr):
+    schedule = LRSchedule("wsd", 5e-4, min_lr, 10, 100)
+    rates = rates_of(schedule, range(101))
     assert rates[9:81] == [5e-4] * 72
     assert rates[80:] == sorted(set(rates[80:]), reverse=True)
-    assert rates[85] == pytest.approx(floor + (5e-4 - floor) * (1 - math.sqrt(5 / 20)))
-    assert rates[100] == floor
-    assert lr_at_step(150, 5e-4, floor, 10, 100, "wsd") == floor
+    assert rates[85] == pytest.approx(min_lr + (5e-4 - min_lr) * (1 - math.sqrt(5 / 20)))
+    assert rates[100] == min_lr
+    assert lr_at_step(150, schedule) == min_lr
 
 
-def test_a_warm_up_that_reaches_into_the_cooldown_of_wsd_shortens_it():
-    rates = [lr_at_step(step, 1.0, 0.0, 90, 100, "wsd") for step in range(101)]
+def test_warmup_into_the_decay_of_wsd_shortens_the_decay():
+    rates = rates_of(LRSchedule("wsd", 1.0, 0.0, 90, 100), range(101))
     assert rates[89] == rates[90] == 1.0 and rates[100] == 0.0
     assert rates[95] == pytest.approx(1 - math.sqrt(0.5))
 
@@ -231,7 +234,7 @@ def is_hidden_matrix(name: str) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else_once(tied):
+def test_muon_takes_block_matrices_and_adamw_the_rest(tied):
     model = random_model(tie_embeddings=tied)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = muon_of(model).param_groups
@@ -284,7 +287,7 @@ def test_a_loaded_muon_goes_on_as_if_never_saved():
     assert str(loaded.state_dict()) == str(optimizer.state_dict())
 
 
-def test_muon_under_a_scaler_steps_as_without_and_skips_a_step_that_overflows():
+def test_muon_with_grad_scaler_skips_overflow_steps_only():
     plain, scaled = random_model(), random_model()
     alone, optimizer = muon_of(plain), muon_of(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

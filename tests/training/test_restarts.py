@@ -112,7 +112,7 @@ def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
         )
 
 
-def test_processes_that_do_not_see_the_same_checkpoint_refuse_to_begin(
+def test_ranks_with_different_checkpoints_refuse_to_start(
     options, undisturbed, tmp_path
 ):
     elsewhere = f"--out_dir={tmp_path / 'empty'}"
@@ -140,7 +140,7 @@ def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
 
 
 @linux_only
-def test_a_machine_that_is_lost_comes_back_and_the_run_ends_right(options, undisturbed, tmp_path):
+def test_run_survives_a_lost_machine_that_comes_back(options, undisturbed, tmp_path):
     """Two agents of torchrun, as two machines would start them. Without that variable the first waited for
     ever for the second: PyTorch told a newcomer the address of its store in the first round only."""
     alive = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"

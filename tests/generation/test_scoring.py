@@ -1,0 +1,26 @@
+import functools
+
+import pytest
+import torch
+
+from generation.scoring import CHUNK, token_logprobs
+from generation.sequence import context_start
+from tests import helpers
+
+V = helpers.GENERATION_MODEL["vocab_size"]
+random_model = functools.partial(helpers.random_model, helpers.GENERATION_MODEL, 0.3)
+
+
+@pytest.mark.parametrize("max_seq_len", [16, 15, 1, CHUNK + 100])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 60, CHUNK + 60])
+def test_logprobs_have_the_context_that_generation_has(max_seq_len, length):
+    model = random_model(max_seq_len=max_seq_len)
+    tokens = torch.randint(V, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = []
+    with torch.no_grad():
+        for end in range(1, length):
+            context = tokens[context_start(end, max_seq_len) : end]
+            expected.append(model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[tokens[end]])
+    logprobs = token_logprobs(model, tokens)
+    assert logprobs.shape == (length - 1,)
+    torch.testing.assert_close(logprobs, torch.tensor(expected), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,78 @@
+import functools
+import os
+
+from checkpoints.file import load_checkpoint, save_checkpoint
+from checkpoints.sharded import write_single_rank
+from tests import helpers
+from tests.helpers import make_checkpoint
+from training.out_dir import adopt_checkpoint, archive_previous_run, remove_partial_files
+from training.resume import StartPoint
+
+random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
+
+
+def save_step(path, step: int) -> str:
+    save_checkpoint(str(path), make_checkpoint(random_model(), iter_num=step))
+    return str(path)
+
+
+def test_resumed_checkpoint_gets_a_name_with_its_step(tmp_path):
+    """A checkpoint of llama2.c, or of an earlier version, has the name ckpt.pt only."""
+    start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 5))
+    adopt_checkpoint(str(tmp_path), start, step=5)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000005.pt"]
+    assert os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt_000005.pt")
+
+
+def test_best_checkpoint_as_fallback_becomes_the_latest(tmp_path):
+    start = StartPoint(path=save_step(tmp_path / "best.pt", 5))
+    adopt_checkpoint(str(tmp_path), start, step=5)
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "ckpt.pt", "ckpt_000005.pt"]
+
+
+def test_damaged_checkpoints_leave_one_file_for_inspection(tmp_path):
+    for name, step in (("ckpt.pt", 10), ("ckpt_000010.pt", 10), ("ckpt_000005.pt", 5)):
+        save_step(tmp_path / name, step)
+    damaged = [str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt_000010.pt")]
+    start = StartPoint(path=str(tmp_path / "ckpt_000005.pt"), damaged=damaged)
+    adopt_checkpoint(str(tmp_path), start, step=5)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.damaged", "ckpt.pt", "ckpt_000005.pt"]
+    assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 5
+
+
+def test_checkpoints_of_later_steps_move_to_an_archive(tmp_path, capsys):
+    """Someone copied an older checkpoint to ckpt.pt: the later steps run again."""
+    for step in (5, 10, 15):
+        save_step(tmp_path / f"ckpt_{step:06d}.pt", step)
+    os.link(tmp_path / "ckpt_000005.pt", tmp_path / "ckpt.pt")
+    adopt_checkpoint(str(tmp_path), StartPoint(path=str(tmp_path / "ckpt.pt")), step=5)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000005.pt", "previous1"]
+    assert sorted(os.listdir(tmp_path / "previous1")) == ["ckpt_000010.pt", "ckpt_000015.pt"]
+    assert "moved 2 checkpoint(s) of steps after 5" in capsys.readouterr().out
+
+
+def test_older_latest_checkpoint_of_the_other_form_keeps_its_step(tmp_path):
+    """A run that goes on with FSDP, and then without, has a ckpt.dcp and a ckpt.pt."""
+    file = load_checkpoint(save_step(tmp_path / "file.pt", 5))
+    write_single_rank(file, str(tmp_path / "ckpt.dcp"))
+    os.remove(tmp_path / "file.pt")
+    start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 10))
+    adopt_checkpoint(str(tmp_path), start, step=10)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000005.dcp", "ckpt_000010.pt"]
+
+
+def test_files_of_an_earlier_run_are_archived_and_others_stay(tmp_path):
+    for name in ("ckpt.pt", "ckpt_000005.pt", "best.pt", "metrics.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    archive_previous_run(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous1"]
+    archive_previous_run(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous1"]
+
+
+def test_partial_files_of_a_killed_run_are_removed(tmp_path):
+    names = ("ckpt_000005.pt.12.partial", "ckpt.pt.12.partial", "model.bin.12.partial")
+    for name in (*names, "mine.partial", "ckpt.pt"):
+        (tmp_path / name).touch()
+    remove_partial_files(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "mine.partial"]
