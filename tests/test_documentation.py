@@ -332,6 +332,8 @@ def check_module(module: str, arguments: list[str]) -> None:
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert path.exists(), f"{module}: there is no such module"
     for argument in arguments:
+        if not argument.startswith("--"):
+            continue
         option = argument.partition("=")[0]
         assert f'"{option}"' in path.read_text(encoding="utf-8"), f"{module} has no {option}"
 

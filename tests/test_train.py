@@ -60,7 +60,7 @@ def test_run_leaves_all_documented_files(train, tmp_path):
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
     assert checkpoint["best_val_loss"] == min(read_metrics(tmp_path, "val_loss"))
     assert same_tensors(
-        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict()
+        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).load().state_dict()
     )
 
 

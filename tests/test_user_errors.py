@@ -163,8 +163,8 @@ MISTAKES = [
     # writing
     ((*TRAIN, "--out_dir=notes.md/out"), "Not a directory"),
     (("export.py",), "say what to write"),
-    (("export.py", "out/ckpt.pt"), "out/ckpt.pt: is also what is read"),
-    (("export.py", "out/model.bin", "--checkpoint=out/model.bin"), "is also what is read"),
+    (("export.py", "out/ckpt.pt"), "out/ckpt.pt: is also the input"),
+    (("export.py", "out/model.bin", "--checkpoint=out/model.bin"), "is also the input"),
     ((*TRAIN, "--batch_size=9999999999"), "out of memory: halve --batch_size"),
     ((*TRAIN, "--seed=99999999999999999999"), "must be at least 0 and below 2**63"),
     ((*TRAIN, "--out_dir="), "--out_dir= is empty"),
