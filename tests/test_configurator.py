@@ -23,9 +23,7 @@ class Config:
     batch_size: int = 128  # sequences in a batch
     # peak learning rate, 100% of it
     learning_rate: float = 5e-4
-    compile: bool = (
-        True  # whether to compile
-    )
+    compile: bool = True  # whether to compile
     # the model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products
     n_kv_heads: int | None = None  # None: as many as heads
@@ -305,7 +303,9 @@ def test_a_file_cannot_run_code(config_file, refused, tmp_path):
         (b"out_dir = 'a\0b'", "source code string cannot contain null bytes"),
     ],
 )
-def test_an_unreadable_config_file_is_reported_like_other_problems(tmp_path, refused, content, reason):
+def test_an_unreadable_config_file_is_reported_like_other_problems(
+    tmp_path, refused, content, reason
+):
     path = tmp_path / "config.py"
     if content is not None:
         path.write_bytes(content)
@@ -478,9 +478,7 @@ def test_every_preset_is_accepted_by_its_script(preset):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_a_mistake_ends_the_script_with_status_2(
-    run_script, config_file, script
-):
+def test_a_mistake_ends_the_script_with_status_2(run_script, config_file, script):
     path = config_file("bacth_size = 8")
     result = run_script(script, path, "--device")
     assert result.returncode == 2 and result.stdout == ""

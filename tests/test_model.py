@@ -307,7 +307,9 @@ def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
     whole, _ = model(tokens)
     cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
-        model.forward_hidden(tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row]))
+        model.forward_hidden(
+            tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row])
+        )
     cache.select_rows(torch.tensor([4, 3, 2]))
     starts = torch.tensor(lengths)
     for step in (1, 3, 1):

@@ -121,6 +121,7 @@ def test_the_logits_are_never_held_whole(monkeypatch):
     assert largest.elements == max(4 * V, N * C, V * C) < N * V
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_it_is_the_same(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 20 * V)
