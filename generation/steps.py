@@ -57,9 +57,7 @@ def decode_step(
         exact_kv_len: whether inputs.kv_len is exact. It may also be larger; rows are then masked.
     """
     tokens, start_pos, kv_len, seeds = inputs
-    x = model.forward_hidden(
-        tokens, cache, start_pos, kv_len, exact_kv_len=exact_kv_len
-    )  # (B, T, C)
+    x = model.forward_hidden(tokens, cache, start_pos, kv_len, exact_kv_len=exact_kv_len)
     logits = model.output(x).flatten(0, 1)  # (B * T, V)
     sample = sample_untruncated(logits, seeds[:, : tokens.shape[1]].flatten(), params)
     return StepOutput(logits, sample.tokens.view(tokens.shape), sample.accepted)

@@ -153,7 +153,7 @@ def test_the_latest_checkpoint_is_a_file_or_a_folder(file, folder, tmp_path):
     assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
     messages = []
-    path, _ = load_latest(str(tmp_path), messages.append)
+    path = load_latest(str(tmp_path), messages.append).path
     assert path == str(tmp_path / "ckpt_000007.pt") and len(messages) == 1
 
 

@@ -527,7 +527,7 @@ def test_fine_tuning_into_the_folder_of_the_model_is_refused(run_script, data_di
         cwd=workspace,
     )
     assert (
-        result.returncode == 1 and "--init_from=out/ckpt.pt: lies in --out_dir=out" in result.stderr
+        result.returncode == 1 and "--init_from=out/ckpt.pt: is in --out_dir=out" in result.stderr
     )
     assert (workspace / "out" / "ckpt.pt").read_bytes() == before
 
@@ -535,7 +535,7 @@ def test_fine_tuning_into_the_folder_of_the_model_is_refused(run_script, data_di
 def test_training_does_not_adopt_a_long_context_silently(run_script, data_dir, tokenizer, tmp_path):
     path = round_trip("hf", tmp_path, random_model(max_seq_len=131072), tokenizer).path
     result = run_script("train.py", f"--init_from={path}", f"--data_dir={data_dir}", cwd=tmp_path)
-    assert result.returncode == 1 and "a context of 131072 tokens; say how long" in result.stderr
+    assert result.returncode == 1 and "a context of 131072 tokens; give the length" in result.stderr
 
 
 def test_a_model_without_tokenizer_is_not_written_beside_one(workspace, run_export):
