@@ -41,7 +41,7 @@ NAME_WORDS = {
 # Private names that are more than one word or mean something else in the field. Names with an
 # underscore are found in prose, too.
 NAMES = """
-    A_CALL agree agree_on_name agreeing ALONE args_of as_shares asked AT_ONCE at_once attend
+    A_CALL agree agree_on_name agreeing ALONE args_of as_shares AT_ONCE at_once attend
     attend_one block_ends changes_text check_agreement check_what_gives_way choose_next
     compiled_check compiled_tell completed_by cuts_as_llama3 cuts_at_spaces Decoding
     decoding_problems digest_of draft_and_check DRAFTED draw_key draw_weights end_at_once

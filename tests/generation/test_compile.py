@@ -45,7 +45,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("drafted_by", ["itself in 8 bits", "another model"])
+@pytest.mark.parametrize(
+    "drafted_by", ["itself in 8 bits", pytest.param("another model", marks=pytest.mark.slow)]
+)
 def test_speculative_decoding_changes_no_token(drafted_by, options):
     """Past the context, to the end of each text, whether or not the two models agree."""
     model, other = random_model(max_seq_len=64), random_model(max_seq_len=64)
@@ -77,7 +79,9 @@ def test_several_sequences_may_be_drafted_at_once():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype, batch_size", [("int8", 1), ("float32", 3)])
+@pytest.mark.parametrize(
+    "dtype, batch_size", [pytest.param("int8", 1, marks=pytest.mark.slow), ("float32", 3)]
+)
 def test_a_compiled_step_has_the_same_logits(dtype, batch_size, capfd):
     """The compiler's product of one row of 8-bit integers was garbage once."""
     model = convert_weights(random_model(max_seq_len=64), dtype, batch_size)
@@ -106,6 +110,7 @@ def test_a_compiled_step_has_the_same_logits(dtype, batch_size, capfd):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_step_fits_other_caches_and_options(capfd):
     """Code compiled for one length of cache must not run with another, or at the same kv_len."""
     model = convert_weights(random_model(max_seq_len=128), "float32")
@@ -119,6 +124,7 @@ def test_a_compiled_step_fits_other_caches_and_options(capfd):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", [dict(top_k=9), dict(top_p=0.7), dict(min_p=0.1)], ids=str)
 def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
     """An operation in place within the loop could not."""
@@ -131,6 +137,7 @@ def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
     """A cache filled to the last position was an error of the compiler's."""
@@ -142,6 +149,7 @@ def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_loop_ends_with_an_active_row_only():
     """A stop token in an unused row must not end it."""
     model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4]]
@@ -168,6 +176,7 @@ def test_a_compiled_loop_ends_with_an_active_row_only():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_models_are_not_mistaken_for_one_another():
     """PyTorch keeps what it compiled with the code of the step. Models shared it, and after some
     more were compiled one was taken for another."""
@@ -182,6 +191,7 @@ def test_compiled_models_are_not_mistaken_for_one_another():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_int8_sequences_are_equal_in_batch_and_alone():
     """Their keys and values are kept in 16 bits, in a batch and alone."""
     model, results = random_model(max_seq_len=64), []
@@ -196,6 +206,7 @@ def test_compiled_int8_sequences_are_equal_in_batch_and_alone():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_draft_tokens_of_a_compiled_step_are_mostly_accepted(monkeypatch):
     model, counts = random_model(max_seq_len=64), []
     speculative_step = InferenceEngine.speculative_step
