@@ -68,7 +68,7 @@ class Synthesize:
 class TrainVocab:
     """Learn a byte-pair vocabulary and write DATA_DIR/tokSIZE.model and .bin."""
 
-    vocab_size: int = 4096  # tokens, of which 259 are fixed: three special tokens and the bytes
+    vocab_size: int = 4096  # tokens; 259 are fixed: three special tokens and the bytes
     input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
     # text between the documents of .txt files; blank lines if empty, \n is a line break

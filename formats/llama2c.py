@@ -283,15 +283,15 @@ def write(model: LazyModel, path: str, target: str = "v0", dtype: str = "float32
     if reason := unsupported_reason(args):
         raise ValueError(f"{path}: {reason}")
     group_size = group_size_for(args) if version == 2 else None
-    rope_tables: dict[str, torch.Tensor] = {}
+    rope_cache: dict[str, torch.Tensor] = {}
     if version == 0:
         cos, sin = precompute_rope_cache(args.head_dim, args.max_seq_len, ROPE_THETA)
-        rope_tables = {"rope_cos": cos, "rope_sin": sin}
+        rope_cache = {"rope_cos": cos, "rope_sin": sin}
     with AtomicFile(path) as file:
         file.write(pack_header(args, version, group_size))
         for name, _ in list_tensors(args, version):
-            rope_table = rope_tables.get(name)
-            write_tensor(file, model.read(name) if rope_table is None else rope_table, group_size)
+            cached = rope_cache.get(name)
+            write_tensor(file, model.read(name) if cached is None else cached, group_size)
 
 
 def pack_header(args: ModelArgs, version: int, group_size: int | None) -> bytes:

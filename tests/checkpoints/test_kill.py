@@ -37,7 +37,7 @@ def start(out_dir: Path, data_dir: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_repeatedly_ends_with_the_same_weights(tmp_path, data_dir):
+def test_run_killed_repeatedly_ends_with_the_same_weights(tmp_path, data_dir):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(undisturbed, data_dir).communicate()[1] == ""
     rng = random.Random(0)

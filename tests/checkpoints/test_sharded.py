@@ -339,7 +339,7 @@ def test_best_checkpoint_of_an_interrupted_replacement_comes_back(sharded_run):
     assert checkpoint_steps(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5, "ckpt_000005.dcp": 5}
 
 
-def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
+def test_shard_missing_on_the_first_rank_is_an_error(sharded_run, monkeypatch):
     """Machines without a common disk would each keep a part, and rotate what is whole away."""
     out_dir = sharded_run(5)
     monkeypatch.setattr(sharded, "file_sha256", lambda path: "")

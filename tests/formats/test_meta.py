@@ -126,7 +126,7 @@ def test_params_json_for_llama_3_has_rope_theta(tmp_path):
     assert open_model(str(folder)).read_tokenizer().hash == tokenizer.hash
 
 
-def test_llama_2_has_vocab_size_minus_1_and_an_outer_tokenizer(tokenizer, tmp_path):
+def test_llama_2_with_vocab_size_minus_1_and_outer_tokenizer(tokenizer, tmp_path):
     folder = exported(tmp_path, random_model(), tokenizer)
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))

@@ -214,9 +214,22 @@ def plain_gradient_descent() -> dict:
         lambda: {"state": {}, "param_groups": []},
         lambda: state_of() | {"state": {0: {"exp_avg": 3}}},
     ],
-    ids=["wider", "deeper", "shallower", "untied", "hidden_dim", "one group", "second moment", "no AdamW", "empty",
-         "None", "list", "no groups", "no tensors"],
-)  # fmt: skip
+    ids=[
+        "wider",
+        "deeper",
+        "shallower",
+        "untied",
+        "hidden_dim",
+        "one group",
+        "second moment",
+        "no AdamW",
+        "empty",
+        "None",
+        "list",
+        "no groups",
+        "no tensors",
+    ],
+)
 def test_a_state_that_is_not_this_models_is_refused(foreign):
     optimizer = optimizer_of(random_model())
     with pytest.raises(ValueError, match=r"ckpt\.pt: its optimizer state does not fit the model"):

@@ -134,8 +134,7 @@ def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
     assert first.returncode == 1 and "Traceback" not in said and time.monotonic() - began < 30
     assert (
         "train.py: rank 0: this process ends because another process did not answer "
-        "for 3 s (--timeout)"
-        in said
+        "for 3 s (--timeout)" in said
     )
     second.communicate()
 
