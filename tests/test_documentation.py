@@ -360,7 +360,7 @@ def known_options() -> set[str]:
     )
     classes = [train.TrainConfig, sample.SampleConfig, export.ExportConfig]
     classes += [config_class for config_class, _ in tinystories.STAGES.values()]
-    classes += [config_class for config_class, _ in bench.BENCHES.values()]
+    classes += [config_class for config_class, _ in bench.BENCHMARKS.values()]
     names = {name.removesuffix("_") for each in classes for name in each.__dataclass_fields__}
     names |= {name.replace("_", "-") for name in names}  # --meta-llama, as llama2.c spells it
     options = {f"--{name}" for name in (*names, "help")}
