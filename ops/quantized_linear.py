@@ -167,7 +167,7 @@ class FusedLinear(nn.Module):
     """One product in place of several with the same input.
 
     Args:
-        layer: its weight is the concatenation of theirs.
+        layer: its weight is the concatenation of the weights of all.
         sizes: the number of output features of each.
     """
 
