@@ -56,7 +56,7 @@ class SampleConfig:
     logprobs: bool = False  # also print the natural log-probability of each new token
     score: str = ""  # score the text in this file instead of generating
     # sampling
-    max_new_tokens: int = 256  # limit; past its context the model sees the newest half or more
+    max_new_tokens: int = 256  # maximum new tokens; past max_seq_len the context slides by half
     min_new_tokens: int = 0  # suppress end-of-sequence tokens before this many new tokens
     stop: str = ""  # stop strings, separated by |; \n is a newline
     bad_words: str = ""  # banned strings, separated by |; no completion contains them
@@ -346,7 +346,11 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
     print(stream.prompt_text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
         added = stream.append_user_text(line)
+<<<<<<< HEAD
         if not sys.stdin.isatty():  # a terminal shows the typed text
+=======
+        if not sys.stdin.isatty():  # a terminal has shown the typed text
+>>>>>>> h-generation
             print(added, end="")
         for _, token in engine.generate([stream.sequence]):
             session.num_tokens += token is not None
