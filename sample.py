@@ -346,11 +346,7 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
     print(stream.prompt_text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
         added = stream.append_user_text(line)
-<<<<<<< HEAD
-        if not sys.stdin.isatty():  # a terminal shows the typed text
-=======
         if not sys.stdin.isatty():  # a terminal has shown the typed text
->>>>>>> h-generation
             print(added, end="")
         for _, token in engine.generate([stream.sequence]):
             session.num_tokens += token is not None

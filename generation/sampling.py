@@ -116,13 +116,8 @@ def sample_untruncated(
 
     This avoids truncating logits (B, V) at nearly every step. A row is not accepted after
     REJECTION_TRIES tries, or where both top_k and top_p apply: sample_next then truncates.
-<<<<<<< HEAD
-    No operation changes a tensor in place: torch.while_loop forbids it."""
-    if params.temperature < 1e-6:  # in float32 it has the effect of 0
-=======
     No operation is in place because torch.while_loop forbids that."""
     if params.temperature < 1e-6:  # float32 cannot distinguish it from 0
->>>>>>> h-generation
         tokens = logits.argmax(-1)
         return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
     scaled = logits.float() if params.temperature == 1 else logits.float() / params.temperature

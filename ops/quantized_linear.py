@@ -167,11 +167,7 @@ class FusedLinear(nn.Module):
     """One product in place of several with the same input.
 
     Args:
-<<<<<<< HEAD
-        layer: its weight is the concatenation of the weights.
-=======
         layer: its weight is the concatenation of the weights of all.
->>>>>>> h-generation
         sizes: the number of output features of each.
     """
 
