@@ -6,8 +6,9 @@ One typed, frozen configuration from a dataclass, config files and the command l
 Arguments are read from left to right; later values win. A config file holds plain assignments with
 arithmetic and earlier names. Names that start with an underscore are local to the file.
 
-The dataclass is the only list of options. The comment after a field, or the comment line above it,
-is its --help. A comment line above a field that already has its help starts a group of options.
+The dataclass is the only list of options. The comment after a field is its --help, or the comment
+line above it; a line that ends with a comma or a semicolon continues. Another comment line above
+starts a group of options.
 """
 
 import argparse
@@ -247,9 +248,19 @@ def field_comments(config_class: type) -> dict[str, FieldComment]:
         trailing = [text for line, text in comments if start <= line <= end]
         previous_end = end
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            help_lines = trailing or [above.pop()] if above or trailing else []
-            result[statement.target.id] = FieldComment(" ".join(above), " ".join(help_lines))
+            if not trailing:
+                above, trailing = split_comment(above)
+            result[statement.target.id] = FieldComment(" ".join(above), " ".join(trailing))
     return result
+
+
+def split_comment(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Split the comment above a field into the title of a group and the help of the field: the last
+    line, and those before it that end with a comma or a semicolon."""
+    start = max(0, len(lines) - 1)
+    while start and lines[start - 1].endswith((",", ";")):
+        start -= 1
+    return lines[:start], lines[start:]
 
 
 def read_arguments(argv: list[str], positional: tuple[str, ...]) -> Iterator[Assignment | str]:

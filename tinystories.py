@@ -68,7 +68,7 @@ class Synthesize:
 class TrainVocab:
     """Learn a byte-pair vocabulary and write DATA_DIR/tokSIZE.model and .bin."""
 
-    vocab_size: int = 4096  # tokens, of which 259 are fixed: three special tokens and the bytes
+    vocab_size: int = 4096  # tokens; 259 are fixed: three special tokens and the bytes
     input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
     # text between the documents of .txt files; blank lines if empty, \n is a line break
@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     if stage not in STAGES:
         exit_with_errors(f"{stage}: the stage must come first and be one of {', '.join(STAGES)}")
     config_class, run = STAGES[stage]
+    config: Any
     config, overrides = configure(config_class, argv[1:], program=f"tinystories.py {stage}")
     print_overrides(config, overrides)
     run(config)

@@ -1,5 +1,4 @@
-"""
-Train a Llama from scratch.
+"""Train a Llama from scratch.
 
     python train.py --batch_size=8 --compile=False
     python train.py config/stories15M.py --max_iters=2000 --learning_rate=1e-3
@@ -155,7 +154,7 @@ class TrainConfig:
             yield f"--{error}"
 
     def validate_ranges(self) -> Iterator[str]:
-        """Yield a sentence for each option outside its range."""
+        """Yield a sentence for each number out of range."""
         minimums = dict.fromkeys(POSITIVE.split(), 1)
         minimums |= dict.fromkeys(NON_NEGATIVE.split(), 0)
         for name, minimum in minimums.items():
@@ -240,8 +239,7 @@ def train(run: TrainingRun) -> None:
     interrupt = GracefulInterrupt()
     if run.device.startswith("mps"):
         monitor.check_against_cpu(run)
-    forward = maybe_compile(run)
-    model = forward
+    forward = model = maybe_compile(run)
     if run.dist_ctx.size > 1 and not is_sharded(run.model):
         model = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     offsets = remaining_batch_offsets(run)

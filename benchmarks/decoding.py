@@ -255,8 +255,8 @@ def seconds_to_first_token(command: list[str], threads: int) -> float:
     with process:
         assert process.stdout and process.stderr
         try:
-            if any(json.loads(line)["token"] is not None for line in process.stdout):
-                return time.perf_counter() - start_time
-            raise ValueError(f"no first token: {process.stderr.read().decode().strip()}")
+            if not any(json.loads(line)["token"] is not None for line in process.stdout):
+                raise ValueError(f"no first token: {process.stderr.read().decode().strip()}")
+            return time.perf_counter() - start_time
         finally:
             process.kill()

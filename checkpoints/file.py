@@ -1,10 +1,11 @@
 """
 Training state on disk: saved atomically, loaded strictly and without running code.
 
-A checkpoint is a dict with llama2.c's keys, so that its scripts read ours and we read theirs:
-model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand our own: scaler,
-position (sequences read so far), late_norms (see health.py), tokenizer_hash, versions, and sha256 of
-all the rest. No random state: see train.py.
+A checkpoint is a dict with the keys of llama2.c, so that either project reads the other's files:
+model, optimizer, model_args, iter_num, best_val_loss, config. This project adds scaler, position
+(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, versions,
+and sha256, the hash of all other entries. Random number generator state is not stored: see
+train.py.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -22,24 +25,26 @@ from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFile
 
-# What torch.load raises for files that it did not write.
+FORMAT = 1  # version of the keys that this project adds
+# Exceptions that torch.load raises for files that torch.save did not write.
 UNREADABLE = (
-    *(
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
-# Of an OSError that tells nothing of what the file holds.
+# An OSError with one of these numbers says nothing about the content of the file.
 TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
-FORMAT = 1  # of our own keys
-TIED_WEIGHTS_MISMATCH = "the weights do not fit the model: its classifier differs from its embedding, which this model ties"
+TIED_WEIGHTS_MISMATCH = (
+    "the weights do not fit the model: tie_embeddings is set, "
+    "but output.weight differs from tok_embeddings.weight"
+)
 LLAMA2C_MODEL_ARGS = (
     "dim",
     "n_layers",
@@ -50,23 +55,45 @@ LLAMA2C_MODEL_ARGS = (
     "max_seq_len",
     "dropout",
 )
+# Types of the entries other than the model and the optimizer state.
+FIELD_TYPES = {
+    "config": dict,
+    "iter_num": int,
+    "tokenizer_hash": str,
+    "scaler": dict,
+    "position": int,
+    "late_norms": list,
+}
+MAX_PROBLEMS = 3  # mismatched weights that an error message lists
 
 
-def save_checkpoint(path: str, checkpoint: dict):
-    """Write a checkpoint so that path holds the old one or all of the new one. Raises
-    ValueError, and leaves the old, if a weight is not finite; OSError if it cannot be kept."""
-    bad = [
-        name for name, weight in checkpoint["model"].items() if not math.isfinite(max_abs(weight))
-    ]
-    if bad:
-        raise ValueError(
-            f"{path} not written: the weights have values that are no numbers (first in {bad[0]})"
-        )
+class HasShape(Protocol):
+    """A tensor, or a description of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each dimension."""
+
+
+# Writing
+
+
+def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint atomically: path holds the old content or all of the new content.
+
+    Raises ValueError, and keeps the old file, if a weight is not finite. Raises OSError if the
+    file cannot be written.
+    """
+    for name, weight in checkpoint["model"].items():
+        if not math.isfinite(max_abs(weight)):
+            raise ValueError(
+                f"{path} not written: the weights contain NaN or Inf values (first in {name})"
+            )
     write_hashed(path, checkpoint)
 
 
-def write_hashed(path: str, content: dict):
-    """Write this and its SHA-256, or nothing. Raises OSError."""
+def write_hashed(path: str, content: dict[str, Any]) -> None:
+    """Write content and its SHA-256 atomically with torch.save. Raises OSError."""
     try:
         with AtomicFile(path) as file:
             torch.save(content | {"sha256": content_hash(content)}, file)
@@ -75,20 +102,19 @@ def write_hashed(path: str, content: dict):
 
 
 def write_error(path: str, error: RuntimeError) -> OSError:
-    """What PyTorch's writer means, which hides the cause of a short write."""
-    return OSError(
-        f"{path}: could not be written whole; is the disk full? ({str(error).splitlines()[0]})"
-    )
+    """The OSError for a RuntimeError of PyTorch's writer, which does not name its cause."""
+    reason = str(error).splitlines()[0]
+    return OSError(f"{path}: could not be written completely; is the disk full? ({reason})")
 
 
-def content_hash(checkpoint: dict) -> str:
-    """SHA-256 of a checkpoint's content but for its own sha256: of every name, number and tensor."""
+def content_hash(checkpoint: dict[str, Any]) -> str:
+    """SHA-256 of every name, number and tensor of a checkpoint except its sha256 entry."""
     digest = hashlib.sha256()
 
-    def add(value):
+    def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(as_bytes(value.detach().cpu().contiguous()))
         elif isinstance(value, dict | list | tuple):
             digest.update(f"{type(value).__name__}{len(value)}".encode())
             for item in value.items() if isinstance(value, dict) else value:
@@ -100,155 +126,170 @@ def content_hash(checkpoint: dict) -> str:
     return digest.hexdigest()
 
 
-def describe_load_error(error: Exception) -> str:
-    """Why torch.load refused a file, in a few words, and without its advice to trust the file."""
-    text = str(error) or "it is empty"
-    if "Weights only load failed" in text:
-        unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
-        return (
-            f"it holds more than data: {unsafe[1]}"
-            if unsafe
-            else "its pickle is no table of tensors"
-        )
-    return text.splitlines()[0][:100]
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, not copied."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's stubs lack the protocol
+    return memoryview(array)
 
 
 def max_abs(tensor: torch.Tensor) -> float:
-    """The largest magnitude in a tensor; no finite number if one of its values is none. Reads it
-    once, at the speed of memory."""
+    """The largest magnitude in a tensor, NaN if a value is NaN. Reads the tensor once."""
     low, high = torch.aminmax(tensor)
     return max(-low.item(), high.item()) if low.item() == low.item() else math.nan
 
 
-def load_checkpoint(path: str) -> dict:
-    """The checkpoint on the CPU, its model a state dict with our names, its model_args a ModelArgs
-    that the weights fit.
+def write_model_args(args: ModelArgs) -> dict[str, Any]:
+    """The model_args entry of a checkpoint.
 
-    Raises ValueError, naming the file, where it is damaged, unsafe or not a checkpoint."""
+    It has the keys of llama2.c. Further keys appear only where the architecture needs them,
+    because llama2.c refuses keys it does not know.
+    """
+    saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS}
+    saved["n_kv_heads"] = args.kv_heads
+    defaults = dataclasses.replace(ModelArgs(), **saved)
+    extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
+    if args.rope_scaling:
+        scaling = dataclasses.asdict(args.rope_scaling)
+        extra["rope_scaling"] = {"kind": scaling.pop("type"), **scaling}  # the key in files
+    return saved | {k: value for k, value in extra.items() if value != getattr(defaults, k)}
+
+
+# Reading
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Load a checkpoint to the CPU.
+
+    In the result, model is a state dict without prefixes, and model_args is a ModelArgs that
+    matches the weights. Raises ValueError, with the path, if the file is damaged, unsafe or not a
+    checkpoint.
+    """
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
     if os.path.isdir(path):
         raise ValueError(f"{path}: is a folder, not a checkpoint")
     try:
-        checkpoint = read_hashed(path)
+        content = read_hashed(path)
     except UNREADABLE as error:
         raise as_value_error(path, error) from error
-    check_checkpoint(checkpoint, path)
-    tied = [checkpoint["model"].get(name) for name in ("tok_embeddings.weight", "output.weight")]
-    if checkpoint["model_args"].tie_embeddings and tied[1] is not None and not torch.equal(*tied):
+    checkpoint = check_checkpoint(content, path)
+    embedding = checkpoint["model"]["tok_embeddings.weight"]
+    lm_head = checkpoint["model"].get("output.weight")
+    is_tied = checkpoint["model_args"].tie_embeddings
+    if is_tied and lm_head is not None and not torch.equal(embedding, lm_head):
         raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     return checkpoint
 
 
-def as_value_error(path: str, error: Exception) -> Exception:
-    """The refusal of a file that raised this; or the error itself, if it says nothing of the file."""
-    if getattr(error, "errno", None) in TRANSIENT_ERRNOS or "can't allocate memory" in str(error):
+def read_hashed(path: str) -> Any:
+    """Load a file of torch.save and verify its SHA-256 entry, if it has one.
+
+    Raises one of the exceptions in UNREADABLE.
+    """
+    with open(path, "rb") as file:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    expected = content.get("sha256") if isinstance(content, dict) else None
+    if expected is not None and expected != content_hash(content):
+        raise ValueError("its sha256 does not match; if you changed the file, delete that key")
+    return content
+
+
+def as_value_error(path: str, error: BaseException) -> BaseException:
+    """A ValueError that calls the file damaged; a transient error of the system unchanged."""
+    is_transient = getattr(error, "errno", None) in TRANSIENT_ERRNOS
+    if is_transient or "can't allocate memory" in str(error):
         return error
     return ValueError(f"{path}: damaged or not a checkpoint ({describe_load_error(error)})")
 
 
-def read_hashed(path: str) -> dict:
-    """What torch.save wrote, compared with the SHA-256 in it, if there is one. Raises an UNREADABLE."""
-    with open(path, "rb") as file:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    written = content.get("sha256") if isinstance(content, dict) else None
-    if written is not None and written != content_hash(content):
-        raise ValueError("its sha256 is another; if you changed it, delete that key")
-    return content
+def describe_load_error(error: BaseException) -> str:
+    """Why torch.load failed, on one line, without its advice to trust the file."""
+    text = str(error) or "it is empty"
+    if "Weights only load failed" not in text:
+        return text.splitlines()[0][:100]
+    unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
+    return f"it holds more than data: {unsafe[1]}" if unsafe else "its pickle is not a state dict"
 
 
-# Of what a checkpoint may hold beside the model and the optimizer's state.
-FIELD_TYPES = {
-    "config": dict,
-    "iter_num": int,
-    "tokenizer_hash": str,
-    "scaler": dict,
-    "position": int,
-    "late_norms": list,
-}
+def check_checkpoint(content: Any, path: str) -> dict[str, Any]:
+    """Validate the content of a checkpoint.
 
-
-def check_checkpoint(checkpoint, path: str):
-    """Raise ValueError unless this is a training checkpoint, its tensors (or what stands for them,
-    with shapes) those of its model_args. Gives the weights our names, makes model_args a ModelArgs."""
-    missing = {"model", "model_args", "iter_num"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ()
-    )
+    Returns it with model_args as a ModelArgs and without prefixes in the names of the weights.
+    Only the shapes of the weights are read, so meta tensors and lazy tensors pass too. Raises
+    ValueError if an entry is missing or invalid or if the weights do not match model_args.
+    """
+    required = {"model", "model_args", "iter_num"}
+    missing = required - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(
             f"{path}: not a training checkpoint, it has no {', '.join(sorted(missing))}"
         )
-    state = checkpoint["model"]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and hasattr(v, "shape") for k, v in state.items()
+    check_fields(content, path)
+    weights = {strip_prefixes(name): weight for name, weight in content["model"].items()}
+    args = read_model_args(path, content["model_args"])
+    check_weights(args, weights, path)
+    return content | {"model": weights, "model_args": args}
+
+
+def check_fields(checkpoint: dict[str, Any], path: str) -> None:
+    """Raise ValueError if an entry of a checkpoint has the wrong type or is out of range."""
+    weights = checkpoint["model"]
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and hasattr(weight, "shape") for name, weight in weights.items()
     ):
-        raise ValueError(f"{path}: not a training checkpoint, its model is no table of tensors")
-    for name, kind in FIELD_TYPES.items():
-        if name in checkpoint and not isinstance(checkpoint[name], kind):
-            raise ValueError(
-                f"{path}: not a training checkpoint, its {name} is {type(checkpoint[name]).__name__}"
-            )
+        raise ValueError(f"{path}: not a training checkpoint, its model is not a state dict")
+    for name, expected in FIELD_TYPES.items():
+        if name in checkpoint and not isinstance(checkpoint[name], expected):
+            found = type(checkpoint[name]).__name__
+            raise ValueError(f"{path}: not a training checkpoint, its {name} has the type {found}")
     for name in ("iter_num", "position"):
         if not 0 <= checkpoint.get(name, 0) < 2**63:
             raise ValueError(f"{path}: not a training checkpoint, its {name} is {checkpoint[name]}")
-    checkpoint["model"] = {strip_prefixes(name): weight for name, weight in state.items()}
-    checkpoint["model_args"] = read_model_args(path, checkpoint["model_args"])
-    check_weights(checkpoint["model_args"], checkpoint["model"], path)
 
 
 def strip_prefixes(name: str) -> str:
-    """Without the prefixes that torch.compile and DDP put before a parameter's name."""
+    """A parameter's name without the prefixes of torch.compile and DDP."""
     return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
 
 
-def read_model_args(path: str, saved: dict) -> ModelArgs:
+def read_model_args(path: str, saved: Any) -> ModelArgs:
+    """The ModelArgs of a checkpoint's model_args entry. Raises ValueError if it is invalid."""
     known = {field.name for field in dataclasses.fields(ModelArgs)}
-    if not isinstance(saved, dict) or not set(LLAMA2C_MODEL_ARGS[:1]) <= set(saved) <= known:
+    if not isinstance(saved, dict) or not {"dim"} <= set(saved) <= known:
         raise ValueError(f"{path}: model_args are not those of a Llama: {saved}")
     try:
         if saved.get("rope_scaling") is not None:
             scaling = dict(saved["rope_scaling"])
-            scaling["type"] = scaling.pop(
-                "kind"
-            )  # the key in files written since the first release
+            scaling["type"] = scaling.pop("kind")  # the key in files
             saved = saved | {"rope_scaling": RopeScaling(**scaling)}
         return ModelArgs(**saved)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: model_args are not those of a Llama: {error}") from error
 
 
-def write_model_args(args: ModelArgs) -> dict:
-    """llama2.c's keys, and further ones only where the architecture needs them: llama2.c's
-    readers do not know more."""
-    saved = {name: getattr(args, name) for name in LLAMA2C_MODEL_ARGS} | {
-        "n_kv_heads": args.kv_heads
-    }
-    plain = dataclasses.replace(ModelArgs(), **saved)
-    extra = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in saved}
-    if args.rope_scaling:
-        scaling = dataclasses.asdict(args.rope_scaling)
-        extra["rope_scaling"] = {"kind": scaling.pop("type"), **scaling}
-    return saved | {name: value for name, value in extra.items() if value != getattr(plain, name)}
+def check_weights(args: ModelArgs, weights: Mapping[str, HasShape], path: str) -> None:
+    """Raise ValueError unless names and shapes of the weights match the model.
 
-
-def check_weights(args: ModelArgs, tensors: dict, path: str):
-    """Raise ValueError unless tensors (name to anything with a shape) are those of the model, naming
-    what is missing, unexpected or of another shape. A tied classifier may be there or not."""
-    problems, known = [], {"output.weight"} if args.tie_embeddings else set()
+    The message lists missing and unexpected weights and wrong shapes. A tied output.weight is
+    optional.
+    """
+    problems: list[str] = []
+    known = {"output.weight"} if args.tie_embeddings else set()
     for name, shape in parameter_shapes(args):
         known.add(name)
-        if name not in tensors:
+        if name not in weights:
             problems.append(f"no {name}")
-        elif tuple(tensors[name].shape) != shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
-        if len(problems) == 3:
+        elif tuple(weights[name].shape) != shape:
+            problems.append(f"{name} is {tuple(weights[name].shape)}, not {shape}")
+        if len(problems) == MAX_PROBLEMS:  # a damaged file may describe millions of layers
             break
     else:
-        problems += [f"unexpected {name}" for name in tensors if name not in known]
+        problems += [f"unexpected {name}" for name in weights if name not in known]
     if problems:
-        raise ValueError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}")
+        listed = "; ".join(problems[:MAX_PROBLEMS])
+        raise ValueError(f"{path}: the weights do not fit the model: {listed}")
 
 
 def is_sharded_checkpoint(path: str) -> bool:
-    """Whether it is a folder as sharded.py writes it, perhaps a damaged one."""
+    """Whether path is a sharded checkpoint (see sharded.py), complete or damaged."""
     return any(os.path.isfile(os.path.join(path, name)) for name in (".metadata", "run.pt"))

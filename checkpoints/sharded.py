@@ -1,34 +1,43 @@
 """
-A checkpoint in shares: a folder to which each process writes its own part of every tensor, so that
-no process ever holds all of them.
+Sharded checkpoints: a folder to which each rank writes its shards, so that no rank ever holds a
+full copy of the training state.
 
-The folder is one of PyTorch's distributed checkpoints (DCP), with what that leaves out:
+The folder is a PyTorch distributed checkpoint (DCP) with one additional file:
 
-    ckpt.dcp/.metadata       DCP's table of which part of which tensor lies where
-    ckpt.dcp/__0_0.distcp    the first process's parts
-    ckpt.dcp/run.pt          all that is no share, as ckpt.pt has it, and the SHA-256 of the other files
+    ckpt.dcp/.metadata       DCP's index: the file and offset of every shard of every tensor
+    ckpt.dcp/__0_0.distcp    the shards of rank 0
+    ckpt.dcp/run.pt          all entries of ckpt.pt that are not sharded, and "files": the SHA-256
+                             of the other files of the folder
 
-A tensor's name in the table is its place in ckpt.pt's dictionaries: model/norm.weight,
-optimizer/state/0/exp_avg. The modules that this file imports take a second and a half.
+The key of a tensor in the index is its path in the nested dictionaries of ckpt.pt, joined by "/":
+model/norm.weight, optimizer/state/0/exp_avg. Importing this module takes 1.5 seconds, because it
+imports DCP.
 """
 
 import glob
 import hashlib
 import math
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from checkpoints.dcp_storage import (
+    METADATA_FILE,
+    DCPReader,
+    DCPWriter,
+    read_metadata,
+    tensor_entries,
+)
 from checkpoints.file import (
     UNREADABLE,
     as_value_error,
@@ -48,126 +57,143 @@ from runtime.atomic_files import FileSource, sync_folder
 from runtime.distributed import is_dtensor
 
 STATE_FILE = "run.pt"
-METADATA_FILE = ".metadata"
 LM_HEAD_KEY = "model/output.weight"
-# All that a table of tensors is made of: what else a pickle names is not called.
-ALLOWED_METADATA_CLASSES = {
-    *(("torch", name) for name in ("Size", "float32", "float16", "bfloat16", "float64", "strided")),
-    *(("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("torch.distributed.checkpoint.metadata", name) for name in dcp.metadata.__all__),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-}
+
+T = TypeVar("T")
+TensorT = TypeVar("TensorT", bound=torch.Tensor)
 
 
-def split_sharded(state: dict, place: str = "") -> tuple[dict[str, torch.Tensor], dict]:
-    """The shares in nested dictionaries, by their places, and the dictionaries without them."""
-    shares, rest = {}, {}
+# Nested dictionaries of tensors
+
+
+def split_sharded(state: dict, prefix: str = "") -> tuple[dict[str, DTensor], dict]:
+    """Split nested dictionaries into the DTensors by their keys, and everything else.
+
+    The inverse is merge.
+    """
+    shards: dict[str, DTensor] = {}
+    rest: dict = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            inner, rest[key] = split_sharded(value, f"{place}{key}/")
-            shares |= inner
+            inner, rest[key] = split_sharded(value, f"{prefix}{key}/")
+            shards |= inner
         elif is_dtensor(value):
-            shares[f"{place}{key}"] = value
+            shards[f"{prefix}{key}"] = value
         else:
             rest[key] = value
-    return shares, rest
+    return shards, rest
 
 
-def merge(rest: dict, tensors: dict[str, torch.Tensor]):
-    """Undo split."""
-    for place, tensor in tensors.items():
-        *path, name = place.split("/")
-        inner = rest
-        for key in path:
-            inner = inner[int(key) if key.isdigit() else key]
+def merge(state: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """A copy of the nested dictionaries with the tensors at their keys."""
+    merged = copy_dicts(state)
+    for key, tensor in tensors.items():
+        *path, name = key.split("/")
+        inner = merged
+        for part in path:
+            inner = inner[int(part) if part.isdigit() else part]
         inner[name] = tensor
+    return merged
 
 
-def without_tied_head(shares: dict[str, torch.Tensor], args: ModelArgs) -> dict[str, torch.Tensor]:
-    """A tied classifier is in a state dict twice, and is to be kept once."""
-    return {
-        place: share
-        for place, share in shares.items()
-        if place != LM_HEAD_KEY or not args.tie_embeddings
-    }
+def copy_dicts(value: Any) -> Any:
+    """A copy of nested dictionaries; other values are not copied."""
+    if not isinstance(value, dict):
+        return value
+    return {key: copy_dicts(item) for key, item in value.items()}
 
 
-def cpu_copy(share: DTensor, mesh: DeviceMesh) -> DTensor:
-    """A copy of this process's share on the CPU. mesh: of the same processes, there."""
-    local = share.to_local().detach().to("cpu", copy=True)
-    form = dict(run_check=False, shape=share.shape, stride=share.stride())
-    return DTensor.from_local(local, mesh, share.placements, **form)
+def without_tied_head(shards: dict[str, T], args: ModelArgs) -> dict[str, T]:
+    """The tensors without a tied output.weight: only the embedding is stored."""
+    if not args.tie_embeddings:
+        return shards
+    return {key: shard for key, shard in shards.items() if key != LM_HEAD_KEY}
 
 
-def run_on_all_ranks(group, action: Callable | None) -> list:
-    """What the action of each process gives, in all of them; or, raised in all, what one of them raised."""
-    own = error = None
-    try:
-        own = action() if action else None
-    except Exception as failure:
-        error = failure.with_traceback(None)
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (own, error), group=group)
-    for _, error in everyone:
-        if error is not None:
-            raise error
-    return [result for result, _ in everyone]
+def cpu_copy(shard: DTensor, mesh: DeviceMesh) -> DTensor:
+    """A copy of a DTensor on the CPU. mesh holds the same ranks on the CPU."""
+    return DTensor.from_local(
+        shard.to_local().detach().to("cpu", copy=True),
+        mesh,
+        shard.placements,
+        run_check=False,
+        shape=shard.shape,
+        stride=shard.stride(),
+    )
+
+
+def to_dtensors(value: Any, mesh: DeviceMesh) -> Any:
+    """Nested dictionaries with DTensors for the tensors that have dimensions.
+
+    mesh has one rank, so each DTensor has one shard.
+    """
+    if isinstance(value, dict):
+        return {key: to_dtensors(item, mesh) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        return DTensor.from_local(value, mesh, [Shard(0)], run_check=False)
+    return value
+
+
+# Writing
 
 
 def save_sharded(
-    shares: dict[str, DTensor], rest: dict, folder: str, mesh: DeviceMesh, commit: Callable
-):
-    """Write a checkpoint, all processes together. The main one calls commit with the finished folder,
-    which is beside its final place until then. Raises in all processes what goes wrong in one: ValueError
-    for weights that are no numbers, OSError where something cannot be written."""
-    partial, group = f"{folder}.{rest['iter_num']}.partial", mesh.get_group()
+    shards: dict[str, DTensor],
+    state: dict[str, Any],
+    folder: str,
+    mesh: DeviceMesh,
+    commit: Callable[[str], None],
+) -> None:
+    """Write a sharded checkpoint; all ranks call this together.
+
+    Args:
+        shards: the DTensors by key, as split_sharded returns them.
+        state: the rest of the checkpoint; rank 0 writes it.
+        folder: the final path; the files are written to a temporary folder beside it.
+        mesh: the ranks that take part, on the CPU.
+        commit: called on rank 0 with the path of the complete temporary folder; moves it.
+
+    An exception of one rank is raised on all ranks: ValueError for weights that are not finite,
+    OSError if a file cannot be written.
+    """
+    temporary = f"{folder}.{state['iter_num']}.partial"
+    group = mesh.get_group()
     rank = dist.get_rank(group)
-
-    def begin():
-        for name, share in shares.items():
-            local = share.to_local()
-            if name.startswith("model/") and local.numel() and not math.isfinite(max_abs(local)):
-                raise ValueError(
-                    f"{folder} not written: the weights have values that are no numbers (first in {name})"
-                )
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
-
-    def finish():
-        if missing := [name for name in files if not os.path.exists(os.path.join(partial, name))]:
-            raise ValueError(
-                f"{missing[0]}, which another process wrote, is not in {partial}: --out_dir must be one folder that "
-                "all machines see"
-            )
-        write_hashed(os.path.join(partial, STATE_FILE), rest | {"files": files})
-        sync_folder(partial)
-        commit(partial)
-
     try:
-        run_on_all_ranks(group, begin)
-        dcp_save(shares, partial, group)
-        mine = glob.glob(os.path.join(glob.escape(partial), f"__{rank}_*"))
-        mine += [os.path.join(partial, METADATA_FILE)] if rank == 0 else []
-        digests = run_on_all_ranks(
-            group, lambda: {os.path.basename(path): file_sha256(path) for path in mine}
-        )
-        files = {name: digest for own in digests for name, digest in own.items()}
+        run_on_all_ranks(group, partial(begin_save, shards, folder, temporary, rank))
+        dcp_save(shards, temporary, group)
+        hashes = run_on_all_ranks(group, partial(hash_files_of_rank, temporary, rank))
+        files = {name: digest for of_rank in hashes for name, digest in of_rank.items()}
+        finish = partial(finish_folder, temporary, state, files, commit)
         run_on_all_ranks(group, finish if rank == 0 else None)
     finally:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def dcp_save(shares: dict[str, DTensor], folder: str, group):
+def begin_save(shards: dict[str, DTensor], folder: str, temporary: str, rank: int) -> None:
+    """Check the weights of this rank and, on rank 0, make the empty temporary folder.
+
+    Raises ValueError if a weight is NaN or infinite.
+    """
+    for name, shard in shards.items():
+        local = shard.to_local()
+        if name.startswith("model/") and local.numel() and not math.isfinite(max_abs(local)):
+            raise ValueError(
+                f"{folder} not written: the weights contain NaN or Inf values (first in {name})"
+            )
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+
+
+def dcp_save(shards: dict[str, DTensor], folder: str, group: dist.ProcessGroup) -> None:
+    """Call dcp.save. Raises the exception of the first rank that failed."""
     try:
-        return dcp.save(
-            shares, storage_writer=DCPWriter(folder, per_thread_copy_ahead=0), process_group=group
-        )
-    except (
-        CheckpointException
-    ) as error:  # which is no Exception, and would keep the shares in memory
+        writer = DCPWriter(folder, per_thread_copy_ahead=0)
+        dcp.save(shards, storage_writer=writer, process_group=group)
+        return
+    except CheckpointException as error:  # a BaseException; its traceback would keep the shards
         cause = first_cause(error)
     if isinstance(cause, RuntimeError):
         cause = write_error(folder, cause)
@@ -177,178 +203,190 @@ def dcp_save(shares: dict[str, DTensor], folder: str, group):
 
 
 def first_cause(error: CheckpointException) -> BaseException:
+    """The exception of the first rank that failed, without its traceback."""
     return next(iter(error.failures.values()))[0].with_traceback(None)
 
 
+def hash_files_of_rank(folder: str, rank: int) -> dict[str, str]:
+    """SHA-256 of the files that a rank wrote, by name."""
+    paths = glob.glob(os.path.join(glob.escape(folder), f"__{rank}_*"))
+    if rank == 0:
+        paths.append(os.path.join(folder, METADATA_FILE))
+    return {os.path.basename(path): file_sha256(path) for path in paths}
+
+
 def file_sha256(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class DCPWriter(dcp.FileSystemWriter):
-    def storage_meta(self) -> None:
-        """Nothing of where the folder was when it was written."""
+def finish_folder(
+    folder: str, state: dict[str, Any], files: dict[str, str], commit: Callable[[str], None]
+) -> None:
+    """Write STATE_FILE after all other files, and commit the folder.
+
+    Raises ValueError if a file of another rank is not in the folder.
+    """
+    for name in files:
+        if not os.path.exists(os.path.join(folder, name)):
+            raise ValueError(
+                f"{name} of another rank is not in {folder}: "
+                "--out_dir must be one folder that all machines see"
+            )
+    write_hashed(os.path.join(folder, STATE_FILE), state | {"files": files})
+    sync_folder(folder)
+    commit(folder)
 
 
-class SafeMetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's table, which is a pickle, and calls nothing that a table does not need."""
+def run_on_all_ranks(group: dist.ProcessGroup, action: Callable[[], T] | None) -> list[T]:
+    """Run an action on every rank; returns the results of all ranks on each of them.
 
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED_METADATA_CLASSES:
-            raise ValueError(f"{module}.{name} is no part of a table of tensors")
-        return super().find_class(module, name)
+    An exception of one rank is raised on all ranks. Ranks without an action contribute None.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action() if action else None
+    except Exception as raised:
+        error = raised.with_traceback(None)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (result, error), group=group)
+    for _, rank_error in gathered:
+        if rank_error is not None:
+            raise rank_error
+    return [rank_result for rank_result, _ in gathered]
 
 
-class DCPReader(dcp.FileSystemReader):
-    """DCP's reader, with a table that was read and checked before."""
+def write_single_rank(checkpoint: dict[str, Any], folder: str) -> None:
+    """Write what load_checkpoint returned as a sharded checkpoint with one shard per tensor."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None, "init_process_group sets the default group"
+        mesh = DeviceMesh.from_group(group, "cpu")
+        state = {key: value for key, value in checkpoint.items() if key != "sha256"}
+        state["model_args"] = write_model_args(checkpoint["model_args"])
+        for key in ("model", "optimizer"):
+            if key in state:
+                state[key] = to_dtensors(state[key], mesh)
+        shards, rest = split_sharded(state)
+        shards = without_tied_head(shards, checkpoint["model_args"])
+        save_sharded(shards, rest, folder, mesh, commit=lambda path: os.rename(path, folder))
+        sync_folder(os.path.dirname(folder) or ".")
+    finally:
+        dist.destroy_process_group()
 
-    def __init__(self, folder: str, table: Metadata):
-        super().__init__(folder)
-        self.table = table
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self.table
+# Reading
 
 
-def read_metadata_file(folder: str, files: dict) -> Metadata:
-    """DCP's table, with nothing but tensors in it that lie, all of each, in these files of the folder."""
-    with open(os.path.join(folder, METADATA_FILE), "rb") as file:
-        table = SafeMetadataUnpickler(file).load()
-    if not isinstance(table, Metadata):
-        raise ValueError("its table is none of tensors")
-    for name, entry in table.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            raise ValueError("its table is none of tensors")
-        for chunk in entry.chunks:
-            places = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
-            if not all(0 <= start <= start + length <= size for start, length, size in places):
-                raise ValueError(f"a part of {name} is beyond it")
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise ValueError(f"not all of {name} is there")
-    entries = table.state_dict_metadata.values()
-    promised = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
-    if promised > sum(os.path.getsize(os.path.join(folder, name)) for name in files):
-        raise ValueError("its tensors are larger than its files")
-    for info in table.storage_data.values():
-        if info.relative_path not in files:
-            raise ValueError(f"its table names another file, {info.relative_path}")
-    return table
+def open_sharded(folder: str) -> dict[str, Any]:
+    """The content of a checkpoint with tensors on the meta device.
+
+    The additional entry sharded_tensors, a ShardedTensors, reads the values. The hash of every
+    file is verified. Raises ValueError if the checkpoint is damaged.
+    """
+    try:
+        state = read_hashed(os.path.join(folder, STATE_FILE))
+        tensors = ShardedTensors(folder, state.pop("files"))
+        content = merge(state, tensors.empty("meta"))
+    except FileNotFoundError as error:
+        missing = os.path.basename(error.filename)
+        raise ValueError(f"{folder}: damaged, {missing} is missing") from error
+    except UNREADABLE as error:
+        raise as_value_error(folder, error) from error
+    return check_checkpoint(content, folder) | {"sharded_tensors": tensors}
+
+
+def gather_full_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Read all tensors of what open_sharded returned to the CPU.
+
+    The result is what load_checkpoint returns for a ckpt.pt.
+    """
+    tensors = checkpoint["sharded_tensors"]
+    state = {key: value for key, value in checkpoint.items() if key != "sharded_tensors"}
+    full = merge(state, tensors.read(tensors.empty()))
+    if full["model_args"].tie_embeddings:
+        full["model"]["output.weight"] = full["model"]["tok_embeddings.weight"]
+    return full
 
 
 class ShardedTensors:
-    """The tensors of a checkpoint in shares, still on the disk."""
+    """The tensors of a sharded checkpoint, still on disk.
 
-    def __init__(self, folder: str, files: dict):
+    Raises ValueError if a file does not match its hash or the index is invalid.
+    """
+
+    def __init__(self, folder: str, files: dict[str, str]):
         self.folder = folder
-        self.stamps = {name: self.stamp_now(name) for name in files}
+        self.fingerprints = {name: self.fingerprint(name) for name in files}
         for name, digest in files.items():
             if os.path.basename(name) != name or file_sha256(os.path.join(folder, name)) != digest:
-                raise ValueError(f"the sha256 of {name} is another")
-        self.table = read_metadata_file(folder, files)
+                raise ValueError(f"the sha256 of {name} does not match")
+        self.metadata = read_metadata(folder, files)
 
-    def stamp_now(self, name: str) -> tuple:
+    def fingerprint(self, name: str) -> tuple:
+        """Identifies the present version of a file: device, inode, size and time of change."""
         return FileSource.fingerprint_of(os.stat(os.path.join(self.folder, name)))
 
     def empty(self, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Tensors of their shapes, by their places."""
-        entries = self.table.state_dict_metadata.items()
+        """Uninitialized tensors of the stored shapes and dtypes, by key."""
         return {
-            name: torch.empty(e.size, dtype=e.properties.dtype, device=device)
-            for name, e in entries
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+            for name, entry in tensor_entries(self.metadata).items()
         }
 
-    def read(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Fill these tensors, or shares of them, which all processes do together. Raises ValueError where
-        that fails, and where the folder is another by now: no model is to be made of the halves of two."""
+    def read(self, into: dict[str, TensorT]) -> dict[str, TensorT]:
+        """Fill these tensors, given by key, in place, and return them.
+
+        With DTensors, all ranks call this together, and each reads its shards. Raises ValueError
+        if reading fails or if the folder was changed since it was opened: the values could come
+        from two checkpoints.
+        """
         cause = None
         try:
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # that one process reads alone, which is meant
-                alone = not any(map(is_dtensor, into.values()))
-                dcp.load(into, storage_reader=DCPReader(self.folder, self.table), no_dist=alone)
-            is_changed = any(self.stamp_now(name) != stamp for name, stamp in self.stamps.items())
+            self.load(into)
+            is_changed = any(
+                self.fingerprint(name) != before for name, before in self.fingerprints.items()
+            )
         except FileNotFoundError:
             is_changed = True
         except CheckpointException as error:
             cause = first_cause(error)
             is_changed = isinstance(cause, FileNotFoundError)
         if is_changed:
-            raise ValueError(
-                f"{self.folder}: it was changed while it was read; run again"
-            ) from None
+            raise ValueError(f"{self.folder}: it was changed while it was read; run again")
         if cause:
-            raise ValueError(f"{self.folder}: {describe_load_error(cause)}") from None
+            raise ValueError(f"{self.folder}: {describe_load_error(cause)}")
         return into
 
-
-def open_sharded(folder: str) -> dict:
-    """What ckpt.pt would hold, in which the shares are tensors without memory (PyTorch's meta device), and
-    the Shares. Every file was compared with its hash. Raises ValueError where the checkpoint is damaged."""
-    try:
-        rest = read_hashed(os.path.join(folder, STATE_FILE))
-        shares = ShardedTensors(folder, rest.pop("files"))
-        merge(rest, shares.empty("meta"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: damaged, {os.path.basename(error.filename)} is not there"
-        ) from error
-    except UNREADABLE as error:
-        raise as_value_error(folder, error) from error
-    check_checkpoint(rest, folder)
-    return rest | {"shares": shares}
+    def load(self, into: dict[str, TensorT]) -> None:
+        """Call dcp.load, without communication if no tensor is a DTensor."""
+        is_local = not any(map(is_dtensor, into.values()))
+        with warnings.catch_warnings(action="ignore"):  # DCP warns that one process reads alone
+            reader = DCPReader(self.folder, self.metadata)
+            dcp.load(into, storage_reader=reader, no_dist=is_local)
 
 
-def gather_full_state(outline: dict) -> dict:
-    """The content of a checkpoint with all its tensors, on the CPU: what load_checkpoint gives of ckpt.pt."""
-    whole = {key: value for key, value in outline.items() if key != "shares"}
-    merge(whole, outline["shares"].read(outline["shares"].empty()))
-    if whole["model_args"].tie_embeddings:
-        whole["model"]["output.weight"] = whole["model"]["tok_embeddings.weight"]
-    return whole
-
-
-def to_dtensors(value, mesh: DeviceMesh):
-    """Nested dictionaries with each tensor that has a shape as a share, which is all of it: mesh is of one process."""
-    if isinstance(value, dict):
-        return {key: to_dtensors(item, mesh) for key, item in value.items()}
-    is_one = isinstance(value, torch.Tensor) and value.dim() > 0
-    return DTensor.from_local(value, mesh, [Shard(0)], run_check=False) if is_one else value
-
-
-def write_single_rank(checkpoint: dict, folder: str):
-    """Write in shares, of which there is one, what load_checkpoint gave."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
-        state = {key: value for key, value in checkpoint.items() if key != "sha256"}
-        state["model_args"] = write_model_args(checkpoint["model_args"])
-        state |= {
-            key: to_dtensors(state[key], mesh) for key in ("model", "optimizer") if key in state
-        }
-        shares, rest = split_sharded(state)
-        shares = without_tied_head(shares, checkpoint["model_args"])
-        save_sharded(shares, rest, folder, mesh, lambda partial: os.rename(partial, folder))
-        sync_folder(os.path.dirname(folder) or ".")
-    finally:
-        dist.destroy_process_group()
+# Converting
 
 
 def convert_checkpoint(source: str, target: str) -> int:
-    """Rewrite a checkpoint with its training state: a sharded folder as one file, or back. target ends in
-    .pt or .dcp and does not exist. Returns the step of the checkpoint. Raises ValueError where the source
-    is damaged, OSError where the target cannot be written."""
+    """Rewrite a checkpoint with its training state as one file or as a sharded checkpoint.
+
+    target ends in .pt or .dcp and must not exist. Returns the step of the checkpoint. Raises
+    ValueError if the source is damaged, OSError if the target cannot be written.
+    """
     source = source.rstrip(os.sep)
-    checkpoint = (
-        gather_full_state(open_sharded(source))
-        if is_sharded_checkpoint(source)
-        else load_checkpoint(source)
-    )
+    if is_sharded_checkpoint(source):
+        checkpoint = gather_full_state(open_sharded(source))
+    else:
+        checkpoint = load_checkpoint(source)
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    step = checkpoint["iter_num"]
     if target.endswith(".dcp"):
         write_single_rank(checkpoint, target)
     else:
-        checkpoint["model_args"] = write_model_args(checkpoint["model_args"])
-        save_checkpoint(target, checkpoint)
-    return step
+        args = write_model_args(checkpoint["model_args"])
+        save_checkpoint(target, checkpoint | {"model_args": args})
+    return checkpoint["iter_num"]

@@ -1,6 +1,5 @@
-# A model of one million parameters that learns to tell synthetic stories in some minutes on two
-# cores: what make quickstart trains. Small batches, for many steps: only after some 2,000 of them
-# does it understand that a hero keeps the same name.
+# make quickstart: one million parameters learn to write synthetic stories, in minutes on two cores.
+# Small batches and many steps: after about 2,000 steps, heroes keep their names.
 data_dir = "data/synthetic"
 vocab_size = 1024
 

@@ -1,5 +1,5 @@
-# 260 thousand parameters, with grouped-query attention: llama2.c's stories260K, which fits
-# in a microcontroller. Its vocabulary: python tinystories.py pretokenize --vocab_size=512
+# llama2.c's stories260K: 260 thousand parameters with grouped-query attention. It fits into a
+# microcontroller. Its vocabulary: python tinystories.py pretokenize --vocab_size=512
 vocab_size = 512
 
 dim = 64
@@ -10,7 +10,7 @@ multiple_of = 4
 max_seq_len = 512
 dropout = 0.05
 
-# 65,536 tokens a step
+# 65,536 tokens per step
 batch_size = 128
 gradient_accumulation_steps = 1
 learning_rate = 1e-3

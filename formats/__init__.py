@@ -1,10 +1,18 @@
 """
-One file for each format in which a Llama is kept. Each has an ordered table of its tensors, which
-its reader and its writer share, and offers
+Model formats: one module per format; registry.py lists the modules.
 
-    DTYPES                            what --format calls it, and what --dtype may ask of it
-    matches(path)                  whether path holds this format, by content
-    read(path) -> LazyModel         checks all but the values; reads no weights but to see whether two are tied
-    refusal(args) -> str | None       why the format cannot say a model
-    write(stored, path, target, dtype)  whole or not at all; one tensor at a time is in memory
+To add a format, write a module with the following names and append it to registry.FORMATS:
+
+    DTYPES                              values of --format that the module writes, each with the
+                                        values of --dtype that it supports
+    matches(path) -> bool               whether path has this format, judged by its content
+    read(path) -> LazyModel             validates everything but the values of the weights;
+                                        reads weights only to detect tied embeddings
+    unsupported_reason(args) -> str | None
+                                        why the format cannot store a model with these ModelArgs
+    write(model, path, target, dtype)   writes a LazyModel atomically, with one tensor at a time
+                                        in memory; target is a key of DTYPES
+
+registry.Format is this interface as a typing.Protocol. Reader and writer of a module use the same
+ordered table of tensor names.
 """

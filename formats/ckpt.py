@@ -1,7 +1,8 @@
 """
-ckpt.pt, a checkpoint of ours or of llama2.c's: the table of its tensors is the model's state dict. Read
-as well: ckpt.dcp, a checkpoint in shares (see sharded.py).
-What training needs beyond the weights is checkpoint.py's; it is neither read nor written here.
+ckpt.pt, a checkpoint of this project or of llama2.c. Its tensor names are those of model.py.
+
+A sharded checkpoint, ckpt.dcp (see checkpoints/sharded.py), is read too. Training state beyond the
+weights is neither read nor written here; checkpoints/file.py does that.
 """
 
 import math
@@ -25,6 +26,7 @@ from formats.lazy_model import (
     same_values,
 )
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
+from model import ModelArgs
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
@@ -32,81 +34,89 @@ DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
 def matches(path: str) -> bool:
+    """Whether path is a sharded checkpoint or a zip archive."""
     return is_sharded_checkpoint(path) or (os.path.isfile(path) and is_zip(path))
 
 
+# Reading
+
+
 def read(path: str) -> LazyModel:
+    """Open a checkpoint. Raises ValueError if it is damaged or not a checkpoint."""
     if is_sharded_checkpoint(path):
-        return read_in_shares(path)
-    checkpoint = read_torch_file(path)
-    check_checkpoint(checkpoint, path)
-    args, tensors = checkpoint["model_args"], checkpoint["model"]
-    classifier = tensors.pop("output.weight", None) if args.tie_embeddings else None
-    if classifier and not same_values(classifier, tensors["tok_embeddings.weight"]):
+        return read_sharded(path)
+    checkpoint = check_checkpoint(read_torch_file(path), path)
+    args = checkpoint["model_args"]
+    tensors = checkpoint["model"]
+    lm_head = tensors.pop("output.weight", None) if args.tie_embeddings else None
+    if lm_head and not same_values(lm_head, tensors["tok_embeddings.weight"]):
         raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
-    tokenizer_hash = checkpoint.get("tokenizer_hash")
-    return LazyModel(
-        path, args, tensors, lambda: find_tokenizer(os.path.dirname(path)), tokenizer_hash
-    )
+    read_tokenizer = partial(find_tokenizer, os.path.dirname(path))
+    return LazyModel(path, args, tensors, read_tokenizer, checkpoint.get("tokenizer_hash"))
 
 
-def read_in_shares(path: str) -> LazyModel:
-    from checkpoints.sharded import open_sharded
+def read_sharded(path: str) -> LazyModel:
+    """Open a sharded checkpoint. Raises ValueError if it is damaged."""
+    from checkpoints.sharded import open_sharded  # importing DCP takes a second
 
-    outline = open_sharded(path)
+    checkpoint = open_sharded(path)
 
-    def read_one(name: str, outlined: torch.Tensor) -> torch.Tensor:
-        place = f"model/{name}"
-        return outline["shares"].read({place: torch.empty(outlined.shape, dtype=outlined.dtype)})[
-            place
-        ]
+    def read_tensor(name: str, meta: torch.Tensor) -> torch.Tensor:
+        key = f"model/{name}"
+        empty = torch.empty(meta.shape, dtype=meta.dtype)
+        return checkpoint["sharded_tensors"].read({key: empty})[key]
 
     tensors = {
-        name: LazyTensor(tuple(outlined.shape), outlined.dtype, partial(read_one, name, outlined))
-        for name, outlined in outline["model"].items()
+        name: LazyTensor(tuple(meta.shape), meta.dtype, partial(read_tensor, name, meta))
+        for name, meta in checkpoint["model"].items()
     }
-    own_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
-    return LazyModel(
-        path, outline["model_args"], tensors, own_tokenizer, outline.get("tokenizer_hash")
-    )
+    read_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
+    tokenizer_hash = checkpoint.get("tokenizer_hash")
+    return LazyModel(path, checkpoint["model_args"], tensors, read_tokenizer, tokenizer_hash)
 
 
-def unsupported_reason(args) -> None:
-    """It says every model."""
+# Writing
 
 
-def write(stored: LazyModel, path: str, target: str, dtype: str):
-    """A checkpoint without training state, from which train.py goes on with fresh moments."""
-    tokenizer = stored.own_tokenizer()
+def unsupported_reason(args: ModelArgs) -> None:
+    """None: the format stores every model."""
+
+
+def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
+    """Write a checkpoint without training state; train.py resumes it with a new optimizer state."""
+    tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
     checkpoint = {
-        "model": weights(stored, TORCH_DTYPES[dtype]),
-        "model_args": write_model_args(stored.args),
+        "model": state_dict(model, TORCH_DTYPES[dtype]),
+        "model_args": write_model_args(model.args),
         "iter_num": 0,
-        "best_val_loss": stored_scalar(math.inf),
-        "config": {"vocab_source": "custom", "vocab_size": stored.args.vocab_size},
+        "best_val_loss": scalar_tensor(math.inf),
+        "config": {"vocab_source": "custom", "vocab_size": model.args.vocab_size},
     }
-    if tokenizer or stored.tokenizer_hash:
-        checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else stored.tokenizer_hash
+    if tokenizer or model.tokenizer_hash:
+        checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else model.tokenizer_hash
     with AtomicFile(path) as file:
         write_torch_file(file, checkpoint)
 
 
-def weights(stored: LazyModel, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """The model's state dict, a tied classifier in it a second time, to write in dtype."""
-
-    state = {name: cast_lazily(stored, name, dtype) for name in stored.names()}
+def state_dict(model: LazyModel, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """The model's state dict, to write in dtype; a tied output.weight is in it a second time."""
+    state = {name: cast_lazily(model, name, dtype) for name in model.names()}
     return state | {"output.weight": state.get("output.weight", state["tok_embeddings.weight"])}
 
 
 def special_tokens_problem(tokenizer: Tokenizer | None) -> str | None:
-    """Why a tokenizer.model cannot say this vocabulary, or None if it can."""
+    """Why a tokenizer.model cannot store this vocabulary, or None if it can."""
     if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
-        return "tokenizer.model has no place for special tokens other than Llama 3's own; use --format=hf or gguf"
+        return (
+            "tokenizer.model cannot store special tokens other than those of Llama 3; "
+            "use --format=hf or gguf"
+        )
     return None
 
 
-def stored_scalar(value: float) -> LazyTensor:
+def scalar_tensor(value: float) -> LazyTensor:
+    """A float64 tensor without dimensions."""
     tensor = torch.tensor(value, dtype=torch.float64)
     return LazyTensor((), tensor.dtype, lambda: tensor)

@@ -1,11 +1,15 @@
 """
-GGUF, the format of llama.cpp and ollama: key-value pairs that describe the model and hold its
-vocabulary, and the tensors. The rotary layout is ours. The container is gguf_file.py's.
+GGUF, the format of llama.cpp and ollama: metadata that describes the model and contains its
+vocabulary, and the tensors. The layout of wq and wk for rotary embeddings is that of model.py.
+
+The container is in gguf_file.py.
 """
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +18,20 @@ from formats import tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
     BF16,
+    BOOL,
     F16,
     F32,
-    GROUP,
+    FLOAT32,
+    FLOAT64,
+    GROUP_SIZE,
+    INT32,
     MAGIC,
     Q8_0,
+    UINT32,
+    MetadataValue,
     TensorInfo,
-    header_of,
+    TypedValue,
+    pack_header,
     pad,
     read_container,
     write_tensor,
@@ -40,10 +51,13 @@ from textdata.tokenizer import (
 )
 
 DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
+TENSOR_TYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
+QUANTIZATION_VERSION = 2  # general.quantization_version
+BPE_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")  # tokenizer.ggml.pre of Llama 3
 
-# ours, theirs
-TABLE = (
+# Name in model.py, name in GGUF
+TENSOR_NAMES = (
     ("tok_embeddings.weight", "token_embd.weight"),
     ("layers.{}.attention_norm.weight", "blk.{}.attn_norm.weight"),
     ("layers.{}.attention.wq.weight", "blk.{}.attn_q.weight"),
@@ -57,15 +71,17 @@ TABLE = (
     ("norm.weight", "output_norm.weight"),
     ("output.weight", "output.weight"),
 )
-ROPE_FACTORS = "rope_freqs.weight"  # by how much each frequency is divided: Llama 3.1's scaling
-OWN_SCALING = "cria.rope_scaling"  # the numbers behind those factors
-KNOWN_SCALINGS = tuple(RopeScaling("llama3", factor) for factor in (8.0, 32.0))  # Llama 3.1, 3.2
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (Llama 3.1's scaling)
+ROPE_SCALING_KEY = "cria.rope_scaling"  # this project's key: the parameters of those divisors
+# Scalings of Llama 3.1 and 3.2, recognised by their divisors alone
+KNOWN_SCALINGS: tuple[RopeScaling, ...] = (RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0))
 
 
 # Reading
 
 
 def matches(path: str) -> bool:
+    """Whether a file begins with the magic number."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -73,256 +89,301 @@ def matches(path: str) -> bool:
 
 
 def read(path: str) -> LazyModel:
-    pairs, theirs = read_container(path)
-    if pairs.get("general.architecture") != "llama":
-        raise ValueError(
-            f"{path}: a model of architecture {pairs.get('general.architecture')!r}, not llama"
-        )
-    factors = theirs.pop(ROPE_FACTORS, None)
-    args = args_of(pairs, theirs, factors, path)
+    """Open a file. Raises ValueError if it is damaged or not a supported Llama."""
+    metadata, gguf_tensors = read_container(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{path}: a model of architecture {architecture!r}, not llama")
+    rope_factors = gguf_tensors.pop(ROPE_FACTORS, None)
+    args = parse_args(metadata, gguf_tensors, rope_factors, path)
     tensors = {}
-    for ours, name in expand_layers(TABLE, args):
-        if name not in theirs:
-            raise ValueError(f"{path}: it has no {name}, which its header speaks of")
-        tensors[ours] = theirs.pop(name)
-    if theirs:
-        raise ValueError(f"{path}: {min(theirs)[:100]} is no part of a Llama of ours")
-    return LazyModel(path, args, tensors, lambda: tokenizer_of(pairs, path))
+    for name, gguf_name in expand_layers(TENSOR_NAMES, args):
+        if gguf_name not in gguf_tensors:
+            raise ValueError(f"{path}: {gguf_name} is missing; its header requires it")
+        tensors[name] = gguf_tensors.pop(gguf_name)
+    if gguf_tensors:
+        raise ValueError(f"{path}: {min(gguf_tensors)[:100]} is not a tensor of a Llama")
+    return LazyModel(path, args, tensors, lambda: parse_tokenizer(metadata, path))
 
 
-def args_of(pairs: dict, tensors: dict, factors: LazyTensor | None, path: str) -> ModelArgs:
-    """The architecture that the pairs describe. Raises ValueError for another than Llama's."""
-
-    def number(key, default=None):
-        value = pairs.get(f"llama.{key}", default)
-        if type(value) not in (int, float):
-            raise ValueError(
-                f"{path}: llama.{key} is {'missing' if value is None else f'{str(value)[:50]}'}"
-            )
-        return value
-
+def parse_args(
+    metadata: dict[str, Any],
+    tensors: dict[str, LazyTensor],
+    rope_factors: LazyTensor | None,
+    path: str,
+) -> ModelArgs:
+    """The ModelArgs of the metadata. Raises ValueError if they are invalid or not a Llama's."""
+    number = partial(get_number, metadata, path)
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"{path}: it has no token_embd.weight")
-    heads = number("attention.head_count")
+    n_heads = number("attention.head_count")
     try:
         args = ModelArgs(
             dim=number("embedding_length"),
             hidden_dim=number("feed_forward_length"),
             n_layers=number("block_count"),
-            n_heads=heads,
-            n_kv_heads=number("attention.head_count_kv", heads),
+            n_heads=n_heads,
+            n_kv_heads=number("attention.head_count_kv", n_heads),
             vocab_size=embedding.shape[0],
             norm_eps=shortest_float(number("attention.layer_norm_rms_epsilon")),
             rope_theta=shortest_float(number("rope.freq_base", 10000.0)),
             max_seq_len=number("context_length"),
             tie_embeddings="output.weight" not in tensors,
         )
-        scaling = scaling_of(pairs, factors, args)
-        args = ModelArgs(**{**vars(args), "rope_scaling": scaling})
+        scaling = parse_rope_scaling(metadata, rope_factors, args)
+        args = dataclasses.replace(args, rope_scaling=scaling)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if number(key, args.head_dim) != args.head_dim:
             raise ValueError(
-                f"{path}: llama.{key} is {number(key)}, but dim/n_heads={args.head_dim} is all we can say"
+                f"{path}: llama.{key} is {number(key)}; "
+                f"only dim/n_heads={args.head_dim} is supported"
             )
     if number("expert_count", 0):
-        raise ValueError(f"{path}: a mixture of experts is more than a Llama of ours can say")
+        raise ValueError(f"{path}: a mixture of experts is not supported")
     return args
 
 
+def get_number(metadata: dict[str, Any], path: str, key: str, default: Any = None) -> Any:
+    """A number among the metadata of the architecture. Raises ValueError if it is not there."""
+    value = metadata.get(f"llama.{key}", default)
+    if type(value) not in (int, float):
+        problem = "missing" if value is None else str(value)[:50]
+        raise ValueError(f"{path}: llama.{key} is {problem}")
+    return value
+
+
 def shortest_float(value: float) -> float:
-    """The decimal number that was meant by one that went through a float32: 1e-5, not 9.99999975e-06."""
+    """The decimal number that was rounded to a float32: 1e-5 for 9.99999975e-06."""
     return float(np.format_float_scientific(np.float32(value), unique=True))
 
 
-def scaling_of(pairs: dict, factors: LazyTensor | None, args: ModelArgs) -> RopeScaling | None:
-    """The rotary scaling, of which the file has the type, or only the factors."""
-    kind = pairs.get("llama.rope.scaling.type", "none")
-    if older := pairs.get("llama.rope.scale_linear"):
-        return RopeScaling("linear", shortest_float(older)) if older != 1 else None
-    if kind == "linear" and factors is None:
-        return RopeScaling("linear", shortest_float(pairs["llama.rope.scaling.factor"]))
-    if kind != "none":
-        raise ValueError(f"rope scaling of type {kind!r} is more than a Llama of ours can say")
-    if factors is None:
+def parse_rope_scaling(
+    metadata: dict[str, Any], rope_factors: LazyTensor | None, args: ModelArgs
+) -> RopeScaling | None:
+    """The rotary scaling, from its type in the metadata or from the divisors of the frequencies.
+
+    Raises ValueError if it is not supported.
+    """
+    scaling_type = metadata.get("llama.rope.scaling.type", "none")
+    if scale := metadata.get("llama.rope.scale_linear"):  # key of older files
+        return RopeScaling("linear", shortest_float(scale)) if scale != 1 else None
+    if scaling_type == "linear" and rope_factors is None:
+        return RopeScaling("linear", shortest_float(metadata["llama.rope.scaling.factor"]))
+    if scaling_type != "none":
+        raise ValueError(f"rope scaling of type {scaling_type!r} is not supported")
+    if rope_factors is None:
         return None
-    own = pairs.get(OWN_SCALING, [])
-    candidates = (
-        (RopeScaling("llama3", *own[:3], int(own[3])),) if len(own) == 4 else KNOWN_SCALINGS
-    )
-    if factors.shape == (args.head_dim // 2,):
+    candidates = KNOWN_SCALINGS
+    parameters = metadata.get(ROPE_SCALING_KEY, [])
+    if len(parameters) == 4:
+        factor, low, high, original_max_seq_len = parameters
+        candidates = (RopeScaling("llama3", factor, low, high, int(original_max_seq_len)),)
+    if rope_factors.shape == (args.head_dim // 2,):
+        factors = rope_factors.read().float()
         for scaling in candidates:
-            if torch.allclose(factors.read().float(), scaling_factors(args, scaling), rtol=1e-3):
+            if torch.allclose(factors, frequency_divisors(args, scaling), rtol=1e-3):
                 return scaling
-    raise ValueError(f"the factors in {ROPE_FACTORS} are those of no Llama known here")
+    raise ValueError(f"the values of {ROPE_FACTORS} are not those of a known Llama")
 
 
-def scaling_factors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
-    """By how much each frequency is divided (head_dim/2,)."""
-    plain, scaled = (
-        rope_frequencies(args.head_dim, args.rope_theta, choice) for choice in (None, scaling)
-    )
-    return plain / scaled
+def frequency_divisors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
+    """By how much a scaling divides each rotary frequency (head_dim/2,)."""
+    unscaled = rope_frequencies(args.head_dim, args.rope_theta)
+    return unscaled / rope_frequencies(args.head_dim, args.rope_theta, scaling)
 
 
-def tokenizer_of(pairs: dict, path: str) -> Tokenizer | None:
-    """The vocabulary in the file; None if it has none."""
-    model, names = pairs.get("tokenizer.ggml.model"), pairs.get("tokenizer.ggml.tokens")
+def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
+    """The tokenizer of a file, None if it has none. Raises ValueError if it is not supported."""
+    model = metadata.get("tokenizer.ggml.model")
+    pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     if model in (None, "none", "no_vocab"):
         return None
     try:
+        names = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its tokens are no list of texts")
-        kinds = pairs.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
+            raise ValueError("its tokens are not a list of strings")
+        types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
         if model == "llama":
-            pieces = list(zip(names, pairs["tokenizer.ggml.scores"], kinds, strict=True))
-            ends = [
-                names[pairs.get(f"tokenizer.ggml.{end}_token_id", i)]
-                for end, i in (("bos", 1), ("eos", 2))
-            ]
-            pieces = [
-                (piece, score, CONTROL if piece in ends else kind) for piece, score, kind in pieces
-            ]
-            has_prefix = bool(pairs.get("tokenizer.ggml.add_space_prefix", True))
-            return require_bos_eos(
-                SentencePieceTokenizer(proto_from_pieces(pieces, *ends, has_prefix))
-            )
-        if model == "gpt2" and pairs.get("tokenizer.ggml.pre") in (
-            "llama-bpe",
-            "llama3",
-            "llama-v3",
-        ):
-            count = next((i for i, kind in enumerate(kinds) if kind == CONTROL), len(names))
-            return Llama3Tokenizer(
-                [tokenizer_json.from_letters(name) for name in names[:count]], names[count:]
-            )
-        raise ValueError(
-            f"a vocabulary of type {model!r}, {pairs.get('tokenizer.ggml.pre')!r}, is not known here"
-        )
+            return parse_sentencepiece(metadata, names, types)
+        if model == "gpt2" and pre_tokenizer in BPE_PRE_TOKENIZERS:
+            return parse_llama3(names, types)
+        raise ValueError(f"a vocabulary of type {model!r}, {pre_tokenizer!r}, is not supported")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"
         ) from error
 
 
+def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[int]) -> Tokenizer:
+    """A SentencePiece tokenizer. Raises ValueError, LookupError or TypeError if it is damaged."""
+    scores = metadata["tokenizer.ggml.scores"]
+    bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
+    eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
+    pieces = [
+        (name, score, CONTROL if name in (bos, eos) else token_type)
+        for name, score, token_type in zip(names, scores, types, strict=True)
+    ]
+    has_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return require_bos_eos(
+        SentencePieceTokenizer(proto_from_pieces(pieces, bos, eos, has_dummy_prefix))
+    )
+
+
+def parse_llama3(names: list[str], types: list[int]) -> Tokenizer:
+    """A Llama 3 tokenizer: the tokens from the first control token on are special."""
+    controls = (i for i, token_type in enumerate(types) if token_type == CONTROL)
+    n_ranks = next(controls, len(names))
+    ranks = [tokenizer_json.from_byte_unicode(name) for name in names[:n_ranks]]
+    return Llama3Tokenizer(ranks, names[n_ranks:])
+
+
 # Writing
 
 
+class TensorToWrite(NamedTuple):
+    """A tensor of a file to write, with its name in GGUF."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
 def unsupported_reason(args: ModelArgs) -> None:
-    """It says every model."""
+    """None: the format stores every model."""
 
 
-def write(stored: LazyModel, path: str, target: str, dtype: str):
-    """Write the file. In q8_0, a matrix whose rows are no multiple of 32 stays float16."""
-    tokenizer = stored.own_tokenizer()
+def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
+    """Write a file. In q8_0, a matrix is float16 if its row length is not a multiple of 32."""
+    tokenizer = model.read_tokenizer()
     if tokenizer is None:
         raise ValueError(
-            f"{path}: llama.cpp reads no GGUF file without a vocabulary; name it with --tokenizer=PATH"
+            f"{path}: llama.cpp reads no GGUF file without a vocabulary; "
+            "name it with --tokenizer=PATH"
         )
     if reason := tokenizer_json.unsupported_reason(tokenizer):
         raise ValueError(f"{path}: {reason}")
-    tensors = list(tensors_of(stored, dtype))
+    tensors = list_tensors(model)
+    infos = describe_tensors(tensors, dtype)
     with AtomicFile(path) as file:
-        file.write(
-            header_of(
-                pairs_of(stored, tokenizer, dtype), [(name, info) for name, info, _ in tensors]
-            )
-        )
+        file.write(pack_header(to_metadata(model, tokenizer, dtype), infos))
         pad(file)
-        for name, info, read in tensors:
-            write_tensor(file, read(), info.kind, name)
+        for tensor in tensors:
+            write_tensor(file, tensor.read(), infos[tensor.name].type, tensor.name)
             pad(file)
 
 
-def tensors_of(stored: LazyModel, dtype: str) -> Iterator[tuple[str, TensorInfo, Callable]]:
-    """Name, description and reader of every tensor to write, in order."""
-    args, offset = stored.args, 0
-    kinds = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
-    names = expand_layers(TABLE, args)
-    entries = [
-        (theirs, stored.tensors[ours].shape, partial(stored.read, ours)) for ours, theirs in names
+def list_tensors(model: LazyModel) -> list[TensorToWrite]:
+    """The tensors to write, in order."""
+    tensors = [
+        TensorToWrite(gguf_name, model.tensors[name].shape, partial(model.read, name))
+        for name, gguf_name in expand_layers(TENSOR_NAMES, model.args)
     ]
-    if args.rope_scaling and args.rope_scaling.type == "llama3":
-        factors = scaling_factors(args, args.rope_scaling)
-        entries.append((ROPE_FACTORS, tuple(factors.shape), lambda: factors))
-    for name, shape, read in entries:
-        kind = F32 if len(shape) == 1 else kinds[dtype]
-        info = TensorInfo(shape, F16 if kind == Q8_0 and shape[-1] % GROUP else kind, offset)
-        yield name, info, read
-        offset += info.size + -info.size % ALIGNMENT
+    scaling = model.args.rope_scaling
+    if scaling and scaling.type == "llama3":
+        divisors = frequency_divisors(model.args, scaling)
+        tensors.append(TensorToWrite(ROPE_FACTORS, tuple(divisors.shape), lambda: divisors))
+    return tensors
 
 
-def pairs_of(stored: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict:
-    """The key-value pairs, as (type, value)."""
-    args, scaling = stored.args, stored.args.rope_scaling
-    name = os.path.basename(os.path.splitext(os.path.abspath(stored.path))[0])
-    pairs = {
+def describe_tensors(tensors: list[TensorToWrite], dtype: str) -> dict[str, TensorInfo]:
+    """Type and offset of each tensor of a file, by name."""
+    infos: dict[str, TensorInfo] = {}
+    offset = 0
+    for name, shape, _ in tensors:
+        tensor_type = F32 if len(shape) == 1 else TENSOR_TYPES[dtype]
+        if tensor_type == Q8_0 and shape[-1] % GROUP_SIZE:
+            tensor_type = F16
+        infos[name] = TensorInfo(shape, tensor_type, offset)
+        offset += infos[name].size + -infos[name].size % ALIGNMENT
+    return infos
+
+
+def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str, MetadataValue]:
+    """The metadata of a file."""
+    args = model.args
+    path_without_suffix, _ = os.path.splitext(os.path.abspath(model.path))
+    metadata: dict[str, MetadataValue] = {
         "general.architecture": "llama",
-        "general.name": name,
-        "general.file_type": (4, FILE_TYPES[dtype]),
-        "general.quantization_version": (4, 2),
-        "general.alignment": (4, ALIGNMENT),
-        "llama.vocab_size": (4, args.vocab_size),
-        "llama.context_length": (4, args.max_seq_len),
-        "llama.embedding_length": (4, args.dim),
-        "llama.block_count": (4, args.n_layers),
-        "llama.feed_forward_length": (4, args.ffn_dim),
-        "llama.rope.dimension_count": (4, args.head_dim),
-        "llama.rope.freq_base": (6, args.rope_theta),
-        "llama.attention.head_count": (4, args.n_heads),
-        "llama.attention.head_count_kv": (4, args.kv_heads),
-        "llama.attention.layer_norm_rms_epsilon": (6, args.norm_eps),
+        "general.name": os.path.basename(path_without_suffix),
+        "general.file_type": TypedValue(UINT32, FILE_TYPES[dtype]),
+        "general.quantization_version": TypedValue(UINT32, QUANTIZATION_VERSION),
+        "general.alignment": TypedValue(UINT32, ALIGNMENT),
+        "llama.vocab_size": TypedValue(UINT32, args.vocab_size),
+        "llama.context_length": TypedValue(UINT32, args.max_seq_len),
+        "llama.embedding_length": TypedValue(UINT32, args.dim),
+        "llama.block_count": TypedValue(UINT32, args.n_layers),
+        "llama.feed_forward_length": TypedValue(UINT32, args.ffn_dim),
+        "llama.rope.dimension_count": TypedValue(UINT32, args.head_dim),
+        "llama.rope.freq_base": TypedValue(FLOAT32, args.rope_theta),
+        "llama.attention.head_count": TypedValue(UINT32, args.n_heads),
+        "llama.attention.head_count_kv": TypedValue(UINT32, args.kv_heads),
+        "llama.attention.layer_norm_rms_epsilon": TypedValue(FLOAT32, args.norm_eps),
     }
-    if scaling and scaling.type == "linear":
-        pairs |= {
+    return metadata | to_rope_metadata(args.rope_scaling) | to_tokenizer_metadata(tokenizer)
+
+
+def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
+    """The metadata of a rotary scaling."""
+    if scaling is None:
+        return {}
+    if scaling.type == "linear":
+        return {
             "llama.rope.scaling.type": "linear",
-            "llama.rope.scaling.factor": (6, scaling.factor),
+            "llama.rope.scaling.factor": TypedValue(FLOAT32, scaling.factor),
         }
-    elif scaling:
-        numbers = (
-            scaling.factor,
-            scaling.low_freq_factor,
-            scaling.high_freq_factor,
-            scaling.original_max_seq_len,
-        )
-        pairs[OWN_SCALING] = (12, list(numbers))
-    return pairs | vocabulary_of(tokenizer)
+    parameters = [
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_seq_len,
+    ]
+    return {ROPE_SCALING_KEY: TypedValue(FLOAT64, parameters)}
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> dict:
-    """The pairs that hold the vocabulary."""
-    pairs = {
-        "tokenizer.ggml.bos_token_id": (4, tokenizer.bos_id),
-        "tokenizer.ggml.eos_token_id": (4, tokenizer.eos_id),
-        "tokenizer.ggml.add_bos_token": (7, True),
-        "tokenizer.ggml.add_eos_token": (7, False),
+def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
+    """The metadata that contains the vocabulary."""
+    metadata: dict[str, MetadataValue] = {
+        "tokenizer.ggml.bos_token_id": TypedValue(UINT32, tokenizer.bos_id),
+        "tokenizer.ggml.eos_token_id": TypedValue(UINT32, tokenizer.eos_id),
+        "tokenizer.ggml.add_bos_token": TypedValue(BOOL, True),
+        "tokenizer.ggml.add_eos_token": TypedValue(BOOL, False),
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        names, scores, kinds = zip(*tokenizer.pieces, strict=True)
-        return pairs | {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.tokens": list(names),
-            "tokenizer.ggml.scores": (6, list(scores)),
-            "tokenizer.ggml.token_type": (5, list(kinds)),
-            "tokenizer.ggml.unknown_token_id": (4, tokenizer.processor.unk_id()),
-            "tokenizer.ggml.add_space_prefix": (7, tokenizer.has_dummy_prefix),
-        }
-    pairs |= {
+        return metadata | to_sentencepiece_metadata(tokenizer)
+    assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
+    return metadata | to_llama3_metadata(tokenizer)
+
+
+def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, MetadataValue]:
+    """The metadata of a SentencePiece vocabulary."""
+    names, scores, types = zip(*tokenizer.pieces, strict=True)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": list(names),
+        "tokenizer.ggml.scores": TypedValue(FLOAT32, list(scores)),
+        "tokenizer.ggml.token_type": TypedValue(INT32, list(types)),
+        "tokenizer.ggml.unknown_token_id": TypedValue(UINT32, tokenizer.processor.unk_id()),
+        "tokenizer.ggml.add_space_prefix": TypedValue(BOOL, tokenizer.has_dummy_prefix),
+    }
+
+
+def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:
+    """The metadata of a Llama 3 vocabulary."""
+    types = [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)
+    merges = tokenizer_json.rank_merges(tokenizer.ranks)
+    metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": tokenizer_json.token_names(tokenizer),
-        "tokenizer.ggml.token_type": (
-            5,
-            [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special),
-        ),
-        "tokenizer.ggml.merges": [
-            f"{left} {right}" for left, right in tokenizer_json.rank_merges(tokenizer.ranks)
-        ],
+        "tokenizer.ggml.token_type": TypedValue(INT32, types),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
     }
     if "<|eot_id|>" in tokenizer.special:
-        pairs["tokenizer.ggml.eot_token_id"] = (4, tokenizer.special_id("<|eot_id|>"))
-        pairs["tokenizer.chat_template"] = tokenizer_json.CHAT_TEMPLATE
-    return pairs
+        eot_id = tokenizer.special_id("<|eot_id|>")
+        metadata["tokenizer.ggml.eot_token_id"] = TypedValue(UINT32, eot_id)
+        metadata["tokenizer.chat_template"] = tokenizer_json.CHAT_TEMPLATE
+    return metadata

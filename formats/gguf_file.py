@@ -1,14 +1,15 @@
 """
-The container that is a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a header,
-key-value pairs, a list of tensors, and, aligned, their values.
+The container of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a header,
+metadata as key-value pairs, descriptions of the tensors, and, aligned, their values.
 
-Q8_0: blocks of 32 values of a row, each a float16 scale and 32 int8.
+Q8_0 stores blocks of 32 values of a row, each as a float16 scale and 32 int8.
 """
 
 import math
 import mmap
 import struct
 from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,215 +19,271 @@ from formats.lazy_model import (
     LazyTensor,
     check_range,
     read_into,
-    stored_in_file,
+    tensor_in_file,
     write_values,
 )
 from runtime.atomic_files import FileSource
 
-MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
-GROUP = 32  # values in a block of Q8_0
-BLOCK_SIZE = 2 + GROUP  # its bytes
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # types of tensors
-TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+MAGIC = b"GGUF"
+VERSION = 3
+READABLE_VERSIONS = (2, 3)
+ALIGNMENT = 32  # bytes, of files written here and of files without general.alignment
+MAX_DIMENSIONS = 4
 
+# Types of tensors (ggml_type)
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+TORCH_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+GROUP_SIZE = 32  # values in a block of Q8_0
+BLOCK_SIZE = 2 + GROUP_SIZE  # bytes of a block of Q8_0
 
-# Reading
-
-SCALARS = {  # type of a value: its layout
-    **{
-        0: "<B",
-        1: "<b",
-        2: "<H",
-        3: "<h",
-        4: "<I",
-        5: "<i",
-        6: "<f",
-        7: "<?",
-        10: "<Q",
-        11: "<q",
-        12: "<d",
-    },
+# Types of metadata values (gguf_metadata_value_type)
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, FLOAT64 = 4, 5, 6, 7, 8, 9, 12
+SCALAR_LAYOUTS = {  # as struct formats
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    UINT32: "<I",
+    INT32: "<i",
+    FLOAT32: "<f",
+    BOOL: "<?",
+    10: "<Q",
+    11: "<q",
+    FLOAT64: "<d",
 }
-STRING, ARRAY = 8, 9
 
 
-class Cursor:
-    """Reads a mapped file from front to back. Raises ValueError past its end."""
+class TypedValue(NamedTuple):
+    """A number, or a list of numbers, of one of the types in SCALAR_LAYOUTS."""
 
-    def __init__(self, content):
-        self.content, self.position = content, 0
+    type: int
+    value: Any
 
-    def take(self, size: int) -> bytes:
-        end = self.position + size
-        if end > len(self.content):
-            raise ValueError("it ends within its header")
-        start, self.position = self.position, end
-        return self.content[start:end]
 
-    def scalar(self, layout: str):
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def string(self) -> str:
-        return self.take(self.scalar("<Q")).decode("utf-8")
-
-    def value(self, kind: int):
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind])
-        if kind == STRING:
-            return self.string()
-        if kind != ARRAY:
-            raise ValueError(f"a value of type {kind} is not known")
-        kind, count = self.scalar("<I"), self.scalar("<Q")
-        if kind in SCALARS:
-            layout = SCALARS[kind]
-            values = np.frombuffer(
-                self.take(count * struct.calcsize(layout)), np.dtype(layout.replace("?", "b"))
-            )
-            return values.tolist()
-        if kind != STRING or count * 8 > len(self.content) - self.position:
-            raise ValueError("a list is longer than the file, or nested")
-        return [self.string() for _ in range(count)]
+MetadataValue = str | list[str] | TypedValue
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """shape: ours, rows first; offset: from the beginning of the values."""
+    """The description of a tensor."""
 
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
+    shape: tuple[int, ...]  # as in PyTorch; the file has it in reverse
+    type: int  # F32, F16, Q8_0 or BF16
+    offset: int  # in bytes, from the first value of the file
 
     @property
     def size(self) -> int:
+        """Size of the values in bytes."""
         count = math.prod(self.shape)
-        return (
-            count // GROUP * BLOCK_SIZE
-            if self.kind == Q8_0
-            else count * TORCH_TYPES[self.kind].itemsize
-        )
+        if self.type == Q8_0:
+            return count // GROUP_SIZE * BLOCK_SIZE
+        return count * TORCH_DTYPES[self.type].itemsize
 
 
-def read_container(path: str) -> tuple[dict, dict[str, LazyTensor]]:
-    """The key-value pairs and the tensors of a file. Raises ValueError where it is damaged."""
+# Reading
+
+
+class BinaryReader:
+    """Reads a mapped file sequentially. Raises ValueError at its end."""
+
+    def __init__(self, content: mmap.mmap):
+        self.content = content
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes."""
+        start = self.position
+        if start + size > len(self.content):
+            raise ValueError("it ends within its header")
+        self.position += size
+        return self.content[start : self.position]
+
+    def scalar(self, layout: str) -> Any:
+        """A number in a struct format."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        """A length and UTF-8."""
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, value_type: int) -> Any:
+        """A metadata value. Raises ValueError for an unknown type."""
+        if value_type in SCALAR_LAYOUTS:
+            return self.scalar(SCALAR_LAYOUTS[value_type])
+        if value_type == STRING:
+            return self.string()
+        if value_type == ARRAY:
+            return self.array()
+        raise ValueError(f"a value of type {value_type} is not known")
+
+    def array(self) -> list:
+        """A list of numbers or of strings. Raises ValueError for nested lists."""
+        item_type = self.scalar("<I")
+        count = self.scalar("<Q")
+        if item_type in SCALAR_LAYOUTS:
+            layout = SCALAR_LAYOUTS[item_type]
+            content = self.take(count * struct.calcsize(layout))
+            return np.frombuffer(content, np.dtype(layout.replace("?", "b"))).tolist()
+        if item_type != STRING or count * 8 > len(self.content) - self.position:
+            raise ValueError("a list is longer than the file, or nested")
+        return [self.string() for _ in range(count)]
+
+
+def read_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """The metadata and the tensors of a file. Raises ValueError if it is damaged."""
     source = FileSource(path)
     with source.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            cursor = Cursor(content)
-            pairs, infos = read_header(cursor)
+            reader = BinaryReader(content)
+            metadata, infos = read_header(reader)
         except (ValueError, struct.error) as error:
             raise ValueError(f"{path}: damaged, or not a GGUF file ({error})") from None
-        size, position = len(content), cursor.position
-    alignment = pairs.get("general.alignment", ALIGNMENT)
+        size = len(content)
+        position = reader.position
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(
-            f"{path}: general.alignment={alignment!r} is no power of two; it is damaged"
+            f"{path}: general.alignment={alignment!r} is not a power of two; it is damaged"
         )
-    start, end = position + -position % alignment, 0
+    data_offset = position + -position % alignment
+    check_offsets(infos, size - data_offset, alignment, path)
+    tensors = {name: open_tensor(source, data_offset, info) for name, info in infos.items()}
+    return metadata, tensors
+
+
+def read_header(reader: BinaryReader) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The metadata and the descriptions of the tensors. Raises ValueError if they are damaged."""
+    magic = reader.take(4)
+    version = reader.scalar("<I")
+    if magic != MAGIC or version not in READABLE_VERSIONS:
+        raise ValueError(f"version {version} is not known")
+    n_tensors = reader.scalar("<Q")
+    n_pairs = reader.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_pairs):  # a number that is too large reaches the end of the file
+        key = reader.string()
+        metadata[key] = reader.value(reader.scalar("<I"))
+    infos: dict[str, TensorInfo] = {}
+    for _ in range(n_tensors):
+        name = reader.string()
+        info = read_tensor_info(reader, name)
+        if name in infos:
+            raise ValueError(f"{name[:100]} occurs twice")
+        infos[name] = info
+    return metadata, infos
+
+
+def read_tensor_info(reader: BinaryReader, name: str) -> TensorInfo:
+    """The description of a tensor. Raises ValueError if it is damaged or not supported."""
+    dimensions = reader.scalar("<I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"{name[:100]} has {dimensions} dimensions")
+    shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
+    info = TensorInfo(shape, type=reader.scalar("<I"), offset=reader.scalar("<Q"))
+    if info.type not in (*TORCH_DTYPES, Q8_0):
+        raise ValueError(
+            f"{name[:100]} is quantized in type {info.type}; "
+            "only F32, F16, BF16 and Q8_0 are supported"
+        )
+    if min(shape) < 1 or (info.type == Q8_0 and shape[-1] % GROUP_SIZE):
+        raise ValueError(f"{name[:100]} has the shape {shape}")
+    return info
+
+
+def check_offsets(infos: dict[str, TensorInfo], data_size: int, alignment: int, path: str) -> None:
+    """Raise ValueError unless the tensors follow each other, aligned, to the end of the data."""
+    end = 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
         if info.offset != end:
             raise ValueError(
                 f"{path}: {name[:100]} begins at {info.offset}, not at {end}; it is damaged"
             )
         end += info.size + -info.size % alignment
-    if not end - alignment < size - start <= end:  # the last tensor may be padded or not
-        raise ValueError(f"{path}: {size} bytes, but its header says {start + end}; it is damaged")
+    if not end - alignment < data_size <= end:  # the last tensor may be padded or not
+        raise ValueError(
+            f"{path}: {data_size} bytes of tensors, but its header implies {end}; it is damaged"
+        )
     for name, info in infos.items():
-        if start + info.offset + info.size > size:
+        if info.offset + info.size > data_size:
             raise ValueError(f"{path}: it ends within {name[:100]}; it is damaged")
-    return pairs, {name: stored_tensor(source, start, info) for name, info in infos.items()}
 
 
-def read_header(cursor: Cursor) -> tuple[dict, dict[str, TensorInfo]]:
-    magic, version = cursor.take(4), cursor.scalar("<I")
-    if magic != MAGIC or version not in (2, 3):
-        raise ValueError(f"version {version} is not known")
-    n_tensors, n_pairs = cursor.scalar("<Q"), cursor.scalar("<Q")
-    pairs, infos = {}, {}
-    for _ in range(n_pairs):  # a number too large runs into the end of the file
-        key = cursor.string()
-        pairs[key] = cursor.value(cursor.scalar("<I"))
-    for _ in range(n_tensors):
-        name, dimensions = cursor.string(), cursor.scalar("<I")
-        if not 1 <= dimensions <= 4:
-            raise ValueError(f"{name[:100]} has {dimensions} dimensions")
-        shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]
-        info = TensorInfo(shape, cursor.scalar("<I"), cursor.scalar("<Q"))
-        if info.kind not in (*TORCH_TYPES, Q8_0):
-            raise ValueError(
-                f"{name[:100]} is quantized in type {info.kind}; F32, F16, BF16 and Q8_0 are known here"
-            )
-        if min(shape) < 1 or (info.kind == Q8_0 and shape[-1] % GROUP) or name in infos:
-            raise ValueError(f"{name[:100]} has the shape {shape}, or is there twice")
-        infos[name] = info
-    return pairs, infos
-
-
-def stored_tensor(source: FileSource, start: int, info: TensorInfo) -> LazyTensor:
-    if info.kind != Q8_0:
-        return stored_in_file(source, start + info.offset, TORCH_TYPES[info.kind], info.shape)
-    return LazyTensor(
-        info.shape, torch.float32, lambda: read_quantized(source, start + info.offset, info.shape)
-    )
+def open_tensor(source: FileSource, data_offset: int, info: TensorInfo) -> LazyTensor:
+    """The tensor of a description; one in Q8_0 is read as float32."""
+    offset = data_offset + info.offset
+    if info.type != Q8_0:
+        return tensor_in_file(source, offset, TORCH_DTYPES[info.type], info.shape)
+    return LazyTensor(info.shape, torch.float32, lambda: read_quantized(source, offset, info.shape))
 
 
 def read_quantized(source: FileSource, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-    values = torch.empty(math.prod(shape) // GROUP, GROUP)
+    """Read a tensor in Q8_0 and dequantize it to float32."""
+    values = torch.empty(math.prod(shape) // GROUP_SIZE, GROUP_SIZE)
     with source.open(offset) as file:
-        for part in values.split(BLOCK // GROUP):
-            raw = torch.empty(len(part), BLOCK_SIZE, dtype=torch.uint8)
+        for groups in values.split(BLOCK // GROUP_SIZE):  # (N, 32)
+            raw = torch.empty(len(groups), BLOCK_SIZE, dtype=torch.uint8)
             read_into(file, raw, source.path)
             scales = raw[:, :2].contiguous().view(torch.float16).float()  # (N, 1)
-            torch.mul(raw[:, 2:].contiguous().view(torch.int8), scales, out=part)
+            torch.mul(raw[:, 2:].contiguous().view(torch.int8), scales, out=groups)
     return values.view(shape)
 
 
 # Writing
 
 
-def header_of(pairs: dict, infos: list[tuple[str, TensorInfo]]) -> bytes:
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(infos), len(pairs))]
-    for key, value in pairs.items():
-        parts += [packed_string(key), packed_value(value)]
-    for name, info in infos:
+def pack_header(metadata: dict[str, MetadataValue], infos: dict[str, TensorInfo]) -> bytes:
+    """The header, the metadata and the descriptions of the tensors."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(infos), len(metadata))]
+    for key, value in metadata.items():
+        parts += [pack_string(key), pack_value(value)]
+    for name, info in infos.items():
         dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
-        parts += [packed_string(name), dimensions, struct.pack("<IQ", info.kind, info.offset)]
+        parts += [pack_string(name), dimensions, struct.pack("<IQ", info.type, info.offset)]
     return b"".join(parts)
 
 
-def packed_string(text: str) -> bytes:
+def pack_string(text: str) -> bytes:
+    """The length of a text and its UTF-8."""
     encoded = text.encode()
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def packed_value(value) -> bytes:
-    """A text, a list of texts, or (type, number or list of numbers), with its type before it."""
+def pack_value(value: MetadataValue) -> bytes:
+    """The type of a metadata value and the value."""
     if isinstance(value, str):
-        return struct.pack("<I", STRING) + packed_string(value)
+        return struct.pack("<I", STRING) + pack_string(value)
     if isinstance(value, list):
-        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(packed_string, value))
-    kind, value = value
-    layout = SCALARS[kind].removeprefix("<")
-    if isinstance(value, list):
-        return struct.pack(f"<IIQ{len(value)}{layout}", ARRAY, kind, len(value), *value)
-    return struct.pack(f"<I{layout}", kind, value)
+        strings = b"".join(map(pack_string, value))
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + strings
+    layout = SCALAR_LAYOUTS[value.type].removeprefix("<")
+    if isinstance(value.value, list):
+        count = len(value.value)
+        return struct.pack(f"<IIQ{count}{layout}", ARRAY, value.type, count, *value.value)
+    return struct.pack(f"<I{layout}", value.type, value.value)
 
 
-def pad(file):
+def pad(file: IO[bytes]) -> None:
+    """Write zeros up to a multiple of ALIGNMENT."""
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
 
 
-def write_tensor(file, tensor: torch.Tensor, kind: int, name: str):
-    if kind == Q8_0:
+def write_tensor(file: IO[bytes], tensor: torch.Tensor, tensor_type: int, name: str) -> None:
+    """Write the values of a tensor, BLOCK at a time. Raises ValueError if one is out of range."""
+    if tensor_type == Q8_0:
         for rows in tensor.split(max(1, BLOCK // tensor.shape[1])):
-            file.write(quantize(rows.float().reshape(-1, GROUP), name))
+            file.write(quantize(rows.float().reshape(-1, GROUP_SIZE), name).data)
         return
-    check_range(tensor, TORCH_TYPES[kind], name)
-    write_values(file, tensor, TORCH_TYPES[kind])
+    check_range(tensor, TORCH_DTYPES[tensor_type], name)
+    write_values(file, tensor, TORCH_DTYPES[tensor_type])
 
 
 def quantize(groups: torch.Tensor, name: str) -> np.ndarray:
-    """Q8_0 of groups (N, 32): per group the scale, 1/127 of its largest magnitude, in float16, and the
-    values in steps of the scale as it was rounded, so that none is off by more than half a step."""
+    """Quantize groups (N, 32) to the bytes of Q8_0 (N, 34).
+
+    A scale is 1/127 of the group's largest magnitude, in float16. The values are multiples of the
+    rounded scale, so that the error is at most half a step. Raises ValueError if a scale is too
+    large for float16.
+    """
     scales = (groups.abs().amax(dim=1) / 127.0).half()  # (N,)
     if not scales.isfinite().all():
         raise ValueError(f"{name} has values too large for q8_0; use --dtype=float32 or bfloat16")

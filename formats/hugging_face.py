@@ -1,21 +1,23 @@
 """
-A folder as transformers' save_pretrained writes it: config.json, generation_config.json, the
+A folder as save_pretrained of transformers writes it: config.json, generation_config.json, the
 weights as safetensors (or the older pytorch_model.bin), in one file or in shards with an index,
 and the tokenizer.
 
-The rotary layout differs: Hugging Face turns pairs (i, i + head_dim/2), we turn neighbours (2i, 2i + 1),
-so that the rows of wq and wk stand in another order.
+The rows of wq and wk are in another order: Hugging Face rotates the pairs (i, i + head_dim/2), the
+half-split layout; model.py rotates the pairs (2i, 2i + 1), the interleaved layout.
 """
 
-import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from formats import tokenizer_json
+from formats.hugging_face_config import parse_args, to_config, to_generation_config
 from formats.lazy_model import (
     TORCH_DTYPES,
     LazyModel,
@@ -26,18 +28,17 @@ from formats.lazy_model import (
     one_line,
     read_json,
 )
-from formats.safetensors_file import read_safetensors, size_of, write_safetensors
+from formats.safetensors_file import read_safetensors, tensor_size, write_safetensors
 from formats.torch_file import read_torch_file
 from model import ModelArgs
-from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFolder, FileSource
 from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
-SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, at most
+SHARD_SIZE = 5_000_000_000  # maximum bytes of weights in a file
 
-# ours, theirs
-TABLE = (
+# Name in model.py, name in transformers
+TENSOR_NAMES = (
     ("tok_embeddings.weight", "model.embed_tokens.weight"),
     ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
     ("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
@@ -51,30 +52,27 @@ TABLE = (
     ("norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
 )
-# Keys of config.json that would change what the model computes, and the value that leaves it a Llama.
-PLAIN = {
-    **{
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "quantization_config": None,
-    },
-    "partial_rotary_factor": 1.0,
-}
+EXPORTED_FILES = re.compile(
+    r"(generation_)?config\.json|tokenizer(_config)?\.json|tokenizer\.model"
+    r"|special_tokens_map\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 
 
-def heads_in(args: ModelArgs, name: str) -> int | None:
-    """How many heads turn by their position in this tensor's rows, if any do."""
+# Rotary layout
+
+
+def rope_heads(args: ModelArgs, name: str) -> int | None:
+    """Number of heads in the rows of wq or wk; None for the tensors that are not rotated."""
     return {"wq": args.n_heads, "wk": args.kv_heads}.get(name.split(".")[-2])
 
 
-def to_halves(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk from our order to theirs."""
+def to_half_split(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder the rows of wq or wk from the interleaved to the half-split layout."""
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def to_neighbours(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk from their order to ours."""
+def to_interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder the rows of wq or wk from the half-split to the interleaved layout."""
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -82,148 +80,104 @@ def to_neighbours(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 
 def matches(path: str) -> bool:
+    """Whether path is a folder with config.json."""
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def read(path: str) -> LazyModel:
+    """Open a folder. Raises ValueError if it is damaged, incomplete or not a supported Llama."""
     source = FileSource(os.path.join(path, "config.json"))
     config = read_json(source.path)
-    args = args_of(config, source.path)
-    theirs = read_tensors(path)
-    source.open().close()  # the folder may have been replaced meanwhile
+    args = parse_args(config, source.path)
+    hf_tensors = read_tensors(path)
+    source.open().close()  # raises ValueError if the folder was replaced meanwhile
     tensors = {}
-    for ours, name in expand_layers(TABLE, args):
-        if name not in theirs:
-            raise ValueError(f"{path}: it has no {name}, which its config.json speaks of")
-        tensors[ours] = reordered(theirs.pop(name), heads_in(args, ours))
-    for name in theirs:  # the classifier again although tied, and the angles that older files kept
-        if not (
-            name.endswith("rotary_emb.inv_freq")
-            or (name == "lm_head.weight" and args.tie_embeddings)
-        ):
+    for name, hf_name in expand_layers(TENSOR_NAMES, args):
+        if hf_name not in hf_tensors:
+            raise ValueError(f"{path}: {hf_name} is missing; its config.json requires it")
+        tensors[name] = interleave_lazily(hf_tensors.pop(hf_name), rope_heads(args, name))
+    for hf_name in hf_tensors:
+        is_tied_head = hf_name == "lm_head.weight" and args.tie_embeddings
+        is_rope_buffer = hf_name.endswith("rotary_emb.inv_freq")  # in older files
+        if not (is_tied_head or is_rope_buffer):
             raise ValueError(
-                f"{path}: {name} is no part of a Llama as its config.json describes it"
+                f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
     return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
 
 
-def reordered(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
+def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
+    """A tensor that is read in the interleaved layout, if n_heads is given."""
     if n_heads is None or len(tensor.shape) != 2 or tensor.shape[0] % (2 * n_heads):
-        return tensor  # of a wrong shape: LazyModel tells
-    return LazyTensor(tensor.shape, tensor.dtype, lambda: to_neighbours(tensor.read(), n_heads))
-
-
-def args_of(config: dict, path: str) -> ModelArgs:
-    """The architecture in a config.json, of transformers 4 or 5. Raises ValueError for another one."""
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{path}: a model of type {config.get('model_type')!r}, not llama")
-    for key, plain in PLAIN.items():
-        if config.get(key) not in (None, plain):
-            raise ValueError(f"{path}: {key}={config[key]!r} is more than a Llama of ours can say")
-    if not isinstance(config.get("tie_word_embeddings", False), bool):
-        raise ValueError(f"{path}: tie_word_embeddings is neither true nor false")
-    required = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
-    if missing := [key for key in required if type(config.get(key)) is not int]:
-        raise ValueError(f"{path}: it has no {' and no '.join(missing)}, or no whole number there")
-    try:
-        theta, scaling = rope_of(config)
-        args = ModelArgs(
-            dim=config["hidden_size"],
-            hidden_dim=config["intermediate_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config.get("num_key_value_heads"),
-            vocab_size=config["vocab_size"],
-            norm_eps=float(
-                config.get("rms_norm_eps", 1e-6)
-            ),  # what is not there has transformers' default
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_seq_len=config.get("max_position_embeddings", 2048),
-            tie_embeddings=config.get("tie_word_embeddings", False),
-        )
-    except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
-        raise ValueError(f"{path}: not the settings of a Llama: {error}") from None
-    if config.get("head_dim") not in (None, args.head_dim):
-        raise ValueError(
-            f"{path}: head_dim={config['head_dim']}, but dim/n_heads={args.head_dim} is all we can say"
-        )
-    return args
-
-
-def rope_of(config: dict) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary positions: version 5's rope_parameters, or version 4's
-    rope_theta and rope_scaling."""
-    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
-    rope |= config.get("rope_parameters") or {}
-    theta, kind = rope.get("rope_theta"), rope.get("rope_type", rope.get("type", "default"))
-    theta = 10000.0 if theta is None else float(theta)
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind != "llama3":
-        raise ValueError(f"rope scaling of type {kind!r}: default, linear and llama3 are known")
-    numbers = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return theta, RopeScaling("llama3", *numbers, int(rope["original_max_position_embeddings"]))
+        return tensor  # LazyModel refuses a wrong shape
+    return LazyTensor(tensor.shape, tensor.dtype, lambda: to_interleaved(tensor.read(), n_heads))
 
 
 def read_tensors(path: str) -> dict[str, LazyTensor]:
-    """All tensors of the folder by their names there."""
-    for single, reader in (
-        ("model.safetensors", read_safetensors),
-        ("pytorch_model.bin", read_state_dict),
-    ):
-        whole, index = os.path.join(path, single), os.path.join(path, f"{single}.index.json")
-        if os.path.isfile(whole):
-            return reader(whole)
+    """All tensors of a folder by their names in transformers.
+
+    Raises ValueError if there are none or they are damaged.
+    """
+    readers: dict[str, Callable[[str], dict[str, LazyTensor]]] = {
+        "model.safetensors": read_safetensors,
+        "pytorch_model.bin": read_state_dict,
+    }
+    for name, reader in readers.items():
+        file = os.path.join(path, name)
+        index = f"{file}.index.json"
+        if os.path.isfile(file):
+            return reader(file)
         if os.path.isfile(index):
             return read_shards(path, index, reader)
     raise ValueError(f"{path}: it has neither model.safetensors nor pytorch_model.bin")
 
 
 def read_state_dict(path: str) -> dict[str, LazyTensor]:
+    """The tensors of a pytorch_model.bin. Raises ValueError if it is damaged."""
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(
         isinstance(tensor, LazyTensor) for tensor in content.values()
     ):
-        raise ValueError(f"{path}: not a table of tensors")
+        raise ValueError(f"{path}: not a state dict")
     return content
 
 
-def read_shards(path: str, index: str, reader) -> dict[str, LazyTensor]:
+def read_shards(
+    path: str, index: str, reader: Callable[[str], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of all files that an index names. Raises ValueError if one is missing."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
         raise ValueError(f"{index}: it has no weight_map from names to files")
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if os.path.basename(shard) != shard or not os.path.isfile(os.path.join(path, shard)):
+        shard_path = os.path.join(path, shard)
+        if os.path.basename(shard) != shard or not os.path.isfile(shard_path):
             raise ValueError(
-                f"{path}: the shard {shard} is missing, which {os.path.basename(index)} names"
+                f"{path}: the shard {shard} is missing; {os.path.basename(index)} names it"
             )
-        tensors |= reader(os.path.join(path, shard))
+        tensors |= reader(shard_path)
     if missing := weight_map.keys() - tensors.keys():
         raise ValueError(f"{path}: {min(missing)} is in none of the shards")
     return tensors
 
 
 def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
-    """SentencePiece's tokenizer.model, which has the scores; but tokenizer.json where tokens were
-    added to those, and for Llama 3's ranks, which have no names for the special tokens."""
-    file, tokenizer = os.path.join(path, "tokenizer.json"), find_tokenizer(path)
-    is_whole = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (
+    """The tokenizer of a folder, None if it has none.
+
+    A SentencePiece tokenizer.model is preferred, because only it has the scores. tokenizer.json is
+    used if it has additional tokens, and for Llama 3, because only it has the names of the special
+    tokens. Raises ValueError if the tokenizer is damaged or not supported.
+    """
+    file = os.path.join(path, "tokenizer.json")
+    tokenizer = find_tokenizer(path)
+    is_complete = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (
         None,
         tokenizer.vocab_size,
     )
-    if is_whole or not os.path.isfile(file):
+    if is_complete or not os.path.isfile(file):
         return tokenizer
     try:
         with open(file, encoding="utf-8") as text:
@@ -236,132 +190,81 @@ def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None
 
 
 def unsupported_reason(args: ModelArgs) -> None:
-    """It says every model."""
+    """None: the format stores every model."""
 
 
-def write(stored: LazyModel, path: str, target: str, dtype: str):
-    """Write the folder that from_pretrained loads, in transformers 4 and 5 alike."""
-    args, tokenizer = stored.args, stored.own_tokenizer()
+def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
+    """Write a folder that from_pretrained loads in transformers 4 and 5."""
+    tokenizer = model.read_tokenizer()
     if tokenizer and (reason := tokenizer_json.unsupported_reason(tokenizer)):
         raise ValueError(f"{path}: {reason}")
-    with AtomicFolder(path, is_ours) as folder:
-        write_json(folder, "config.json", config_of(args, dtype, tokenizer))
-        write_json(folder, "generation_config.json", generation_config(tokenizer))
+    with AtomicFolder(path, is_exported_file) as folder:
+        write_json(folder, "config.json", to_config(model.args, dtype, tokenizer))
+        write_json(folder, "generation_config.json", to_generation_config(tokenizer))
         if tokenizer:
-            write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
-            write_json(
-                folder,
-                "tokenizer_config.json",
-                tokenizer_json.to_config(tokenizer, args.max_seq_len),
-            )
-            if not (isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens):
-                with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-                    file.write(tokenizer.content)
-        write_shards(folder, tensors_of(stored, TORCH_DTYPES[dtype]))
+            write_tokenizer(folder, tokenizer, model.args.max_seq_len)
+        write_shards(folder, list_tensors(model, TORCH_DTYPES[dtype]))
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file may give way to a folder that is written anew."""
-    files = r"(generation_)?config\.json|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json"
-    return bool(re.fullmatch(rf"{files}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name))
+def is_exported_file(name: str) -> bool:
+    """Whether an export may replace a file of this name."""
+    return bool(EXPORTED_FILES.fullmatch(name))
 
 
-def write_json(folder: str, name: str, content: dict):
+def write_tokenizer(folder: str, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, if it is sufficient, tokenizer.model."""
+    write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
+    write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, max_seq_len))
+    if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
+        return
+    with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
+        file.write(tokenizer.content)
+
+
+def write_json(folder: str, name: str, content: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
     with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
-def config_of(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict:
-    rope = {"rope_theta": args.rope_theta, "rope_type": "default"}
-    if scaling := args.rope_scaling:
-        rope |= {"rope_type": scaling.type, "factor": scaling.factor}
-        if scaling.type == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-            }
-            rope |= {"original_max_position_embeddings": scaling.original_max_seq_len}
-    return {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-        **{
-            "hidden_size": args.dim,
-            "intermediate_size": args.ffn_dim,
-            "num_hidden_layers": args.n_layers,
-        },
-        **{
-            "num_attention_heads": args.n_heads,
-            "num_key_value_heads": args.kv_heads,
-            "head_dim": args.head_dim,
-        },
-        **{"vocab_size": args.vocab_size, "max_position_embeddings": args.max_seq_len},
-        **{
-            "rms_norm_eps": args.norm_eps,
-            "tie_word_embeddings": args.tie_embeddings,
-            "hidden_act": "silu",
-        },
-        **{
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-        },
-        # Version 5 reads rope_parameters; version 4 does not know it.
-        **{"rope_parameters": rope, "rope_theta": args.rope_theta},
-        "rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"}
-        if args.rope_scaling
-        else None,
-        **{"dtype": dtype, "torch_dtype": dtype, "use_cache": True},
-        **ends_of(tokenizer),
-    }
-
-
-def ends_of(tokenizer: Tokenizer | None) -> dict:
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-
-
-def generation_config(tokenizer: Tokenizer | None) -> dict:
-    """What generate() does unasked: it also stops where the next text would begin."""
-    ends = ends_of(tokenizer)
-    if tokenizer:
-        ends["eos_token_id"] = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
-        ends["pad_token_id"] = tokenizer.eos_id
-    return {"_from_model_config": False, **ends}
-
-
-def tensors_of(stored: LazyModel, dtype: torch.dtype) -> list[tuple[str, LazyTensor]]:
-    """The folder's tensors under their names there, to write in dtype."""
-
+def list_tensors(model: LazyModel, dtype: torch.dtype) -> list[tuple[str, LazyTensor]]:
+    """The tensors to write in dtype, with their names in transformers."""
     tensors = []
-    for ours, theirs in expand_layers(TABLE, stored.args):
-        n_heads = heads_in(stored.args, ours)
-        change = partial(to_halves, n_heads=n_heads) if n_heads else None
-        tensors.append((theirs, cast_lazily(stored, ours, dtype, change)))
+    for name, hf_name in expand_layers(TENSOR_NAMES, model.args):
+        n_heads = rope_heads(model.args, name)
+        reorder = partial(to_half_split, n_heads=n_heads) if n_heads else None
+        tensors.append((hf_name, cast_lazily(model, name, dtype, reorder)))
     return tensors
 
 
-def write_shards(folder: str, tensors: list[tuple[str, LazyTensor]]):
-    """One file, or several of at most SHARD_SIZE and their index."""
-    ends = list(itertools.accumulate(size_of(tensor) for _, tensor in tensors))
-    shards, start = [[]], 0
-    for (name, tensor), end in zip(tensors, ends, strict=True):
-        if end - start > SHARD_SIZE and shards[-1]:
-            shards.append([])
-            start = end - size_of(tensor)
-        shards[-1].append((name, tensor))
-    names = ["model.safetensors"]
+def write_shards(folder: str, tensors: list[tuple[str, LazyTensor]]) -> None:
+    """Write one file, or several of at most SHARD_SIZE bytes of weights and their index."""
+    shards = split_shards(tensors)
+    files = ["model.safetensors"]
     if len(shards) > 1:
-        names = [
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
+        count = len(shards)
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         weight_map = {
-            name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
+            name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard
         }
-        index = {"metadata": {"total_size": ends[-1]}, "weight_map": weight_map}
+        total_size = sum(tensor_size(tensor) for _, tensor in tensors)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder, "model.safetensors.index.json", index)
-    for name, shard in zip(names, shards, strict=True):
-        with open(os.path.join(folder, name), "wb") as file:
+    for file_name, shard in zip(files, shards, strict=True):
+        with open(os.path.join(folder, file_name), "wb") as file:
             write_safetensors(file, shard)
+
+
+def split_shards(tensors: list[tuple[str, LazyTensor]]) -> list[list[tuple[str, LazyTensor]]]:
+    """Split tensors, in order, into shards of at most SHARD_SIZE bytes or of one tensor."""
+    shards: list[list[tuple[str, LazyTensor]]] = [[]]
+    shard_size = 0
+    for name, tensor in tensors:
+        size = tensor_size(tensor)
+        if shards[-1] and shard_size + size > SHARD_SIZE:
+            shards.append([])
+            shard_size = 0
+        shards[-1].append((name, tensor))
+        shard_size += size
+    return shards

@@ -1,76 +1,85 @@
 """
-A model as it lies in a file: what it is made of, and tensors that are read one at a time.
+Models with tensors that are read from a file one at a time, and helpers of several formats.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import IO, Any
 
-import numpy as np
 import torch
 
-from checkpoints.file import check_weights, max_abs
+from checkpoints.file import as_bytes, check_weights, max_abs
 from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BLOCK = 1 << 20  # values that are converted at a time, so that a conversion takes little memory
+READABLE_DTYPES = (*TORCH_DTYPES.values(), torch.float64)
+BLOCK = 1 << 20  # values converted at a time, to bound the memory of a conversion
+MAX_READ = 1 << 30  # bytes; a system call reads less than 2 GiB
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, or one to write: read() brings it to the CPU, dtype is that in the file."""
+    """A tensor in a file, or one to write. read() returns it on the CPU."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # in the file
     read: Callable[[], torch.Tensor]
-    place: object = None  # where its values lie, if it is known: tensors of one place are one
-    checksum: object = None  # known without reading: tensors of other checksums have other values
+    location: object = None  # file and offset, if known: tensors with equal locations are the same
+    checksum: object = None  # if known: tensors with different checksums have different values
+
+
+def no_tokenizer() -> None:
+    """Used as LazyModel.read_tokenizer where there is no tokenizer."""
 
 
 @dataclass
 class LazyModel:
-    """A model in a file. tensors has our names, without a classifier that is the embedding. Raises
-    ValueError where they are not those of args."""
+    """A model in a file.
+
+    tensors has the names of Transformer's state dict, without a tied output.weight. Raises
+    ValueError if the tensors do not match args.
+    """
 
     path: str
     args: ModelArgs
     tensors: dict[str, LazyTensor]
-    own_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None)
-    tokenizer_hash: str | None = None  # of the vocabulary it was trained with, where the file tells
+    read_tokenizer: Callable[[], Tokenizer | None] = no_tokenizer
+    tokenizer_hash: str | None = None  # of the tokenizer it was trained with, if the file has it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(self.args, self.tensors, self.path)
         for name, tensor in self.tensors.items():
-            if tensor.dtype not in (*TORCH_DTYPES.values(), torch.float64):
-                raise ValueError(
-                    f"{self.path}: {name} is of {tensor.dtype}, which is not read here"
-                )
+            if tensor.dtype not in READABLE_DTYPES:
+                raise ValueError(f"{self.path}: {name} has the unsupported dtype {tensor.dtype}")
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the matrices; float32 where they are quantized."""
+        """The dtype of the matrices; float32 if they are quantized."""
         return self.tensors["layers.0.attention.wq.weight"].dtype
 
     def names(self) -> list[str]:
+        """The names of the tensors, in the order of the state dict."""
         return [name for name, _ in parameter_shapes(self.args)]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU. Raises ValueError where it is damaged or has values that are no numbers."""
+        """Read a tensor to the CPU. Raises ValueError if it is damaged or not finite."""
         if name == "output.weight" and self.args.tie_embeddings:
             name = "tok_embeddings.weight"
         tensor = self.tensors[name].read()
         if not math.isfinite(max_abs(tensor)):
-            raise ValueError(f"{self.path}: {name} has values that are no numbers")
+            raise ValueError(f"{self.path}: {name} contains NaN or Inf values")
         return tensor
 
     @torch.no_grad()
-    def model(self) -> Transformer:
-        """The model, in float32, ready to evaluate."""
+    def load(self) -> Transformer:
+        """Load all tensors into a Transformer, in float32 and in evaluation mode."""
         model = Transformer.uninitialized(self.args)
         for name in self.names():
             model.get_parameter(name).copy_(self.read(name))
@@ -80,38 +89,34 @@ class LazyModel:
 def from_model(
     model: Transformer, path: str = "the model", tokenizer: Tokenizer | None = None
 ) -> LazyModel:
-    """A model in memory, seen as one in a file."""
+    """A LazyModel of a model in memory. path appears in error messages."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return from_state_dict(model.args, weights, path, tokenizer)
 
 
 def from_state_dict(
-    args: ModelArgs, weights: dict, path: str = "the model", tokenizer: Tokenizer | None = None
-):
-    """The same of a state dict."""
+    args: ModelArgs,
+    weights: dict[str, torch.Tensor],
+    path: str = "the model",
+    tokenizer: Tokenizer | None = None,
+) -> LazyModel:
+    """A LazyModel of a state dict in memory. path appears in error messages."""
     tensors = {
-        name: LazyTensor(tuple(weight.shape), weight.dtype, lambda weight=weight: weight.cpu())
+        name: LazyTensor(tuple(weight.shape), weight.dtype, weight.cpu)
         for name, weight in weights.items()
     }
     return LazyModel(path, args, tensors, lambda: tokenizer, tokenizer.hash if tokenizer else None)
 
 
-def same_values(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors are equal, bit for bit. One at a time is in memory."""
-    if a.place is not None and a.place == b.place:
-        return True
-    if a.checksum is None or a.checksum != b.checksum:
-        return False
-    digests = [hashlib.sha256(as_bytes(tensor.read())).digest() for tensor in (a, b)]
-    return digests[0] == digests[1]
+# Tensors
 
 
-def stored_in_file(
+def tensor_in_file(
     source: FileSource, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> LazyTensor:
-    """A tensor whose little-endian values lie in a file from offset on."""
+    """A tensor stored contiguously and little-endian at an offset of a file."""
 
-    def read():
+    def read() -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with source.open(offset) as file:
             read_into(file, tensor, source.path)
@@ -121,83 +126,106 @@ def stored_in_file(
 
 
 def cast_lazily(
-    lazy_model: LazyModel, name: str, dtype: torch.dtype, change: Callable | None = None
+    model: LazyModel,
+    name: str,
+    dtype: torch.dtype,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LazyTensor:
-    """A tensor of a model, to be written in dtype, with its rows in another order if change says so."""
+    """A tensor of a model, to write in dtype.
 
-    def read():
-        tensor = lazy_model.read(name)
+    Its read() checks the range of dtype and applies transform. transform must not change the shape.
+    """
+
+    def read() -> torch.Tensor:
+        tensor = model.read(name)
         check_range(tensor, dtype, name)
-        return change(tensor) if change else tensor
+        return transform(tensor) if transform else tensor
 
-    return LazyTensor(lazy_model.tensors[name].shape, dtype, read)
+    return LazyTensor(model.tensors[name].shape, dtype, read)
 
 
-def read_json(path: str) -> dict:
-    """The settings in a file. Raises ValueError where it is damaged."""
+def same_values(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors are equal bit for bit. Reads at most one of them at a time.
+
+    Tensors without a checksum count as different unless they have the same location.
+    """
+    if a.location is not None and a.location == b.location:
+        return True
+    if a.checksum is None or a.checksum != b.checksum:
+        return False
+    digests = [hashlib.sha256(as_bytes(tensor.read())).digest() for tensor in (a, b)]
+    return digests[0] == digests[1]
+
+
+def read_into(file: io.FileIO, tensor: torch.Tensor, path: str) -> None:
+    """Fill a contiguous tensor from an open file. Raises ValueError if the file is too short."""
+    remaining = as_bytes(tensor)
+    while remaining:
+        count = file.readinto(remaining[:MAX_READ])
+        if not count:
+            raise ValueError(f"{path}: it ends within a tensor; it is damaged")
+        remaining = remaining[count:]
+
+
+def write_values(file: IO[bytes], tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Write the values of a tensor in dtype, converting BLOCK values at a time.
+
+    This is a function so that its local references to the tensor end before the next one is read.
+    """
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    rows = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
+    for block in tensor.split(rows):
+        file.write(as_bytes(block.to(dtype).contiguous()))
+
+
+def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise ValueError if a value of the tensor is too large for dtype."""
+    if max_abs(tensor) > torch.finfo(dtype).max:
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} has values too large for {dtype_name}; use --dtype=float32 or bfloat16"
+        )
+
+
+def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
+    """The tensor names of a model, from a table of names where {} is the layer number.
+
+    Each row has the name in Transformer's state dict and the name in the format. A tied
+    output.weight is left out.
+    """
+    for name, format_name in table:
+        if name == "output.weight" and args.tie_embeddings:
+            continue
+        for layer in range(args.n_layers if "{}" in name else 1):
+            yield name.format(layer), format_name.format(layer)
+
+
+# Other files of a model
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises ValueError if it is damaged."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or damaged ({str(error)[:100]})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a table of settings")
+        raise ValueError(f"{path}: not a JSON object")
     return content
 
 
-def read_into(file, tensor: torch.Tensor, path: str):
-    """Fill a contiguous tensor from an open file. Raises ValueError where the file ends before."""
-    left = memoryview(as_bytes(tensor))
-    while left:
-        count = file.readinto(left[: 1 << 30])  # the system reads less than 2 GiB at once
-        if not count:
-            raise ValueError(f"{path}: it ends within a tensor; it is damaged")
-        left = left[count:]
-
-
-def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def write_values(file, tensor: torch.Tensor, dtype: torch.dtype):
-    """Write the values of a tensor in order, in dtype, some rows at a time. A function of its own, so
-    that no part of a tensor is held when the next one is read."""
-    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    rows = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
-    for part in tensor.split(rows):
-        file.write(as_bytes(part.to(dtype).contiguous()))
-
-
-def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str):
-    """Raise ValueError where a value of the tensor is too large for dtype."""
-    if max_abs(tensor) > torch.finfo(dtype).max:
-        kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} has values too large for {kind}; use --dtype=float32 or bfloat16")
-
-
-def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator[tuple[str, str]]:
-    """Our name and theirs of every tensor of a model, in order, from a table in which {} stands for
-    the number of a layer. Without a classifier that is the embedding."""
-    for ours, theirs in table:
-        if ours == "output.weight" and args.tie_embeddings:
-            continue
-        for layer in range(args.n_layers if "{}" in ours else 1):
-            yield ours.format(layer), theirs.format(layer)
-
-
-def one_line(text: str, longest: int = 400) -> str:
-    """A text that may quote a damaged file, fit to be printed."""
-    printable = "".join(character if character.isprintable() else "�" for character in text)
-    return printable if len(printable) <= longest else printable[:longest] + "…"
-
-
 def find_tokenizer(*folders: str) -> Tokenizer | None:
-    """The tokenizer.model or tokenizer.bin in the first of the folders that has one."""
-    paths = (
-        os.path.join(folder, name)
-        for folder in folders
-        for name in ("tokenizer.model", "tokenizer.bin")
-    )
-    path = next(filter(os.path.isfile, paths), None)
-    return load_tokenizer(path) if path else None
+    """Load tokenizer.model or tokenizer.bin from the first of the folders that has one."""
+    for folder in folders:
+        for name in ("tokenizer.model", "tokenizer.bin"):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                return load_tokenizer(path)
+    return None
+
+
+def one_line(text: str, max_length: int = 400) -> str:
+    """A text that may quote a damaged file, made safe to print on one line."""
+    printable = "".join(character if character.isprintable() else "�" for character in text)
+    return printable if len(printable) <= max_length else printable[:max_length] + "…"

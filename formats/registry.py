@@ -1,94 +1,125 @@
 """
-All formats; finds which one a path holds, and opens it.
+All formats: detect the format of a path, open and load models.
 """
 
 import dataclasses
 import os
-from types import ModuleType
+from collections.abc import Mapping
+from typing import Protocol
 
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, one_line
-from model import Transformer
+from model import ModelArgs, Transformer
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
-FORMATS = (
-    ckpt,
-    gguf,
-    hugging_face,
-    meta,
-    llama2c,
-)  # as they are tried; model.bin has no sign of its own
+
+class Format(Protocol):
+    """The interface of a format module; formats/__init__.py describes it."""
+
+    @property
+    def DTYPES(self) -> Mapping[str, tuple[str, ...]]:
+        """The values of --format that the module writes, each with its values of --dtype."""
+
+    def matches(self, path: str) -> bool:
+        """Whether path has this format."""
+
+    def read(self, path: str) -> LazyModel:
+        """Open a model; raises ValueError if it is damaged or unsupported."""
+
+    def unsupported_reason(self, args: ModelArgs) -> str | None:
+        """Why the format cannot store a model with these ModelArgs."""
+
+    def write(self, model: LazyModel, path: str, target: str, dtype: str) -> None:
+        """Write a model atomically."""
 
 
-def detect_format(path: str) -> ModuleType:
-    """The format of what is at path. Raises ValueError, naming it, if it is none of those known."""
+# In the order of detection. llama2c is last: the first version of model.bin has no magic number.
+FORMATS: tuple[Format, ...] = (ckpt, gguf, hugging_face, meta, llama2c)
+
+
+def detect_format(path: str) -> Format:
+    """The format of a file or folder. Raises ValueError if it has none of the known formats."""
     if not os.path.exists(path):
         advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
         raise ValueError(f"{path}: there is no such file or folder{advice}")
     for module in FORMATS:
         if module.matches(path):
             return module
-    if os.path.isfile(path) and any(
-        module.matches(os.path.dirname(path) or ".") for module in (hugging_face, meta)
-    ):
-        raise ValueError(
-            f"{path}: a part of a model; name its folder, {os.path.dirname(path) or '.'}"
-        )
+    folder = os.path.dirname(path) or "."
+    if os.path.isfile(path) and (hugging_face.matches(folder) or meta.matches(folder)):
+        raise ValueError(f"{path}: a file of a model folder; name the folder, {folder}")
     if os.path.isdir(path):
         raise ValueError(
-            f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); name a model's"
+            f"{path}: a folder without config.json (Hugging Face) or params.json (Meta); "
+            "name the folder or file of a model"
         )
     raise ValueError(
-        f"{path}: no model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, or it is damaged"
+        f"{path}: not a model; it begins neither as ckpt.pt nor as model.bin nor as GGUF, "
+        "or it is damaged"
     )
 
 
 def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -> LazyModel:
-    """The model at path, in whatever format, with its own tokenizer or the one named, and its own
-    context or another. Its tensors are still on the disk. Raises ValueError where anything is wrong."""
+    """Open a model in any format, without reading its weights.
+
+    Args:
+        path: the file or folder.
+        tokenizer: path of the tokenizer to use instead of the model's.
+        max_seq_len: context length to use instead of the model's.
+
+    Raises ValueError if the model or the tokenizer is damaged or unsupported.
+    """
     module = detect_format(path)
     try:
-        stored = module.read(path)
-    except ValueError as error:  # it may quote what is in the file
+        model = module.read(path)
+    except ValueError as error:  # the message may quote the file
         raise ValueError(one_line(str(error))) from error
     if max_seq_len is not None:
-        stored = dataclasses.replace(
-            stored, args=dataclasses.replace(stored.args, max_seq_len=max_seq_len)
-        )
+        args = dataclasses.replace(model.args, max_seq_len=max_seq_len)
+        model = dataclasses.replace(model, args=args)
     if tokenizer:
-        named = load_tokenizer(tokenizer)
-        stored = dataclasses.replace(stored, own_tokenizer=lambda: named)
-    return stored
+        loaded = load_tokenizer(tokenizer)
+        model = dataclasses.replace(model, read_tokenizer=lambda: loaded)
+    return model
 
 
-def checked_tokenizer(stored: LazyModel, named: str = "") -> Tokenizer | None:
-    """The model's tokenizer, if it has one. Raises ValueError where it is another model's."""
+def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer | None:
+    """The tokenizer of a model, or None if it has none.
+
+    tokenizer_path, the option that named it, appears in messages. Raises ValueError if the
+    tokenizer does not match the model.
+    """
     try:
-        tokenizer = stored.own_tokenizer()
+        tokenizer = model.read_tokenizer()
     except ValueError as error:
         raise ValueError(one_line(str(error))) from error
     if tokenizer is None:
         return None
-    source = named or f"the tokenizer beside {stored.path}"
-    if tokenizer.vocab_size != stored.args.vocab_size:
+    name = tokenizer_path or f"the tokenizer beside {model.path}"
+    if tokenizer.vocab_size != model.args.vocab_size:
         raise ValueError(
-            f"{source} has {tokenizer.vocab_size} tokens, but the model in {stored.path} has "
-            f"{stored.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
+            f"{name} has {tokenizer.vocab_size} tokens, but the model in {model.path} has "
+            f"{model.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
         )
-    if stored.tokenizer_hash not in (None, tokenizer.hash):
+    if model.tokenizer_hash not in (None, tokenizer.hash):
         raise ValueError(
-            f"{source} (hash {tokenizer.hash[:12]}) is not the tokenizer that {stored.path} was trained with "
-            f"(hash {stored.tokenizer_hash[:12]}): name that one with --tokenizer=PATH"
+            f"{name} (hash {tokenizer.hash[:12]}) is not the tokenizer that {model.path} was "
+            f"trained with (hash {model.tokenizer_hash[:12]}): "
+            "name that one with --tokenizer=PATH"
         )
     return tokenizer
 
 
 def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
-    """A model from any format, ready to evaluate, and its tokenizer, which must be there."""
-    stored = open_model(path, tokenizer)
-    found = checked_tokenizer(stored, tokenizer)
-    if found is None:
+    """Load a model in any format, ready to evaluate, and its tokenizer.
+
+    tokenizer is the path of the tokenizer to use instead of the model's. Raises ValueError if
+    there is none or if it does not match the model.
+    """
+    model = open_model(path, tokenizer)
+    loaded = checked_tokenizer(model, tokenizer)
+    if loaded is None:
         raise ValueError(
             f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH"
         )
-    return stored.model(), found
+    return model.load(), loaded

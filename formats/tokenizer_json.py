@@ -1,13 +1,16 @@
 """
 tokenizer.json, the vocabulary of Hugging Face's tokenizers library, and tokenizer_config.json.
 
-SentencePiece's byte-pair encoding has a score for each token, the library an ordered list of
-merges: every way to make a token out of two others, the best token first. Llama 3's ranks become
-merges likewise; its tokens are written in GPT-2's alphabet, in which every byte is a letter.
+SentencePiece's byte-pair encoding has a score for each token. The library has an ordered list of
+merges instead: every pair of tokens that joins to a token, sorted by the score of the joined token.
+Llama 3's ranks become merges in the same way. Its tokens are bytes. They are written in GPT-2's
+byte-level alphabet: one printable character for each byte.
 """
 
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from textdata.tokenizer import (
     BYTE,
@@ -17,177 +20,211 @@ from textdata.tokenizer import (
     UNKNOWN,
     USER_DEFINED,
     Llama3Tokenizer,
-    Piece,
     SentencePieceTokenizer,
     Tokenizer,
     proto_from_pieces,
     require_bos_eos,
 )
 
+SUPPORTED_PIECE_TYPES = {NORMAL, UNKNOWN, CONTROL, BYTE}
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 
-def byte_alphabet() -> list[str]:
-    """The letter that stands for each byte in GPT-2's vocabularies: printable Latin-1 for itself,
-    the others from U+0100 on."""
+
+# GPT-2's byte-level alphabet
+
+
+def bytes_to_unicode() -> list[str]:
+    """The character for each byte: itself for printable Latin-1, from U+0100 on for the others."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-LETTERS = byte_alphabet()
-BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
+BYTE_TO_UNICODE = bytes_to_unicode()
+UNICODE_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_UNICODE)}
 
 
-def to_letters(token: bytes) -> str:
-    return "".join(LETTERS[byte] for byte in token)
+def to_byte_unicode(token: bytes) -> str:
+    """Write bytes in the byte-level alphabet."""
+    return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
 
-def from_letters(text: str) -> bytes:
-    """Raises ValueError for a letter that stands for no byte."""
-    if not BYTES.keys() >= set(text):
-        raise ValueError(f"{text[:50]!r} is not spelled in bytes")
-    return bytes(BYTES[letter] for letter in text)
+def from_byte_unicode(text: str) -> bytes:
+    """The bytes of a text in the byte-level alphabet. Raises ValueError for other characters."""
+    if not UNICODE_TO_BYTE.keys() >= set(text):
+        raise ValueError(f"{text[:50]!r} is not in the byte-level alphabet")
+    return bytes(UNICODE_TO_BYTE[character] for character in text)
 
 
-def sentencepiece_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Every way to make a normal piece of two others, ordered by (-score, left id, right id)."""
-    ids = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == NORMAL}
+# Merges
+
+
+def sentencepiece_merges(pieces: Sequence[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """Every pair of pieces that joins to a normal piece.
+
+    The order is by (-score of the joined piece, id of the left piece, id of the right piece).
+    """
+    ids = {text: i for i, (text, _, piece_type) in enumerate(pieces) if piece_type == NORMAL}
     merges = []
-    for piece, i in ids.items():
-        for cut in range(1, len(piece)):
-            left, right = ids.get(piece[:cut]), ids.get(piece[cut:])
+    for text, i in ids.items():
+        for split in range(1, len(text)):
+            left, right = ids.get(text[:split]), ids.get(text[split:])
             if left is not None and right is not None:
                 merges.append((-pieces[i][1], left, right))
     return [(pieces[left][0], pieces[right][0]) for _, left, right in sorted(merges)]
 
 
 def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, ordered by (its rank, left rank, right rank)."""
-    rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
+    """Every pair of tokens that joins to a token.
+
+    The order is by (rank of the joined token, rank of the left token, rank of the right token).
+    """
+    rank_of = {token: rank for rank, token in enumerate(ranks)}
+    merges = []
     for rank, token in enumerate(ranks):
-        pairs = (
-            (rank_of.get(token[:cut]), rank_of.get(token[cut:])) for cut in range(1, len(token))
-        )
-        merges += [
-            (rank, left, right) for left, right in pairs if left is not None and right is not None
-        ]
-    letters = [to_letters(token) for token in ranks]
-    return [(letters[left], letters[right]) for _, left, right in sorted(merges)]
+        for split in range(1, len(token)):
+            left, right = rank_of.get(token[:split]), rank_of.get(token[split:])
+            if left is not None and right is not None:
+                merges.append((rank, left, right))
+    names = [to_byte_unicode(token) for token in ranks]
+    return [(names[left], names[right]) for _, left, right in sorted(merges)]
 
 
 # Writing
 
 
 def unsupported_reason(tokenizer: Tokenizer) -> str | None:
-    """Why other programs would cut a text into other tokens, or None if they would not."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        if not tokenizer.is_bpe:
-            return "this vocabulary is no byte-pair encoding, which is all the format can say; use --format=ckpt"
-        if tokenizer.normalizes:
+    """Why tokenizer.json or GGUF cannot store a vocabulary, or None if they can."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None
+    if not tokenizer.is_bpe:
+        return (
+            "this vocabulary is not a byte-pair encoding, the only type that the format supports; "
+            "use --format=ckpt"
+        )
+    if tokenizer.normalizes:
+        return (
+            "this vocabulary normalizes text before tokenization, which the format cannot store; "
+            "use one of tinystories.py train_vocab, or --format=ckpt"
+        )
+    for text, _, piece_type in tokenizer.pieces:
+        if piece_type not in SUPPORTED_PIECE_TYPES:
             return (
-                "this vocabulary normalizes a text before it cuts it, which the format cannot say; use one of "
-                "tinystories.py train_vocab, or --format=ckpt"
+                f"this vocabulary has a user-defined or unused piece, {text!r}; use --format=ckpt"
             )
-        known = {NORMAL, UNKNOWN, CONTROL, BYTE}
-        for piece, _, kind in tokenizer.pieces:
-            if kind not in known:
-                return f"this vocabulary has a user-defined or unused piece, {piece!r}; use --format=ckpt"
     return None
 
 
-def to_json(tokenizer: Tokenizer) -> dict:
+def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json."""
-    content = (
-        sentencepiece_json(tokenizer)
-        if isinstance(tokenizer, SentencePieceTokenizer)
-        else ranks_json(tokenizer)
-    )
-    begin = token_names(tokenizer)[tokenizer.bos_id]
-    special = {"id": begin, "ids": [tokenizer.bos_id], "tokens": [begin]}
-    template = {
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        content = sentencepiece_to_json(tokenizer)
+    else:
+        assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
+        content = llama3_to_json(tokenizer)
+    head = {"version": "1.0", "truncation": None, "padding": None}
+    bos = token_names(tokenizer)[tokenizer.bos_id]
+    return head | content | {"post_processor": bos_template(bos, tokenizer.bos_id)}
+
+
+def bos_template(bos: str, bos_id: int) -> dict[str, Any]:
+    """The post-processor that puts a token before each text."""
+    return {
         "type": "TemplateProcessing",
         "single": [
-            {"SpecialToken": {"id": begin, "type_id": 0}},
+            {"SpecialToken": {"id": bos, "type_id": 0}},
             {"Sequence": {"id": "A", "type_id": 0}},
         ],
         "pair": [
-            *(
-                {"SpecialToken": {"id": begin, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ),
-            *(
-                {"SpecialToken": {"id": begin, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ),
+            {"SpecialToken": {"id": bos, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": bos, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
         ],
-        "special_tokens": {begin: special},
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
-    return (
-        {"version": "1.0", "truncation": None, "padding": None}
-        | content
-        | {"post_processor": template}
-    )
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """What tokenizer.json calls each token."""
+    """The name of each token in tokenizer.json."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return [piece for piece, _, _ in tokenizer.pieces]
-    return [to_letters(token) for token in tokenizer.ranks] + tokenizer.special
+        return [text for text, _, _ in tokenizer.pieces]
+    assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
+    return [to_byte_unicode(token) for token in tokenizer.ranks] + tokenizer.special
 
 
-def added(number: int, name: str) -> dict:
-    flags = {
+def added_token(token_id: int, name: str) -> dict[str, Any]:
+    """The description of a special token."""
+    return {
+        "id": token_id,
+        "content": name,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
         "normalized": False,
         "special": True,
     }
-    return {"id": number, "content": name} | flags
 
 
-def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
+def sentencepiece_to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    """The parts of tokenizer.json that a SentencePiece vocabulary determines."""
     special = [
-        added(i, piece)
-        for i, (piece, _, kind) in enumerate(tokenizer.pieces)
-        if kind in (UNKNOWN, CONTROL)
+        added_token(i, text)
+        for i, (text, _, piece_type) in enumerate(tokenizer.pieces)
+        if piece_type in (UNKNOWN, CONTROL)
     ]
-    has_bytes = any(kind == BYTE for _, _, kind in tokenizer.pieces)
-    prepend = [{"type": "Prepend", "prepend": "▁"}] * tokenizer.has_dummy_prefix
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.has_dummy_prefix
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    normalizers: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    decoders: list[dict] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if tokenizer.has_dummy_prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": "▁"})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "added_tokens": special,
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
-            **{"dropout": None, "unk_token": unknown_of(tokenizer)},
-            **{"continuing_subword_prefix": None, "end_of_word_suffix": None},
-            **{"fuse_unk": True, "byte_fallback": has_bytes, "ignore_merges": False},
-            "vocab": {piece: i for i, (piece, _, _) in enumerate(tokenizer.pieces)},
+            "dropout": None,
+            "unk_token": unknown_token(tokenizer),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(piece_type == BYTE for _, _, piece_type in tokenizer.pieces),
+            "ignore_merges": False,
+            "vocab": {text: i for i, (text, _, _) in enumerate(tokenizer.pieces)},
             "merges": sentencepiece_merges(tokenizer.pieces),
         },
     }
 
 
-def unknown_of(tokenizer: SentencePieceTokenizer) -> str | None:
-    return next((piece for piece, _, kind in tokenizer.pieces if kind == UNKNOWN), None)
+def unknown_token(tokenizer: SentencePieceTokenizer) -> str | None:
+    """The piece for unknown characters, None if there is none."""
+    unknown = (text for text, _, piece_type in tokenizer.pieces if piece_type == UNKNOWN)
+    return next(unknown, None)
 
 
-def ranks_json(tokenizer: Llama3Tokenizer) -> dict:
+def llama3_to_json(tokenizer: Llama3Tokenizer) -> dict[str, Any]:
+    """The parts of tokenizer.json that a Llama 3 vocabulary determines."""
+    n_ranks = len(tokenizer.ranks)
     split = {
         "type": "Split",
         "pattern": {"Regex": LLAMA3_PATTERN},
         "behavior": "Isolated",
         "invert": False,
     }
-    letters = {
+    byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
@@ -195,36 +232,32 @@ def ranks_json(tokenizer: Llama3Tokenizer) -> dict:
     }
     return {
         "added_tokens": [
-            added(len(tokenizer.ranks) + i, name) for i, name in enumerate(tokenizer.special)
+            added_token(n_ranks + i, name) for i, name in enumerate(tokenizer.special)
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, letters]},
-        "decoder": letters,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
-            **{
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-            },
-            **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": True},
-            "vocab": {to_letters(token): rank for rank, token in enumerate(tokenizer.ranks)},
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {to_byte_unicode(token): rank for rank, token in enumerate(tokenizer.ranks)},
             "merges": rank_merges(tokenizer.ranks),
         },
     }
 
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
+def to_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
+    """The content of tokenizer_config.json.
 
-
-def to_config(tokenizer: Tokenizer, max_seq_len: int) -> dict:
-    """The content of tokenizer_config.json. No class of its own is named: transformers 5 puts
-    LlamaTokenizer's normalizer in place of ours."""
+    The class is PreTrainedTokenizerFast: with LlamaTokenizer, transformers 5 replaces the
+    normalizer of tokenizer.json by its own.
+    """
     names = token_names(tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -234,98 +267,127 @@ def to_config(tokenizer: Tokenizer, max_seq_len: int) -> dict:
         "model_max_length": max_seq_len,
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return config | {"unk_token": unknown_of(tokenizer)}
-    return config | ({"chat_template": CHAT_TEMPLATE} if "<|eot_id|>" in tokenizer.special else {})
+        config["unk_token"] = unknown_token(tokenizer)
+    elif isinstance(tokenizer, Llama3Tokenizer) and "<|eot_id|>" in tokenizer.special:
+        config["chat_template"] = CHAT_TEMPLATE
+    return config
 
 
 # Reading
 
 
 def from_json(text: str) -> Tokenizer:
-    """The vocabulary of a tokenizer.json. Raises ValueError for one that is neither like Llama 2's
-    nor like Llama 3's."""
+    """The tokenizer of a tokenizer.json.
+
+    Raises ValueError if it is damaged, or neither like Llama 2's nor like Llama 3's.
+    """
     try:
         content = json.loads(text)
-        model, special = content["model"], content.get("added_tokens") or []
-        vocab = model["vocab"] | {entry["content"]: entry["id"] for entry in special}
-        names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
-        if model["type"] != "BPE" or sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("not a byte-pair vocabulary whose ids are 0, 1, 2, ...")
+        model = content["model"]
+        added_tokens = content.get("added_tokens") or []
+        ids = model["vocab"] | {entry["content"]: entry["id"] for entry in added_tokens}
+        if model["type"] != "BPE" or sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError("not a byte-pair vocabulary with the ids 0, 1, 2, ...")
         if model.get("byte_fallback") or "▁" in model["vocab"]:
-            return from_merges(names, special, model["merges"], content)
-        if content.get("normalizer") or not cuts_as_llama3(content.get("pre_tokenizer")):
-            raise ValueError("it cuts words in another way than Llama 3")
-        in_model = [name for name in names if name in model["vocab"]]
-        if in_model != names[: len(in_model)]:
-            raise ValueError("special tokens stand among the others")
-        made = [vocab[left + right] for left, right in map(pair_of, model["merges"])]
-        if made != sorted(made):
-            raise ValueError("it merges in another order than that of the tokens")
-        return Llama3Tokenizer([from_letters(name) for name in in_model], names[len(in_model) :])
+            return parse_sentencepiece(content, ids)
+        return parse_llama3(content, ids)
     except (KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise ValueError(f"not a tokenizer.json ({str(error)[:100]})") from error
 
 
-def cuts_as_llama3(pre_tokenizer: dict) -> bool:
-    steps = (
-        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    )
+def names_by_id(ids: dict[str, int]) -> list[str]:
+    """The tokens in the order of their ids."""
+    return [name for name, _ in sorted(ids.items(), key=lambda item: item[1])]
+
+
+def parse_llama3(content: dict[str, Any], ids: dict[str, int]) -> Llama3Tokenizer:
+    """A vocabulary like Llama 3's. ids includes the special tokens.
+
+    Raises ValueError if it tokenizes in another way.
+    """
+    model = content["model"]
+    if content.get("normalizer") or not has_llama3_pretokenizer(content.get("pre_tokenizer")):
+        raise ValueError("its pre-tokenizer differs from that of Llama 3")
+    names = names_by_id(ids)
+    ranked = [name for name in names if name in model["vocab"]]
+    if ranked != names[: len(ranked)]:
+        raise ValueError("its special tokens are not the last tokens")
+    merged_ids = [ids[left + right] for left, right in map(parse_merge, model["merges"])]
+    if merged_ids != sorted(merged_ids):
+        raise ValueError("its merges are in another order than its tokens")
+    return Llama3Tokenizer([from_byte_unicode(name) for name in ranked], names[len(ranked) :])
+
+
+def has_llama3_pretokenizer(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer splits text as Llama 3 does."""
+    is_sequence = pre_tokenizer["type"] == "Sequence"
+    steps = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
         return False
-    split, letters = steps
-    plain = not letters.get("add_prefix_space", True) and not letters.get("use_regex", True)
-    whole = split.get("behavior") == "Isolated" and not split.get("invert")
-    return plain and whole and split["pattern"] == {"Regex": LLAMA3_PATTERN}
+    split, byte_level = steps
+    if byte_level.get("add_prefix_space", True) or byte_level.get("use_regex", True):
+        return False
+    if split.get("behavior") != "Isolated" or split.get("invert"):
+        return False
+    return split["pattern"] == {"Regex": LLAMA3_PATTERN}
 
 
-def pair_of(merge: str | list) -> tuple[str, str]:
-    """The two tokens of a merge, of which older files make one text."""
+def parse_merge(merge: str | list) -> tuple[str, str]:
+    """The two tokens of a merge. Older files write them as one string with a space."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
-def from_merges(
-    names: list[str], added_tokens: list, merges: list, content: dict
-) -> SentencePieceTokenizer:
-    """A SentencePiece vocabulary whose scores order the tokens as the merges do."""
-    has_dummy_prefix = prefixes(content.get("normalizer"), content.get("pre_tokenizer") or {})
+def parse_sentencepiece(content: dict[str, Any], ids: dict[str, int]) -> Tokenizer:
+    """A vocabulary like Llama 2's, with scores in the order of its merges.
+
+    ids includes the special tokens. Raises ValueError if it tokenizes in another way.
+    """
+    has_prefix = has_prefix_space(content.get("normalizer"), content.get("pre_tokenizer") or {})
     rank: dict[str, int] = {}
-    for merge in merges:
-        rank.setdefault("".join(pair_of(merge)), len(rank))
-    added_kinds = {
-        entry["content"]: CONTROL if entry.get("special") else USER_DEFINED
-        for entry in added_tokens
-    }
-    unknown, pieces = content["model"].get("unk_token"), []
-    for name in names:
-        is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", name)
-        kind = UNKNOWN if name == unknown else added_kinds.get(name, BYTE if is_byte else NORMAL)
-        pieces.append((name, -float(rank.get(name, len(rank))) if kind == NORMAL else 0.0, kind))
-    proto = proto_from_pieces(pieces, has_dummy_prefix=has_dummy_prefix)
+    for merge in content["model"]["merges"]:
+        rank.setdefault("".join(parse_merge(merge)), len(rank))
+    types = piece_types(content)
+    pieces = []
+    for name in names_by_id(ids):
+        piece_type = types.get(name, BYTE if BYTE_PIECE.fullmatch(name) else NORMAL)
+        score = -float(rank.get(name, len(rank))) if piece_type == NORMAL else 0.0
+        pieces.append((name, score, piece_type))
+    proto = proto_from_pieces(pieces, has_dummy_prefix=has_prefix)
     return require_bos_eos(SentencePieceTokenizer(proto))
 
 
-def prefixes(normalizer: dict | None, pre_tokenizer: dict) -> bool:
-    """Whether a space is put before each text. Llama 2's vocabularies say by a normalizer, or by a
-    pre-tokenizer, that spaces become ▁. Raises ValueError for one that does anything else."""
+def piece_types(content: dict[str, Any]) -> dict[str, int]:
+    """The SentencePiece types of the unknown token and of the added tokens, by name."""
+    types = {
+        entry["content"]: CONTROL if entry.get("special") else USER_DEFINED
+        for entry in content.get("added_tokens") or []
+    }
+    return types | {content["model"].get("unk_token"): UNKNOWN}
+
+
+def has_prefix_space(normalizer: Any, pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether a space is put before each text.
+
+    Vocabularies like Llama 2's replace spaces by ▁ in a normalizer or in a pre-tokenizer. Raises
+    ValueError if one of them does anything else.
+    """
     if normalizer is None and pre_tokenizer.get("type") == "Metaspace":
-        always = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
+        default = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
         if pre_tokenizer.get("replacement") == "▁" and pre_tokenizer.get("split") is False:
-            return pre_tokenizer.get("prepend_scheme", always) != "never"
+            return pre_tokenizer.get("prepend_scheme", default) != "never"
     strings = json_strings(normalizer)
-    known = {"type", "normalizers", "prepend", "pattern", "String", "content"}
-    if (
-        pre_tokenizer
-        or not {"Replace", "▁"} <= strings <= {"Sequence", "Prepend", "Replace", "▁", " "} | known
-    ):
-        raise ValueError("it normalizes a text in another way than Llama 2")
+    known_keys = {"type", "normalizers", "prepend", "pattern", "String", "content"}
+    known = known_keys | {"Sequence", "Prepend", "Replace", "▁", " "}
+    if pre_tokenizer or not {"Replace", "▁"} <= strings <= known:
+        raise ValueError("its normalizer differs from that of Llama 2")
     return "Prepend" in strings
 
 
-def json_strings(value) -> set[str]:
-    """All keys and texts in a JSON value."""
+def json_strings(value: Any) -> set[str]:
+    """All keys and strings in a JSON value."""
     if isinstance(value, dict):
         return set(value).union(*map(json_strings, value.values()))
     if isinstance(value, list):
-        return set().union(*map(json_strings, value))
+        return set[str]().union(*map(json_strings, value))
     return {value} if isinstance(value, str) else set()

@@ -1,9 +1,9 @@
 """
-PyTorch's own files, read and written a tensor at a time: a zip archive with a pickle, in which each
-tensor names a record data/N, and those records.
+PyTorch's files, read and written one tensor at a time: a zip archive with a pickle, data.pkl, and a
+record data/N for the values of each tensor. The pickle refers to the records.
 
-The pickle is read by torch.load with weights_only, which runs no code; the archive before that,
-so that no record can claim more than the file has.
+torch.load reads the pickle with weights_only, so that it runs no code. The archive is checked
+first, so that no record is larger than the file.
 """
 
 import collections
@@ -14,176 +14,207 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import IO, Any
 
 import torch
 
-from checkpoints.file import describe_load_error
+from checkpoints.file import as_bytes, describe_load_error
 from formats.lazy_model import LazyTensor, read_into, write_values
 from runtime.atomic_files import FileSource
 
-LOCAL_HEADER = struct.Struct(
-    "<4s22x2H"
-)  # signature, ..., lengths of the name and of the extra field
+ZIP_SIGNATURE = b"PK\3\4"
+# Local file header: signature, ..., lengths of the name and of the extra field.
+LOCAL_HEADER = struct.Struct("<4s22x2H")
+ZIP64_SIZE = 1 << 31  # bytes; a record of this size or larger has a zip64 extra field
+ZIP64_EXTRA_SIZE = 20  # bytes
+RECORD_ALIGNMENT = 64  # bytes; torch.load(mmap=True) needs it
 STORAGE_TYPES = {
-    **{
-        torch.float32: "FloatStorage",
-        torch.float16: "HalfStorage",
-        torch.bfloat16: "BFloat16Storage",
-    },
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
     torch.float64: "DoubleStorage",
 }
 
 
+# Reading
+
+
 def is_zip(path: str) -> bool:
+    """Whether a file begins as a zip archive."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\3\4"
+        return file.read(4) == ZIP_SIGNATURE
 
 
-def read_torch_file(path: str):
-    """What torch.save wrote, with a LazyTensor for each tensor. Raises ValueError where it is
-    damaged or holds more than data."""
+def read_torch_file(path: str) -> Any:
+    """The content of a file of torch.save, with a LazyTensor for each tensor.
+
+    Raises ValueError if it is damaged or contains more than data.
+    """
     try:
         source = FileSource(path)
-        records = records_of(path)
+        records = read_records(path)
         with open(path, "rb") as file:
             content = torch.load(file, map_location="meta", weights_only=True)
-        return stored_tensors(content, source, records, {})
-    except (
-        Exception
-    ) as error:  # whatever a damaged file may lead the zip and pickle readers to raise
+        return replace_tensors(content, source, records, {})
+    except Exception as error:  # the readers of zip and pickle raise anything for damaged files
         raise ValueError(
             f"{path}: damaged or not a checkpoint ({describe_load_error(error)})"
         ) from error
 
 
-def records_of(path: str) -> dict[int, zipfile.ZipInfo]:
-    """The archive's records by where their bytes begin."""
-    records, size = {}, os.path.getsize(path)
+def read_records(path: str) -> dict[int, zipfile.ZipInfo]:
+    """The records of an archive by the offset of their content. Raises ValueError for damage."""
+    records: dict[int, zipfile.ZipInfo] = {}
+    size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for record in archive.infolist():
             file.seek(record.header_offset)
-            header = file.read(LOCAL_HEADER.size)
-            signature, *lengths = LOCAL_HEADER.unpack(header)
+            signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             offset = record.header_offset + LOCAL_HEADER.size + sum(lengths)
-            is_plain = (
-                record.compress_type == zipfile.ZIP_STORED
-                and record.file_size == record.compress_size
-            )
-            if signature != b"PK\3\4" or not is_plain or offset + record.file_size > size:
-                raise ValueError(f"its record {record.filename[:50]} is not whole")
+            is_stored = record.compress_type == zipfile.ZIP_STORED
+            is_plain = is_stored and record.file_size == record.compress_size
+            if signature != ZIP_SIGNATURE or not is_plain or offset + record.file_size > size:
+                raise ValueError(f"its record {record.filename[:50]} is incomplete")
             records[offset] = record
             if not re.search(r"/data/[^/]+$", record.filename):
-                archive.read(record)  # the pickle and the like: Python checks their sums here
+                archive.read(record)  # verifies the checksum of the pickle and other small records
     return records
 
 
-def stored_tensors(content, source: FileSource, records: dict[int, zipfile.ZipInfo], seen: dict):
-    """content with a LazyTensor in the place of each tensor on the meta device. What is there
-    more than once is converted once: a few bytes of pickle can speak of it billions of times."""
+def replace_tensors(
+    content: Any, source: FileSource, records: dict[int, zipfile.ZipInfo], seen: dict[int, Any]
+) -> Any:
+    """The content with a LazyTensor for each tensor on the meta device.
+
+    seen maps the id of a container to its result. A container that occurs more than once is
+    converted once: a few bytes of pickle can refer to it billions of times.
+    """
     if isinstance(content, torch.Tensor):
-        return stored_tensor(content, source, records)
+        return open_tensor(content, source, records)
     if not isinstance(content, (dict, list, tuple)):
         return content
     if id(content) not in seen:
-        seen[id(content)] = None  # of a container within itself
+        seen[id(content)] = None  # for a container that contains itself
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        inside = {key: stored_tensors(value, source, records, seen) for key, value in pairs}
+        inside = {key: replace_tensors(value, source, records, seen) for key, value in pairs}
         seen[id(content)] = inside if isinstance(content, dict) else list(inside.values())
     return seen[id(content)]
 
 
-def stored_tensor(
+def open_tensor(
     tensor: torch.Tensor, source: FileSource, records: dict[int, zipfile.ZipInfo]
 ) -> LazyTensor:
-    storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
-    offset = getattr(storage, "_checkpoint_offset", None)
-    record = records.get(offset)
+    """The LazyTensor of a meta tensor. Raises ValueError if its record does not contain it."""
+    storage = tensor.untyped_storage()
+    record_offset: Any = getattr(storage, "_checkpoint_offset", None)
+    record = records.get(record_offset)
     if tensor.layout != torch.strided or record is None or storage.nbytes() != record.file_size:
         raise ValueError("a tensor has no record of its size")
-    if record.file_size % itemsize:
-        raise ValueError("a tensor's record is no whole number of values")
-    span = tensor.storage_offset() + sum(
-        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    if record.file_size % tensor.dtype.itemsize:
+        raise ValueError("the size of a tensor's record is not a multiple of its dtype's")
+    last = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    if tensor.numel() and not tensor.numel() <= span + 1 <= record.file_size // itemsize:
-        raise ValueError("a tensor reaches beyond its record")
-    view = tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    capacity = record.file_size // tensor.dtype.itemsize
+    if tensor.numel() and not tensor.numel() <= last + 1 <= capacity:
+        raise ValueError("a tensor exceeds its record")
+    view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
-    def read():
-        values = read_record(source, offset, record).view(tensor.dtype)
-        return values.as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        ).contiguous()
+    def read() -> torch.Tensor:
+        values = read_record(source, record_offset, record).view(tensor.dtype)
+        offset = tensor.storage_offset()
+        return values.as_strided(tensor.shape, tensor.stride(), offset).contiguous()
 
-    place, checksum = (source.path, offset, *view), (record.CRC, record.file_size, *view)
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, read, place, checksum)
+    location = (source.path, record_offset, *view)
+    checksum = (record.CRC, record.file_size, *view)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, read, location, checksum)
 
 
 def read_record(source: FileSource, offset: int, record: zipfile.ZipInfo) -> torch.Tensor:
-    """The bytes of a record, on the CPU, checked against their sum."""
+    """The bytes of a record. Raises ValueError if they do not match its checksum."""
     values = torch.empty(record.file_size, dtype=torch.uint8)
     with source.open(offset) as file:
         read_into(file, values, source.path)
-    if zlib.crc32(values.numpy()) != record.CRC:
+    if zlib.crc32(as_bytes(values)) != record.CRC:
         raise ValueError(
-            f"{source.path}: its record {record.filename} has not the sum that was written; it is damaged"
+            f"{source.path}: its record {record.filename} does not match its checksum; "
+            "it is damaged"
         )
     return values
 
 
+# Writing
+
+
 @dataclass(frozen=True)
 class Storage:
-    """What a tensor in the pickle points to."""
+    """A record of the archive, as the pickle refers to it."""
 
     key: str
     tensor: LazyTensor
 
 
-class Pickler(pickle.Pickler):
-    """Pickles as torch.save does; keeps the tensors it met, a record each, in storages."""
+class TensorPickler(pickle.Pickler):
+    """Pickles as torch.save does, with a record in storages for each tensor."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]):
         super().__init__(file, protocol=2)
         self.storages: dict[int, Storage] = {}  # by id, so that a tied tensor is written once
 
-    def reducer_override(self, value):
+    def reducer_override(self, value: Any) -> Any:
+        """Pickle a LazyTensor as torch.Tensor does."""
         if not isinstance(value, LazyTensor):
             return NotImplemented
         storage = self.storages.setdefault(id(value), Storage(str(len(self.storages)), value))
         strides = [math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape))]
-        arguments = storage, 0, value.shape, tuple(strides), False, collections.OrderedDict()
-        return torch._utils._rebuild_tensor_v2, arguments
+        rebuild: Callable = torch._utils._rebuild_tensor_v2
+        hooks: dict = collections.OrderedDict()
+        return rebuild, (storage, 0, value.shape, tuple(strides), False, hooks)
 
-    def persistent_id(self, value):
+    def persistent_id(self, value: Any) -> tuple | None:
+        """Refer to a record."""
         if not isinstance(value, Storage):
             return None
-        kind = getattr(torch, STORAGE_TYPES[value.tensor.dtype])
-        return "storage", kind, value.key, "cpu", math.prod(value.tensor.shape)
+        storage_type = getattr(torch, STORAGE_TYPES[value.tensor.dtype])
+        return "storage", storage_type, value.key, "cpu", math.prod(value.tensor.shape)
 
 
-def write_torch_file(file, content):
-    """Write content, plain objects and StoredTensors, for torch.load to read, into an open binary
-    file. One tensor at a time is in memory."""
+def write_torch_file(file: IO[bytes], content: Any) -> None:
+    """Write plain objects and LazyTensors to an open file, for torch.load.
+
+    One tensor at a time is in memory.
+    """
     with zipfile.ZipFile(file, "w") as archive:
-        with archive.open(aligned(archive, "archive/data.pkl", 0), "w") as record:
-            pickler = Pickler(record)
+        with archive.open(aligned_record(archive, "archive/data.pkl", 0), "w") as record:
+            pickler = TensorPickler(record)
             pickler.dump(content)
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr(small_record("archive/byteorder"), "little")
         for storage in pickler.storages.values():
             tensor = storage.tensor
             size = math.prod(tensor.shape) * tensor.dtype.itemsize
-            info = aligned(archive, f"archive/data/{storage.key}", size)
-            with archive.open(info, "w", force_zip64=size >= 1 << 31) as record:
+            info = aligned_record(archive, f"archive/data/{storage.key}", size)
+            with archive.open(info, "w", force_zip64=size >= ZIP64_SIZE) as record:
                 write_values(record, tensor.read(), tensor.dtype)
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(small_record("archive/version"), "3\n")
 
 
-def aligned(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
-    """A record whose bytes will begin at a multiple of 64, as torch.load's mmap wants them."""
+def small_record(name: str) -> zipfile.ZipInfo:
+    """A record without a timestamp, so that the same model gives the same bytes at any time."""
     info = zipfile.ZipInfo(name)
-    zip64 = 20 if size >= 1 << 31 else 0
-    padding = -(archive.fp.tell() + 30 + len(name) + zip64 + 4) % 64
+    info.external_attr = 0o600 << 16  # permissions, as writestr sets them
+    return info
+
+
+def aligned_record(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
+    """A record to append, padded so that its content begins at a multiple of RECORD_ALIGNMENT."""
+    assert archive.fp is not None, "the archive is open"
+    info = zipfile.ZipInfo(name)
+    zip64 = ZIP64_EXTRA_SIZE if size >= ZIP64_SIZE else 0
+    extra_header = 4
+    header_size = LOCAL_HEADER.size + len(name) + zip64 + extra_header
+    padding = -(archive.fp.tell() + header_size) % RECORD_ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     info.file_size = size
     return info

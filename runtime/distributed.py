@@ -173,9 +173,7 @@ def translate_dist_errors(limit: str) -> Iterator[None]:
             raise
         is_timeout = "timed out" in text or "timeout" in text
         reason = f"another process did not answer {limit}" if is_timeout else "another one is gone"
-        raise ValueError(
-            f"this process ends because {reason}; its output may say why"
-        ) from error
+        raise ValueError(f"this process ends because {reason}; its output may say why") from error
 
 
 def hard_exit() -> None:

@@ -1,6 +1,6 @@
 """
-Fixtures that several test files use: synthetic stories, a tokenizer and tokens made from them, scripts,
-and a web server.
+Fixtures that several test files use: synthetic stories, a tokenizer and tokens made from them,
+scripts, and a web server.
 
 Session fixtures are made once per worker and only read: a test that changes files copies them.
 """
@@ -79,7 +79,7 @@ def token_folder(data_dir) -> str:
 def run_script(tmp_path_factory) -> Callable[..., Result]:
     """run_script("train.py", "--max_iters=3") runs a script, in an empty folder if no cwd is given.
 
-    In this process, or with env={...} in a new one, as what is imported may depend on the environment."""
+    With env={...} the script runs in a new process, as imports may depend on the environment."""
 
     def run(script: str, *args: object, cwd=None, env=None, **options) -> Result:
         folder = cwd or tmp_path_factory.mktemp("cwd")
@@ -92,7 +92,7 @@ def run_script(tmp_path_factory) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def shared():
-    """shared("models/tok512.bin") is the path of that file in the folder shared beside the checkout."""
+    """shared("models/tok512.bin") is the path of that file in ../shared; skips if it is missing."""
 
     def find(name: str) -> str:
         path = ROOT.parent / "shared" / name

@@ -90,8 +90,8 @@ def random_model(
 ) -> Transformer:
     """A small model in evaluation mode; the same arguments give the same weights.
 
-    Matrices are drawn with this standard deviation, and gains around 1: wide enough that a mistake in
-    any weight shows in the logits. With std=None the weights stay those of a new model."""
+    Matrices are drawn with this standard deviation, and gains around 1: wide enough that a mistake
+    in any weight shows in the logits. With std=None the weights stay those of a new model."""
     torch.manual_seed(0)
     model = Transformer(ModelArgs(**(shape | overrides)))
     if std is not None:

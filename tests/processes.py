@@ -1,8 +1,8 @@
 """
-Scripts run by tests: in the test's own process, in a process of their own, or in the ranks of one group.
+Scripts run by tests: in the test's process, in a new process, or in the ranks of one group.
 
-Almost every test runs a script in its own process, which saves the seconds that importing PyTorch takes.
-A real process is for what this cannot show: signals, kills, locks, environment variables, several ranks.
+Almost every test runs a script in its process, which saves the time of importing PyTorch.
+A new process is for signals, kills, locks, environment variables and several ranks.
 """
 
 import atexit
@@ -150,7 +150,7 @@ def restored_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored_torch() -> Iterator[None]:
-    """Restore PyTorch's global settings, Python's and PyTorch's random numbers, and the process group."""
+    """Restore PyTorch's global settings and the random states; end the process group."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     random_state, torch_state = random.getstate(), torch.get_rng_state()
@@ -166,7 +166,7 @@ def restored_torch() -> Iterator[None]:
 
 
 def reset_dynamo() -> None:
-    """Drop compiled code: PyTorch stops compiling a function after a number of variants per process."""
+    """Drop compiled code: PyTorch limits the number of compiled variants per process."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -180,7 +180,7 @@ def enable_malloc_trim() -> None:
 
 
 def show_warnings_as_python_does() -> None:
-    """Print warnings to standard error, and ignore those that Python ignores; pytest collects all."""
+    """Print warnings to standard error as Python does by default; pytest collects them."""
 
     def show(message, category, filename, lineno, file=None, line=None):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))

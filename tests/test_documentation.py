@@ -332,6 +332,8 @@ def check_module(module: str, arguments: list[str]) -> None:
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert path.exists(), f"{module}: there is no such module"
     for argument in arguments:
+        if not argument.startswith("--"):
+            continue
         option = argument.partition("=")[0]
         assert f'"{option}"' in path.read_text(encoding="utf-8"), f"{module} has no {option}"
 
@@ -358,7 +360,7 @@ def known_options() -> set[str]:
     )
     classes = [train.TrainConfig, sample.SampleConfig, export.ExportConfig]
     classes += [config_class for config_class, _ in tinystories.STAGES.values()]
-    classes += [config_class for config_class, _ in bench.BENCHES.values()]
+    classes += [config_class for config_class, _ in bench.BENCHMARKS.values()]
     names = {name.removesuffix("_") for each in classes for name in each.__dataclass_fields__}
     names |= {name.replace("_", "-") for name in names}  # --meta-llama, as llama2.c spells it
     options = {f"--{name}" for name in (*names, "help")}

@@ -21,7 +21,7 @@ def random_tokens(*shape) -> torch.Tensor:
     return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[512, 0], ids=["plain", "fused"])
+@pytest.fixture(params=[512, 0], ids=["blockwise", "fused"])
 def attention(request, monkeypatch):
     """Both ways to compute attention on a CPU."""
     monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", request.param)
@@ -30,18 +30,16 @@ def attention(request, monkeypatch):
 @pytest.mark.parametrize("rope_theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_logits_equal_those_of_transformers_beyond_position_128(
-    n_kv_heads, tied, rope_theta, attention
-):
+def test_logits_equal_those_of_transformers(n_kv_heads, tied, rope_theta, attention):
     model = random_model(
         n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=rope_theta, max_seq_len=160
     )
     tokens = random_tokens(2, 160)
     with torch.no_grad():
-        ours, loss = model(tokens)
-        theirs = to_transformers(model)(tokens).logits
-    assert loss is None and ours.shape == (2, 160, TINY["vocab_size"])
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        logits, loss = model(tokens)
+        expected = to_transformers(model)(tokens).logits
+    assert loss is None and logits.shape == (2, 160, TINY["vocab_size"])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_norm_eps_has_the_meaning_that_transformers_gives_it():
@@ -65,7 +63,7 @@ def test_a_token_changes_no_logits_before_it(changed, attention):
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("seed", range(5))
-def test_logits_read_through_the_cache_in_any_pieces_equal_the_whole(seed, n_kv_heads, attention):
+def test_logits_through_the_cache_equal_those_without(seed, n_kv_heads, attention):
     model, tokens = random_model(n_kv_heads=n_kv_heads), random_tokens(3, 40)
     cuts = [0, *sorted(random.Random(seed).sample(range(1, 40), 1 + 3 * seed)), 40]
     cache = model.new_kv_cache(3, 40)
@@ -77,7 +75,7 @@ def test_logits_read_through_the_cache_in_any_pieces_equal_the_whole(seed, n_kv_
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_that_was_used_reads_like_a_new_one():
+def test_a_used_cache_gives_the_logits_of_a_new_one():
     model, tokens = random_model(), random_tokens(2, 40)
     cache = model.new_kv_cache(2, 40)
     with torch.no_grad():
@@ -87,7 +85,7 @@ def test_a_cache_that_was_used_reads_like_a_new_one():
         torch.testing.assert_close(again[:, 0], model(tokens)[0][:, 7], atol=1e-5, rtol=1e-5)
 
 
-def test_both_ways_of_attention_have_the_same_gradients(monkeypatch):
+def test_blockwise_and_fused_attention_have_the_same_gradients(monkeypatch):
     tokens, gradients = random_tokens(2, 41), []
     for longest in (512, 0):
         monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", longest)
@@ -97,32 +95,32 @@ def test_both_ways_of_attention_have_the_same_gradients(monkeypatch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-def gradients_and_bytes_kept(model: Transformer, tokens) -> tuple[list, int]:
-    """The gradients of a training step, and what its forward pass kept for them beside the weights."""
-    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+def gradients_and_saved_bytes(model: Transformer, tokens) -> tuple[list, int]:
+    """The gradients of a training step, and the bytes that its forward pass saved for them."""
+    weights, saved = {p.data_ptr() for p in model.parameters()}, {}
 
-    def keep(tensor):
+    def save(tensor):
         if tensor.data_ptr() not in weights:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     torch.manual_seed(3)  # of dropout
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
     model.zero_grad()
     loss.backward()
-    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
+    return [parameter.grad.clone() for parameter in model.parameters()], sum(saved.values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_recomputing_gives_the_same_gradients_and_keeps_far_less(dropout, attention):
+def test_activation_checkpointing_saves_memory_and_keeps_the_gradients(dropout, attention):
     model = random_model(n_layers=4, dropout=dropout).train()
     tokens = random_tokens(3, 40)
-    expected, kept = gradients_and_bytes_kept(model, tokens)
+    expected, saved = gradients_and_saved_bytes(model, tokens)
     model.activation_checkpointing = True
-    gradients, kept_now = gradients_and_bytes_kept(model, tokens)
+    gradients, saved_bytes = gradients_and_saved_bytes(model, tokens)
     assert all(map(torch.equal, gradients, expected))
-    assert kept_now < kept / 3
+    assert saved_bytes < saved / 3
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits():
@@ -183,7 +181,7 @@ def test_init_scales_wo_and_w2_by_depth_and_nothing_else(n_layers):
         assert abs(parameter.mean().item()) < 0.05 * expected, name
 
 
-def test_an_untrained_model_finds_all_tokens_about_equally_likely():
+def test_a_new_model_finds_all_tokens_equally_likely():
     torch.manual_seed(0)
     model, tokens = Transformer(ModelArgs(**TINY)), random_tokens(4, 41)
     assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(
@@ -251,7 +249,7 @@ def test_untied_weights_are_two():
         ("rope_theta", dict(rope_theta=math.nan)),
     ],
 )
-def test_an_impossible_shape_is_refused_by_the_name_of_its_field(name, shape):
+def test_an_impossible_shape_is_refused_by_field_name(name, shape):
     with pytest.raises(ValueError, match=name):
         ModelArgs(**shape)
 
@@ -300,19 +298,23 @@ def test_names_and_order_of_the_weights_are_those_of_llama2c(tied):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @torch.no_grad()
-def test_rows_of_a_cache_at_different_positions_read_as_if_alone(kv_heads):
+def test_cache_rows_at_different_positions_do_not_mix(kv_heads):
     """Rows filled one by one, then steps of one and of three tokens in all of them at once."""
     model, lengths = random_model(n_heads=4, n_kv_heads=kv_heads), [3, 9, 1]
     tokens = random_tokens(3, 20)
     whole, _ = model(tokens)
     cache = model.new_kv_cache(5, 40)
     for row, length in enumerate(lengths):
-        model.forward_hidden(tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row]))
+        model.forward_hidden(
+            tokens[row : row + 1, :length], cache, batch_idx=torch.tensor([4 - row])
+        )
     cache.select_rows(torch.tensor([4, 3, 2]))
     starts = torch.tensor(lengths)
     for step in (1, 3, 1):
-        places = starts[:, None] + torch.arange(step)
-        x = model.forward_hidden(tokens.gather(1, places), cache, starts, int(starts.max()) + step)
-        expected = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
+        positions = starts[:, None] + torch.arange(step)
+        x = model.forward_hidden(
+            tokens.gather(1, positions), cache, starts, int(starts.max()) + step
+        )
+        expected = whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1]))
         torch.testing.assert_close(model.output(x), expected, atol=1e-5, rtol=1e-5)
         starts = starts + step

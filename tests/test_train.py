@@ -60,7 +60,7 @@ def test_run_leaves_all_documented_files(train, tmp_path):
     best, checkpoint = load_model(str(tmp_path / "best.pt"))
     assert checkpoint["best_val_loss"] == min(read_metrics(tmp_path, "val_loss"))
     assert same_tensors(
-        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).model().state_dict()
+        best.state_dict(), llama2c.read(str(tmp_path / "model.bin")).load().state_dict()
     )
 
 
@@ -98,8 +98,9 @@ def test_batches_and_processes_do_not_change_the_result(train, data_dir, tmp_pat
         assert norms[name] == pytest.approx(norms["accumulated"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_muon_trains_alike_on_any_number_of_ranks(train, data_dir, tmp_path):
-    """Not as closely as AdamW: it orthogonalizes in bfloat16, whose rounding a sum's last bit can turn."""
+    """Less closely than AdamW: rounding in its bfloat16 products amplifies differences."""
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=20", "--optimizer=muon")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
     train_on_ranks(2, *options, f"--out_dir={tmp_path / 'two'}")
@@ -122,6 +123,7 @@ def test_resuming_with_another_optimizer_is_refused_with_what_to_do(train, tmp_p
     assert train("--init_from=resume", "--optimizer=adamw", f"--out_dir={tmp_path}").returncode == 0
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_any_number_of_processes(train, data_dir, tmp_path):
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--max_iters=5", "--dropout=0.3")
     assert train(*options, f"--out_dir={tmp_path / 'one'}").returncode == 0
@@ -274,6 +276,7 @@ def test_recomputing_trains_the_same_model(train, run_script, data_dir, tmp_path
     assert same_training_state(kept / "ckpt.pt", recomputed / "ckpt.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
 def test_a_compiled_run_saves_plain_names_and_trains_alike(train, tmp_path):
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"

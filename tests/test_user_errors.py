@@ -1,6 +1,6 @@
 """
-What goes wrong at the hands of a user: each mistake ends the real command with a clear sentence and
-a status that is not 0, without a traceback, and costs nothing that was there before.
+Mistakes of users. Each ends the script with one clear sentence and a status other than 0, without a
+traceback, and changes no file that was there before.
 """
 
 import gc
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers import TINY_RUN
+from textdata import download
 
 
 def damaged(content: bytes) -> dict[str, bytes]:
@@ -24,30 +25,43 @@ def damaged(content: bytes) -> dict[str, bytes]:
     return cut | {"garbage": b"not a model" * 99, "flip": flipped}
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Downloads are tried again at once."""
+    monkeypatch.setattr(download, "PAUSE", 0)
+
+
 @pytest.fixture(scope="module")
-def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
+def folder(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
     """A folder with a good run, its data, and everything that can be wrong with them."""
-    place = tmp_path_factory.mktemp("place")
-    shutil.copytree(data_dir, place / "data")
+    folder = tmp_path_factory.mktemp("errors")
+    shutil.copytree(data_dir, folder / "data")
     result = run_script(
-        "train.py", *TINY_RUN, "--max_iters=2", f"--data_dir={place}/data", f"--out_dir={place}/out"
+        "train.py",
+        *TINY_RUN,
+        "--max_iters=2",
+        f"--data_dir={folder}/data",
+        f"--out_dir={folder}/out",
     )
     assert result.returncode == 0, result.stderr
-    checkpoint, model = (place / "out/ckpt.pt").read_bytes(), (place / "out/model.bin").read_bytes()
-    for kind, content in damaged(checkpoint).items():
-        (place / f"ckpt-{kind}").mkdir()
-        (place / f"ckpt-{kind}/ckpt.pt").write_bytes(content)
-    for kind, content in damaged(model).items():
-        (place / f"model-{kind}.bin").write_bytes(content)
-    (place / "model-huge.bin").write_bytes(struct.pack("<7i", *[2**31 - 1] * 7) + model[28:])
-    (place / "model-negative.bin").write_bytes(
+    checkpoint, model = (
+        (folder / "out/ckpt.pt").read_bytes(),
+        (folder / "out/model.bin").read_bytes(),
+    )
+    for damage, content in damaged(checkpoint).items():
+        (folder / f"ckpt-{damage}").mkdir()
+        (folder / f"ckpt-{damage}/ckpt.pt").write_bytes(content)
+    for damage, content in damaged(model).items():
+        (folder / f"model-{damage}.bin").write_bytes(content)
+    (folder / "model-huge.bin").write_bytes(struct.pack("<7i", *[2**31 - 1] * 7) + model[28:])
+    (folder / "model-negative.bin").write_bytes(
         struct.pack("<7i", -1, 2, 3, 4, 5, 6, 7) + model[28:]
     )
-    (place / "model-zero.bin").write_bytes(bytes(28) + model[28:])
-    other = torch.load(place / "out/ckpt.pt", weights_only=True) | {"tokenizer_hash": "0" * 64}
-    (place / "stranger").mkdir()
+    (folder / "model-zero.bin").write_bytes(bytes(28) + model[28:])
+    other = torch.load(folder / "out/ckpt.pt", weights_only=True) | {"tokenizer_hash": "0" * 64}
+    (folder / "stranger").mkdir()
     del other["sha256"]
-    torch.save(other, place / "stranger/ckpt.pt")
+    torch.save(other, folder / "stranger/ckpt.pt")
     for name, text in {
         "empty.txt": b"",
         "latin1.txt": "Zoë saw a café".encode("latin-1"),
@@ -63,17 +77,17 @@ def place(run_script, data_dir, tokenizer_path, tmp_path_factory) -> Path:
         "bad.model": b"\x00\x01 no tokenizer",
         "tokenizer-512.model": Path(tokenizer_path).read_bytes(),
     }.items():
-        (place / name).write_bytes(text)
-    (place / "empty-folder").mkdir()
+        (folder / name).write_bytes(text)
+    (folder / "empty-folder").mkdir()
     for name in ("data-no-meta", "data-bad-meta", "data-cut-shard", "data-unfinished"):
-        shutil.copytree(place / "data/tok512", place / name / "tok512")
-    (place / "data-no-meta/tok512/meta.json").unlink()
-    (place / "data-bad-meta/tok512/meta.json").write_text('{"shards": [{}]}')
-    unfinished = place / "data-unfinished/tok512/meta.json"
+        shutil.copytree(folder / "data/tok512", folder / name / "tok512")
+    (folder / "data-no-meta/tok512/meta.json").unlink()
+    (folder / "data-bad-meta/tok512/meta.json").write_text('{"shards": [{}]}')
+    unfinished = folder / "data-unfinished/tok512/meta.json"
     unfinished.write_text(unfinished.read_text().replace('"complete": true', '"complete": false'))
-    shard = next((place / "data-cut-shard/tok512").glob("*.bin"))
+    shard = next((folder / "data-cut-shard/tok512").glob("*.bin"))
     shard.write_bytes(shard.read_bytes()[:100])
-    return place
+    return folder
 
 
 TRAIN = ("train.py", *TINY_RUN, "--max_iters=2", "--data_dir=data", "--out_dir=new")
@@ -89,7 +103,7 @@ STRANGER = (*PRETOKENIZE, "--input=other.txt", "--data_dir=data")
 SAMPLE = ("sample.py", "--out_dir=out", "--max_new_tokens=4")
 
 DAMAGES = ("empty", "half", "cut", "garbage")
-MISTAKES = [
+ERRORS = [
     # options
     ((*TRAIN, "--batch_sise=8"), "did you mean batch_size?"),
     ((*TRAIN, "--batch_size=eight"), "--batch_size=eight: must be a whole number"),
@@ -155,16 +169,16 @@ MISTAKES = [
     ),
     (("tinystories.py", "synthesize", "--num_stories=0"), "--num_stories=0: must be at least 1"),
     # checkpoints
-    ((*RESUME, "--out_dir=nowhere"), "nowhere/ckpt.pt: there is no checkpoint here"),
-    *(((*RESUME, f"--out_dir=ckpt-{kind}"), "damaged or not a checkpoint") for kind in DAMAGES),
+    ((*RESUME, "--out_dir=nowhere"), "nowhere/ckpt.pt: there is no checkpoint"),
+    *(((*RESUME, f"--out_dir=ckpt-{damage}"), "damaged or not a checkpoint") for damage in DAMAGES),
     ((*RESUME, "--dim=64"), "--dim=64: out/ckpt.pt has dim=32"),
     ((*RESUME, "--vocab_size=4096"), "--vocab_size=4096: out/ckpt.pt has vocab_size=512"),
     ((*RESUME, "--out_dir=stranger"), "another tokenizer (hash 000000000000)"),
     # writing
     ((*TRAIN, "--out_dir=notes.md/out"), "Not a directory"),
     (("export.py",), "say what to write"),
-    (("export.py", "out/ckpt.pt"), "out/ckpt.pt: is also what is read"),
-    (("export.py", "out/model.bin", "--checkpoint=out/model.bin"), "is also what is read"),
+    (("export.py", "out/ckpt.pt"), "out/ckpt.pt: is also the input"),
+    (("export.py", "out/model.bin", "--checkpoint=out/model.bin"), "is also the input"),
     ((*TRAIN, "--batch_size=9999999999"), "out of memory: halve --batch_size"),
     ((*TRAIN, "--seed=99999999999999999999"), "must be at least 0 and below 2**63"),
     ((*TRAIN, "--out_dir="), "--out_dir= is empty"),
@@ -178,10 +192,10 @@ MISTAKES = [
     # sampling
     ((*SAMPLE, "--out_dir=nowhere"), "there is no such file"),
     ((*SAMPLE, "--init_from=data"), "data: a folder without config.json"),
-    *(((*SAMPLE, f"--init_from=model-{kind}.bin"), f"model-{kind}.bin") for kind in DAMAGES),
+    *(((*SAMPLE, f"--init_from=model-{damage}.bin"), f"model-{damage}.bin") for damage in DAMAGES),
     *(
-        ((*SAMPLE, f"--init_from=model-{kind}.bin"), "no model; it begins")
-        for kind in ("huge", "negative", "zero")
+        ((*SAMPLE, f"--init_from=model-{damage}.bin"), "not a model; it begins")
+        for damage in ("huge", "negative", "zero")
     ),
     ((*SAMPLE, "--tokenizer=bad.model"), "bad.model: neither"),
     ((*SAMPLE, "--start=FILE:nowhere.txt"), "nowhere.txt: No such file or directory"),
@@ -197,29 +211,29 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"), MISTAKES, ids=lambda value: " ".join(value[-2:])[:60]
+    ("command", "sentence"), ERRORS, ids=lambda value: " ".join(value[-2:])[:60]
 )
-def test_a_mistake_costs_one_sentence(run_script, place, command, sentence):
-    before = contents(place / "out") | contents(place / "data")
-    result = run_script(*command, cwd=place)
-    said = [line for line in result.stderr.splitlines() if line.startswith(command[0])]
+def test_a_mistake_ends_with_one_sentence(run_script, folder, command, sentence):
+    before = contents(folder / "out") | contents(folder / "data")
+    result = run_script(*command, cwd=folder)
+    messages = [line for line in result.stderr.splitlines() if line.startswith(command[0])]
     assert result.returncode in (1, 2), result.stdout + result.stderr
-    assert len(said) == 1 and sentence in said[0], result.stderr
+    assert len(messages) == 1 and sentence in messages[0], result.stderr
     assert "Traceback" not in result.stderr
-    assert contents(place / "out") | contents(place / "data") == before
-    assert not list(place.rglob("*.partial"))
+    assert contents(folder / "out") | contents(folder / "data") == before
+    assert not list(folder.rglob("*.partial"))
 
 
-def test_there_are_sixty_of_them():
-    assert len(MISTAKES) >= 60
+def test_at_least_sixty_mistakes_are_tried():
+    assert len(ERRORS) >= 60
 
 
-def test_a_flipped_weight_is_loaded_or_refused_but_never_crashes(run_script, place):
+def test_a_flipped_weight_is_loaded_or_refused_but_never_crashes(run_script, folder):
     for command in (
         (*SAMPLE, "--init_from=model-flip.bin", "--tokenizer=out/tokenizer.model"),
         (*RESUME,),
     ):
-        result = run_script(*command, "--out_dir=ckpt-flip", cwd=place)
+        result = run_script(*command, "--out_dir=ckpt-flip", cwd=folder)
         assert "Traceback" not in result.stderr and result.returncode in (0, 1)
 
 
@@ -256,30 +270,30 @@ def small_disk(tmp_path):
     ],
     ids=lambda command: command[0] + command[2].partition("=")[2] * (command[0] == "export.py"),
 )
-def test_a_full_disk_leaves_nothing_half_written(run_script, place, stories, small_disk, command):
-    if not (place / "big").exists():
-        result = run_script(*TRAIN, "--dim=128", "--out_dir=big", cwd=place)
+def test_a_full_disk_leaves_nothing_half_written(run_script, folder, stories, small_disk, command):
+    if not (folder / "big").exists():
+        result = run_script(*TRAIN, "--dim=128", "--out_dir=big", cwd=folder)
         assert result.returncode == 0, result.stderr
-        (place / "big.txt").write_text("\n\n".join(stories * 12))
-    result = run_script(*(part.format(disk=small_disk) for part in command), cwd=place)
+        (folder / "big.txt").write_text("\n\n".join(stories * 12))
+    result = run_script(*(part.format(disk=small_disk) for part in command), cwd=folder)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "No space left on device" in result.stderr or "disk full" in result.stderr
     assert not list(small_disk.rglob("*.partial*")) and not (small_disk / "model.bin").exists()
 
 
-def test_a_checkpoint_survives_a_disk_that_fills_up(run_script, place, small_disk):
+def test_a_checkpoint_survives_a_disk_that_fills_up(run_script, folder, small_disk):
     """The first checkpoint fits; best.pt and ckpt.pt together do not fit twice."""
-    shutil.copy(place / "out/ckpt.pt", small_disk / "ckpt.pt")
+    shutil.copy(folder / "out/ckpt.pt", small_disk / "ckpt.pt")
     (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 8192))
     kept = (small_disk / "ckpt.pt").read_bytes()
-    result = run_script(*RESUME, f"--out_dir={small_disk}", "--max_iters=4", cwd=place)
+    result = run_script(*RESUME, f"--out_dir={small_disk}", "--max_iters=4", cwd=folder)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert (small_disk / "ckpt.pt").read_bytes() == kept
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(run_script, place):
+def test_a_second_run_in_the_same_folder_is_refused(run_script, folder):
     from runtime.atomic_files import run_lock
 
-    with run_lock(str(place / "shared")):
-        result = run_script(*TRAIN, "--out_dir=shared", cwd=place)
+    with run_lock(str(folder / "shared")):
+        result = run_script(*TRAIN, "--out_dir=shared", cwd=folder)
     assert result.returncode == 1 and "another process is writing here" in result.stderr

@@ -62,9 +62,8 @@ def read_documents(
         with open(path, encoding="utf-8-sig") as file:
             blocks = read_blocks(file, progress)
             chunks = read_text(blocks, separator) if path.endswith(".txt") else read_json(blocks)
-            for chunk in chunks:
-                if text := chunk.text.strip():
-                    yield DocumentChunk(text, chunk.starts_document)
+            stripped = (chunk._replace(text=chunk.text.strip()) for chunk in chunks)
+            yield from (chunk for chunk in stripped if chunk.text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv"

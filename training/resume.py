@@ -156,7 +156,7 @@ def restore_state(run: TrainingRun, start: StartPoint) -> None:
         load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     else:
         run.log(f"{path} has no optimizer state: training starts with new moments")
-    if "shares" in checkpoint:
+    if "sharded_tensors" in checkpoint:
         read_shards(run, checkpoint)
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         try:
@@ -183,7 +183,7 @@ def read_shards(run: TrainingRun, checkpoint: dict) -> None:
 
     state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     shards, _ = split_sharded(state)
-    checkpoint["shares"].read(without_tied_head(shards, run.model.args))
+    checkpoint["sharded_tensors"].read(without_tied_head(shards, run.model.args))
 
 
 def read_best_val_loss(checkpoint: dict, path: str) -> float:

@@ -48,7 +48,8 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
         )
     check_ranks_agree(config, start.checkpoint, dist_ctx)
     data = open_data(config)
-    if start.checkpoint and "shares" in start.checkpoint and not uses_fsdp(config, dist_ctx):
+    is_sharded_start = start.checkpoint is not None and "sharded_tensors" in start.checkpoint
+    if start.checkpoint and is_sharded_start and not uses_fsdp(config, dist_ctx):
         from checkpoints.sharded import gather_full_state
 
         start = dataclasses.replace(start, checkpoint=gather_full_state(start.checkpoint))
@@ -71,7 +72,7 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
 def check_ranks_agree(config: Any, checkpoint: dict | None, dist_ctx: DistContext) -> None:
     """Raise ValueError, in all processes, unless checkpoint and options are the same in all."""
     step = checkpoint["iter_num"] if checkpoint else 0
-    is_sharded_checkpoint = checkpoint is not None and "shares" in checkpoint
+    is_sharded_checkpoint = checkpoint is not None and "sharded_tensors" in checkpoint
     if not dist_ctx.all_equal(2 * step + is_sharded_checkpoint):
         raise ValueError(
             f"this process would start at step {step}, others elsewhere: "
@@ -161,7 +162,7 @@ def initial_weights(
     checkpoint, pretrained = start.checkpoint, start.pretrained
     if checkpoint:
         args = dataclasses.replace(checkpoint["model_args"], dropout=config.dropout)
-        if "shares" in checkpoint:
+        if "sharded_tensors" in checkpoint:
             return args, ()
         return args, [(name, checkpoint["model"][name]) for name, _ in parameter_shapes(args)]
     if pretrained:
@@ -194,7 +195,7 @@ def check_start_tokenizer(
 def pretrained_tokenizer_hash(pretrained: LazyModel) -> str | None:
     """The hash of the tokenizer that a model was trained with, or of the one in or beside it."""
     try:
-        tokenizer = pretrained.own_tokenizer() if pretrained.tokenizer_hash is None else None
+        tokenizer = pretrained.read_tokenizer() if pretrained.tokenizer_hash is None else None
     except ValueError:  # a vocabulary that cannot be read
         return None
     if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:
@@ -223,8 +224,9 @@ def open_data(config: Any) -> Data:
 
 
 def training_state(run: TrainingRun) -> dict[str, Any]:
-    """What a checkpoint holds: llama2.c's keys, then cria's. No random state: data order and dropout
-    are functions of the position."""
+    """What a checkpoint holds: llama2.c's keys, then cria's.
+
+    There is no random state: data order and dropout are functions of the position."""
     weights = run.model.state_dict()
     if run.model.args.tie_embeddings:
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one object, copied once

@@ -1,5 +1,5 @@
 """
-bench.py: that what it compares is comparable, and that it reports what it measured.
+bench.py compares equal things, and reports what it measured.
 """
 
 import json
@@ -12,8 +12,9 @@ import torch
 
 import bench
 from benchmarks import decoding as bench_sample
-from benchmarks.baselines import PlainLlama
-from benchmarks.data import TO_LEARN_FROM, DataBench, distinct_stories, take
+from benchmarks import training, training_run
+from benchmarks.baselines import BaselineLlama
+from benchmarks.data import SAMPLE_CHARS, DataBench, limit_chars, load_texts
 from benchmarks.decoding import (
     TOKENS,
     dummy_tokenizer,
@@ -22,30 +23,31 @@ from benchmarks.decoding import (
     seconds_to_first_token,
     write_files,
 )
-from benchmarks.timing import Measured, Variant, measure
+from benchmarks.timing import Measurement, Variant, measure
+from benchmarks.training import training_variants
+from checkpoints import manager
 from formats.registry import load_model
 from model import ModelArgs, Transformer
 from textdata.tokenizer import train_sentencepiece
-from training import saving
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, vocab_size=50, multiple_of=8, max_seq_len=24)
 
 
-def halves_first(weight, head_dim: int):
-    """Rows of a query or key projection from Meta's order of pairs to that of halves."""
+def to_half_split(weight, head_dim: int):
+    """The rows of a query or key projection from interleaved pairs to half-split pairs."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def plain_twin(model: Transformer) -> PlainLlama:
-    """The plain model with our model's weights."""
-    plain, head_dim = PlainLlama(model.args), model.args.head_dim
+def to_baseline(model: Transformer) -> BaselineLlama:
+    """The baseline model with the weights of model."""
+    baseline, head_dim = BaselineLlama(model.args), model.args.head_dim
     with torch.no_grad():
-        plain.embedding.weight.copy_(model.tok_embeddings.weight)
-        plain.head.weight.copy_(model.output.weight)
-        plain.norm.weight.copy_(model.norm.weight)
-        for block, layer in zip(plain.blocks, model.layers, strict=True):
-            block.attention.query.weight.copy_(halves_first(layer.attention.wq.weight, head_dim))
-            block.attention.key.weight.copy_(halves_first(layer.attention.wk.weight, head_dim))
+        baseline.embedding.weight.copy_(model.tok_embeddings.weight)
+        baseline.head.weight.copy_(model.output.weight)
+        baseline.norm.weight.copy_(model.norm.weight)
+        for block, layer in zip(baseline.blocks, model.layers, strict=True):
+            block.attention.query.weight.copy_(to_half_split(layer.attention.wq.weight, head_dim))
+            block.attention.key.weight.copy_(to_half_split(layer.attention.wk.weight, head_dim))
             block.attention.value.weight.copy_(layer.attention.wv.weight)
             block.attention.out.weight.copy_(layer.attention.wo.weight)
             block.gate.weight.copy_(layer.feed_forward.w1.weight)
@@ -53,44 +55,47 @@ def plain_twin(model: Transformer) -> PlainLlama:
             block.up.weight.copy_(layer.feed_forward.w3.weight)
             block.attention_norm.weight.copy_(layer.attention_norm.weight)
             block.ffn_norm.weight.copy_(layer.ffn_norm.weight)
-    return plain
+    return baseline
 
 
 @pytest.mark.parametrize("shape", [{}, dict(n_kv_heads=2), dict(tie_embeddings=False)], ids=str)
-def test_the_plain_model_is_the_same_model(shape):
+def test_the_baseline_model_is_the_same_model(shape):
     torch.manual_seed(0)
     model = Transformer(ModelArgs(**(SMALL | shape)))
-    plain = plain_twin(model)
-    assert sum(p.numel() for p in plain.parameters()) == model.num_parameters()
+    baseline = to_baseline(model)
+    assert sum(p.numel() for p in baseline.parameters()) == model.num_parameters()
     inputs, targets = torch.randint(50, (2, 3, 24)).unbind()
-    ours = model(inputs, targets)[1]
-    theirs = plain(inputs, targets)
-    torch.testing.assert_close(ours, theirs)
-    ours.backward()
-    theirs.backward()
+    loss = model(inputs, targets)[1]
+    baseline_loss = baseline(inputs, targets)
+    torch.testing.assert_close(loss, baseline_loss)
+    loss.backward()
+    baseline_loss.backward()
     torch.testing.assert_close(
-        model.layers[0].feed_forward.w2.weight.grad, plain.blocks[0].down.weight.grad
+        model.layers[0].feed_forward.w2.weight.grad, baseline.blocks[0].down.weight.grad
     )
-    torch.testing.assert_close(model.tok_embeddings.weight.grad, plain.embedding.weight.grad)
+    torch.testing.assert_close(model.tok_embeddings.weight.grad, baseline.embedding.weight.grad)
 
 
-def test_the_plain_model_goes_on_with_the_same_probabilities():
+def test_the_baseline_model_gives_the_same_next_logits():
     torch.manual_seed(0)
     model = Transformer(ModelArgs(**SMALL)).eval()
     tokens = torch.randint(50, (3, 24))
     with torch.inference_mode():
-        torch.testing.assert_close(plain_twin(model).next_logits(tokens), model(tokens)[0][:, -1])
+        torch.testing.assert_close(to_baseline(model).next_logits(tokens), model(tokens)[0][:, -1])
 
 
+@pytest.mark.slow
 def test_the_training_table_and_records(run_script, monkeypatch, tmp_path):
-    path, variants = tmp_path / "bench.json", bench.train_variants
-    chosen = ("plain", "ours")  # each takes seconds to start
-    assert {*chosen, "plain, compiled"} <= {variant.name for variant in variants([], "cpu")}
+    path = tmp_path / "bench.json"
+    chosen = ("baseline", "cria")  # each takes seconds to start
     monkeypatch.setattr(
-        bench, "train_variants", lambda *args: [v for v in variants(*args) if v.name in chosen]
+        bench,
+        "training_variants",
+        lambda *args: [v for v in training_variants(*args) if v.name in chosen],
     )
-    monkeypatch.setattr(bench, "pick_dtype", lambda name, device: "float32")
-    monkeypatch.setitem(bench.PRESETS, "260K", [*bench.PRESETS["260K"], "--compile=False"])
+    monkeypatch.setattr(training, "pick_dtype", lambda name, device: "float32")
+    presets = training_run.PRESETS
+    monkeypatch.setitem(presets, "260K", [*presets["260K"], "--compile=False"])
     options = (
         "--preset=260K",
         "--rounds=2",
@@ -99,25 +104,73 @@ def test_the_training_table_and_records(run_script, monkeypatch, tmp_path):
         "--device=cpu",
         f"--json={path}",
     )
-    status, told, error = run_script("bench.py", "train", *options)
+    status, out, error = run_script("bench.py", "train", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
     assert records.keys() == set(chosen)
     for name, record in records.items():
         assert record["preset"] == "260K" and record["tokens_per_second"] > 0
         assert record["peak_memory_bytes"] > 50 * 2**20
-        assert (
-            f"| {name} | {record['tokens_per_second']:,.0f} | {record['ratio_to_plain']:.2f} |"
-            in told
-        )
-    assert records["plain"]["ratio_to_plain"] == 1.0
-    assert 0 < records["ours"]["share_of_ceiling"] < 1
+        rate, ratio = f"{record['tokens_per_second']:,.0f}", f"{record['ratio_to_plain']:.2f}"
+        assert f"| {name} | {rate} | {ratio} |" in out
+    assert records["baseline"]["ratio_to_plain"] == 1.0
+    assert 0 < records["cria"]["share_of_ceiling"] < 1
 
 
-def test_the_data_bench_reports_what_it_measured(run_script, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "device, dtype, expected",
+    [
+        ("cpu", "float32", ["baseline", "baseline, compiled", "cria"]),
+        (
+            "cpu",
+            "bfloat16",
+            ["baseline", "baseline, compiled", "baseline, compiled, bfloat16", "cria"],
+        ),
+        ("cuda", "bfloat16", ["baseline", "cria"]),
+    ],
+)
+def test_the_training_steps_that_are_compared(device, dtype, expected, monkeypatch):
+    monkeypatch.setattr(training, "pick_dtype", lambda name, device: dtype)
+    monkeypatch.setattr(training, "find_spec", lambda package: None)
+    assert [variant.name for variant in training_variants([], device)] == expected
+
+
+def test_the_training_report_shows_rates_ratios_and_matmul_peak(capsys):
+    measurements = {
+        "baseline": Measurement([100.0, 200.0], 2**20),
+        "cria": Measurement([300.0, 400.0], 2**21),
+        "matmul float32": Measurement([5e9, 5e9], 0),
+    }
+    options = training_run.preset_options("260K", "cpu", 1)
+    baseline, cria = bench.report_training("260K", options, "cpu", measurements)
+    out = capsys.readouterr().out
+    assert "| variant | tokens/s | x baseline | spread | peak memory | of matmul peak |" in out
+    assert "micro-batch 1 x 512 tokens; matrix products: 5 GFLOP/s float32" in out
+    assert "| cria | 350 | 2.50 | 2.00 to 3.00 | 2 MB |" in out
+    assert (baseline["ratio_to_plain"], cria["ratio_to_plain"]) == (1.0, 2.5)
+
+
+@pytest.mark.slow
+def test_the_cost_table_and_records(run_script, monkeypatch, tmp_path):
+    path = tmp_path / "cost.json"
+    setting = training.CostSetting("260K", max_seq_len=16, batch_size=1, processes=2)
+    monkeypatch.setattr(bench, "COST_SETTINGS", (setting,))
+    options = ("--compile=False", "--rounds=1", "--seconds=0.01", "--device=cpu", f"--json={path}")
+    status, out, error = run_script("bench.py", "cost", *options)
+    assert status == 0, error
+    (record,) = json.loads(path.read_text())
+    assert (record["preset"], record["processes"], record["parallel"]) == ("260K", 2, "ddp")
+    assert record["tokens_per_second"] > 0 and record["share_of_ceiling"] > 0
+    assert f"| 260K | 16 | 1 | 2 | ddp | {record['tokens_per_second']:,.0f} |" in out
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_reports_what_it_measured(run_script, monkeypatch, tmp_path):
     path = tmp_path / "data.json"
     monkeypatch.setitem(
-        bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"]
+        training_run.PRESETS,
+        "15M",
+        ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"],
     )
     monkeypatch.setattr(
         bench, "measure", lambda variants, **_: measure(variants, rounds=1, seconds=0.01)
@@ -126,8 +179,8 @@ def test_the_data_bench_reports_what_it_measured(run_script, monkeypatch, tmp_pa
     status, _, error = run_script("bench.py", "data", *options)
     assert status == 0, error
     records = {record["variant"]: record for record in json.loads(path.read_text())}
-    assert records["pretokenize ours"]["tokens_per_second"] > 1000
-    assert records["pretokenize ours"]["peak_memory_bytes"] > 50 * 2**20
+    assert records["pretokenize cria"]["tokens_per_second"] > 1000
+    assert records["pretokenize cria"]["peak_memory_bytes"] > 50 * 2**20
     assert 0 < records["sampler"]["share_of_step"] < 1
 
 
@@ -148,7 +201,7 @@ def test_the_data_bench_reports_what_it_measured(run_script, monkeypatch, tmp_pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_mistake_is_one_sentence(run_script, arguments, sentence):
+def test_a_mistake_is_reported_in_one_sentence(run_script, arguments, sentence):
     result = run_script("bench.py", *arguments)
     assert (
         result.returncode in (1, 2)
@@ -158,7 +211,7 @@ def test_a_mistake_is_one_sentence(run_script, arguments, sentence):
 
 
 def sleeper(device: str, milliseconds: float):
-    """A variant that does one unit of work in so many milliseconds."""
+    """A variant with steps of one unit of work and so many milliseconds."""
 
     def step() -> int:
         time.sleep(milliseconds / 1000)
@@ -175,16 +228,17 @@ def dying(device: str):
     os._exit(3)
 
 
-def test_variants_are_measured_in_their_own_processes_and_compared_in_every_round():
+@pytest.mark.slow
+def test_variants_are_measured_in_turns():
     variants = [Variant(str(ms), sleeper, dict(device="cpu", milliseconds=ms)) for ms in (20, 80)]
     fast, slow = measure(variants, rounds=3, seconds=0.2).values()
     assert len(fast.rates) == len(slow.rates) == 3
     assert fast.rate / slow.rate == pytest.approx(4, rel=0.3)
 
 
-def test_a_variant_that_fails_is_named_with_its_reason():
-    with pytest.raises(ValueError, match="mine: RuntimeError: no such thing"):
-        measure([Variant("mine", broken, dict(device="cpu", message="no such thing"))], 1, 0.1)
+def test_a_failing_variant_is_named_with_its_reason():
+    with pytest.raises(ValueError, match="bad: RuntimeError: no such thing"):
+        measure([Variant("bad", broken, dict(device="cpu", message="no such thing"))], 1, 0.1)
 
 
 def second_fails(device: str):
@@ -194,33 +248,36 @@ def second_fails(device: str):
     time.sleep(600)
 
 
-def test_a_process_that_fails_ends_those_that_wait_for_it():
+@pytest.mark.slow
+def test_a_failing_process_ends_those_that_wait_for_it():
     with pytest.raises(ValueError, match="pair: ValueError: no second device"):
         measure([Variant("pair", second_fails, dict(device="cpu"), processes=2)], 1, 0.1)
 
 
-def test_a_text_without_stories_is_refused(run_script, tmp_path):
+def test_an_input_without_text_is_refused(run_script, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     result = run_script("bench.py", "data", f"--input={tmp_path / 'empty.txt'}")
     assert result.returncode == 1 and "there is no text in it" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_default_vocabulary_can_be_learned_from_the_default_text():
     config = DataBench()
-    stories = distinct_stories(config)
-    assert train_sentencepiece(take(stories, TO_LEARN_FROM), config.vocab_size)
+    texts = load_texts(config)
+    assert train_sentencepiece(limit_chars(texts, SAMPLE_CHARS), config.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_variant_whose_process_dies_ends_the_measurement():
-    with pytest.raises(ValueError, match="mine: its process died"):
-        measure([Variant("mine", dying, dict(device="cpu"))], 1, 0.1)
+    with pytest.raises(ValueError, match="bad: its process died"):
+        measure([Variant("bad", dying, dict(device="cpu"))], 1, 0.1)
 
 
 TINY = ModelArgs(**SMALL | dict(vocab_size=300, max_seq_len=bench_sample.CONTEXT))
 
 
 @pytest.mark.parametrize("of, package", [("plain", "torch"), ("transformers", "transformers")])
-def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
+def test_baselines_generate_the_requested_number_of_tokens(of, package):
     pytest.importorskip(package)
     threads = torch.get_num_threads()
     step = bench_sample.baseline_step(of, TINY, "cpu", threads, batch_size=2)
@@ -228,7 +285,7 @@ def test_others_tell_as_many_tokens_as_they_are_asked_for(of, package):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_our_stories_do_not_end_early(dtype):
+def test_cria_generates_the_requested_number_of_tokens(dtype):
     step = bench_sample.cria_step(
         TINY, "cpu", torch.get_num_threads(), batch_size=3, dtype=dtype, compile=False
     )
@@ -236,14 +293,14 @@ def test_our_stories_do_not_end_early(dtype):
 
 
 @pytest.mark.parametrize("dtype", bench_sample.FILES.values())
-def test_llama_cpp_tells_as_many_tokens_as_it_is_asked_for(dtype, tmp_path):
+def test_llama_cpp_generates_the_requested_number_of_tokens(dtype, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
     write_files(TINY, str(tmp_path))
     step = bench_sample.llama_cpp_step(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
     assert [step(), step()] == [TOKENS] * 2
 
 
-def test_all_tell_with_the_same_random_model(tmp_path):
+def test_all_variants_use_the_same_random_model(tmp_path):
     write_files(TINY, str(tmp_path))
     model, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
     torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
@@ -254,7 +311,7 @@ def test_all_tell_with_the_same_random_model(tmp_path):
         )
 
 
-def test_the_made_up_vocabulary_spells_any_text():
+def test_dummy_tokenizer_encodes_any_text():
     tokenizer = dummy_tokenizer(bench_sample.VOCAB_SIZE)
     assert (
         tokenizer.vocab_size
@@ -268,7 +325,7 @@ def test_the_made_up_vocabulary_spells_any_text():
     assert len(tokenizer.encode("upon a time")) < len("upon a time")
 
 
-def test_who_is_compared(monkeypatch):
+def test_the_decoding_variants_that_are_compared(monkeypatch):
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: True)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "bfloat16")
 
@@ -278,22 +335,25 @@ def test_who_is_compared(monkeypatch):
             for variant in bench_sample.variants(TINY, device, batch, threads, "folder")
         }
 
-    ours, alone = {"float32", "bfloat16", "int8"}, {"float32, not compiled", "int8, not compiled"}
-    assert names(64, 1) == names(4, 2) == ours
-    assert names(16, 2) == ours | {"transformers"}
-    assert names(1, 1) == ours | alone | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
+    compiled, eager = (
+        {"float32", "bfloat16", "int8"},
+        {"float32, not compiled", "int8, not compiled"},
+    )
+    assert names(64, 1) == names(4, 2) == compiled
+    assert names(16, 2) == compiled | {"transformers"}
+    assert names(1, 1) == compiled | eager | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
     assert names(1, 2) == names(1, 1) | {"plain"}
-    assert names(1, 2, "cuda") == ours | alone | {"transformers", "plain"}
+    assert names(1, 2, "cuda") == compiled | eager | {"transformers", "plain"}
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "float32")
-    assert names(1, 2) == {"float32", "int8", "plain"} | alone
+    assert names(1, 2) == {"float32", "int8", "plain"} | eager
 
 
-def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
+def test_ratios_compare_with_llama_cpp_at_the_same_precision(capsys):
     rates = {"plain": [1, 2, 4], "llama.cpp F32": [10, 20, 40], "llama.cpp Q8_0": [30, 30, 30]}
     rates |= {"float32": [20, 40, 20], "bfloat16": [7, 7, 7], "int8, not compiled": [45, 60, 90]}
     where = dict(preset="15M", batch=1, threads=2)
-    records = report(where, {name: Measured(figures, 0) for name, figures in rates.items()})
+    records = report(where, {name: Measurement(figures, 0) for name, figures in rates.items()})
     lines = capsys.readouterr().out.splitlines()
     assert "| variant | tokens/s | spread | x plain | x llama.cpp |" in lines
     assert "| float32 | 20 | 20 to 40 | 20.00 | 2.00 |" in lines
@@ -302,6 +362,7 @@ def test_ratios_are_to_plain_and_to_llama_cpp_of_the_same_kind(capsys):
     assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
 
 
+@pytest.mark.slow
 def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
     path, variants = tmp_path / "bench.json", bench_sample.variants
     chosen = ("plain", "float32, not compiled")  # each takes seconds to start
@@ -310,7 +371,7 @@ def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(bench_sample, "RUNS", 1)
     monkeypatch.setattr(bench_sample, "VOCAB_SIZE", 300)
-    monkeypatch.setitem(bench.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4"])
+    monkeypatch.setitem(training_run.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4"])
     monkeypatch.setattr(bench, "find_spec", lambda package: None)
     options = (
         "--preset=15M",
@@ -320,33 +381,34 @@ def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
         "--seconds=0.01",
         "--device=cpu",
     )
-    status, told, error = run_script("bench.py", "sample", *options, f"--json={path}")
+    status, out, error = run_script("bench.py", "sample", *options, f"--json={path}")
     assert status == 0, error
     assert (
-        told.startswith("cpu: ")
-        and "note: llama.cpp is left out, as xllamacpp is not installed" in told
+        out.startswith("cpu: ")
+        and "note: llama.cpp is left out, as xllamacpp is not installed" in out
     )
     *records, first = json.loads(path.read_text())
     assert [record["variant"] for record in records] == [*chosen]
     for record in [*records, first]:
         assert (record["preset"], record["batch"], record["threads"]) == ("15M", 1, 2)
     for record in records:
-        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in told
-    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in told
+        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in out
+    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in out
     assert 0.5 < first["seconds"] < 120
 
 
-def test_saving_is_measured_with_what_is_saved(run_script, monkeypatch, tmp_path):
+def test_saving_is_measured_with_the_checkpoints(run_script, monkeypatch, tmp_path):
     path, steps, saved = tmp_path / "bench.json", [], []
-    training_step, save_checkpoint = bench.train.training_step, saving.save_checkpoint
+    train, save_checkpoint = training_run.train, manager.save_checkpoint
+    training_step = train.training_step
+    monkeypatch.setattr(train, "training_step", lambda *run: steps.append(training_step(*run)))
     monkeypatch.setattr(
-        bench.train, "training_step", lambda *run: steps.append(training_step(*run))
-    )
-    monkeypatch.setattr(
-        saving, "save_checkpoint", lambda *what: saved.append(save_checkpoint(*what))
+        manager, "save_checkpoint", lambda *args: saved.append(save_checkpoint(*args))
     )
     monkeypatch.setitem(
-        bench.PRESETS, "260K", ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"]
+        training_run.PRESETS,
+        "260K",
+        ["--dim=32", "--n_layers=2", "--n_heads=4", "--compile=False"],
     )
     options = (
         "--preset=260K",
@@ -355,26 +417,25 @@ def test_saving_is_measured_with_what_is_saved(run_script, monkeypatch, tmp_path
         "--device=cpu",
         f"--json={path}",
     )
-    status, told, error = run_script("bench.py", "save", *options)
+    status, out, error = run_script("bench.py", "save", *options)
     assert status == 0, error
     assert len(steps) == (3 + 3 * 4) * 2 and len(saved) == 4  # a warm-up of 3 steps, and rounds
     (record,) = json.loads(path.read_text())
     assert record["ratio_min"] <= record["ratio"] <= record["ratio_max"]
-    assert (
-        f"| one in 4 steps | {record['tokens_per_second']:,.0f} | {record['ratio']:.3f} |" in told
-    )
+    rate, ratio = f"{record['tokens_per_second']:,.0f}", f"{record['ratio']:.3f}"
+    assert f"| one in 4 steps | {rate} | {ratio} |" in out
 
 
 def event(token: int | None) -> str:
     return f"print('{json.dumps(dict(prompt=0, sample=0, token=token, text=''))}', flush=True)"
 
 
-def test_the_first_token_is_waited_for_and_no_longer():
+def test_the_time_ends_at_the_first_token():
     lines = ["import time", event(None), "time.sleep(0.5)", event(7), "time.sleep(60)"]
     assert 0.5 < seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1) < 30
 
 
-def test_a_story_without_a_first_token_is_an_error():
+def test_output_without_a_first_token_is_an_error():
     for lines in ([event(None)], ["raise SystemExit('no tokenizer')"]):
         with pytest.raises(ValueError, match="no first token"):
             seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1)

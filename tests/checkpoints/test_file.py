@@ -1,3 +1,7 @@
+"""
+Checkpoints in one file: saved atomically, loaded strictly, compatible with llama2.c.
+"""
+
 import errno
 import functools
 import io
@@ -36,7 +40,7 @@ def path(tmp_path) -> str:
 
 @pytest.fixture
 def good(path) -> bytes:
-    """The content of a good checkpoint, which is at path."""
+    """The content of a good checkpoint, written to path."""
     save_checkpoint(path, make_checkpoint(random_model()))
     return content_of(path)
 
@@ -47,7 +51,7 @@ def content_of(path) -> bytes:
 
 
 def llama2c_checkpoint(prefix: str) -> dict:
-    """As llama2.c's train.py writes it, n_kv_heads among the rest; hidden width 48."""
+    """A checkpoint as llama2.c's train.py writes it, with n_kv_heads; hidden_dim is 48."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"tok_embeddings": (19, 16), "norm": (16,)}
     for layer in range(2):
@@ -88,21 +92,21 @@ def llama2c_checkpoint(prefix: str) -> dict:
     "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
 )
 def test_a_checkpoint_of_llama2c_loads_with_and_without_prefixes(prefix, path):
-    """nanoGPT #325: what was compiled or trained by several processes did not load."""
-    theirs = llama2c_checkpoint(prefix)
-    torch.save(theirs, path)
+    """nanoGPT #325: checkpoints of compiled models or of DDP did not load."""
+    original = llama2c_checkpoint(prefix)
+    torch.save(original, path)
     model, checkpoint = load_model(path)
     assert model.args == ModelArgs(**TINY) and not model.training
-    assert {prefix + name for name in model.state_dict()} == set(theirs["model"])
+    assert {prefix + name for name in model.state_dict()} == set(original["model"])
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, theirs["model"][prefix + name]), name
+        assert torch.equal(weight, original["model"][prefix + name]), name
     assert model.output.weight is model.tok_embeddings.weight
     assert checkpoint["iter_num"] == 1000 and checkpoint["best_val_loss"] == 1.25
     assert checkpoint["config"]["vocab_source"] == "custom"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_what_is_saved_loads_bit_for_bit(tied, path):
+def test_a_saved_checkpoint_loads_bit_for_bit(tied, path):
     model = random_model(tie_embeddings=tied, hidden_dim=33, rope_theta=500000.0, norm_eps=1e-6)
     save_checkpoint(path, make_checkpoint(model))
     again, checkpoint = load_model(path)
@@ -117,7 +121,7 @@ def test_what_is_saved_loads_bit_for_bit(tied, path):
     assert (again.output.weight is again.tok_embeddings.weight) == tied
 
 
-def test_what_is_saved_is_plain_for_any_reader(good, path):
+def test_a_saved_checkpoint_is_readable_with_torch_load(good, path):
     plain = torch.load(path, weights_only=True)
     assert set(plain["model"]) == set(random_model().state_dict())
     assert plain["model_args"] == TINY | dict(dropout=0.0)
@@ -126,7 +130,7 @@ def test_what_is_saved_is_plain_for_any_reader(good, path):
 @pytest.mark.parametrize(
     "shape", [{}, TINY, TINY | dict(n_kv_heads=None), TINY | dict(dropout=0.1)]
 )
-def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
+def test_default_model_args_have_exactly_the_keys_of_llama2c(shape):
     assert set(LLAMA2C_MODEL_ARGS) == LLAMA2C_KEYS
     args = ModelArgs(**shape)
     saved = write_model_args(args)
@@ -135,7 +139,7 @@ def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
 
 
 @pytest.mark.parametrize(
-    "further",
+    "extra",
     [
         dict(hidden_dim=33),
         dict(ffn_dim_multiplier=1.3),
@@ -146,21 +150,21 @@ def test_a_plain_models_args_have_exactly_the_keys_of_llama2c(shape):
     ],
     ids=str,
 )
-def test_args_have_further_keys_only_where_the_architecture_needs_them(further):
-    args = ModelArgs(**TINY, **further)
+def test_model_args_have_further_keys_only_where_needed(extra):
+    args = ModelArgs(**TINY, **extra)
     saved = write_model_args(args)
-    assert saved == TINY | dict(dropout=0.0) | further
+    assert saved == TINY | dict(dropout=0.0) | extra
     assert ModelArgs(**saved) == args
 
 
 def changed(state: dict, **changes) -> dict:
-    """The state dict with some tensors replaced; None takes one away."""
+    """The state dict with some tensors replaced, or removed where the value is None."""
     state = state | {name.replace("__", "."): tensor for name, tensor in changes.items()}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(norm__weight=None), r"no norm\.weight"),
         (dict(layers__1__attention__wk__weight=None), r"no layers\.1\.attention\.wk\.weight"),
@@ -175,14 +179,17 @@ def changed(state: dict, **changes) -> dict:
             dict(layers__0__attention__wk__weight=torch.ones(16, 8)),
             r"wk\.weight is \(16, 8\), not \(8, 16\)",
         ),
-        (dict(output__weight=torch.zeros(19, 16)), "classifier differs from its embedding"),
+        (
+            dict(output__weight=torch.zeros(19, 16)),
+            r"output\.weight differs from tok_embeddings\.weight",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
+def test_mismatched_weights_are_refused_by_name(changes, message, path):
     model = random_model()
     save_checkpoint(path, make_checkpoint(model, model=changed(model.state_dict(), **changes)))
-    with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + said):
+    with pytest.raises(ValueError, match=r"ckpt\.pt: .*" + message):
         load_model(path)
 
 
@@ -208,17 +215,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(changes, said, path):
     ],
     ids=str,
 )
-def test_args_that_no_llama_has_are_refused(saved, path):
+def test_invalid_model_args_are_refused(saved, path):
     save_checkpoint(path, make_checkpoint(random_model(), model_args=saved))
     with pytest.raises(ValueError, match=r"ckpt\.pt: model_args are not those of a Llama"):
         load_model(path)
 
 
 @pytest.mark.parametrize(
-    "lie", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
+    "oversized", [dict(vocab_size=2**40), dict(dim=2**40), dict(hidden_dim=2**40)], ids=str
 )
-def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, path):
-    save_checkpoint(path, make_checkpoint(random_model(), model_args=TINY | lie))
+def test_oversized_model_args_are_refused_before_allocation(oversized, path):
+    save_checkpoint(path, make_checkpoint(random_model(), model_args=TINY | oversized))
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
 
@@ -236,16 +243,25 @@ def test_args_larger_than_the_weights_are_refused_before_memory_is_taken(lie, pa
         dict(model={name: 3 for name in random_model().state_dict()}, model_args=TINY, iter_num=0),
         dict(model={0: torch.zeros(3)}, model_args=TINY, iter_num=0),
     ],
-    ids=["list", "tensor", "empty", "state dict", "no model_args", "model a list", "weight missing and no tensor",
-         "weights no tensors", "names no text"],
-)  # fmt: skip
-def test_what_is_no_checkpoint_is_refused(content, path):
+    ids=[
+        "list",
+        "tensor",
+        "empty",
+        "state dict",
+        "no model_args",
+        "model is a list",
+        "a weight is missing, one is not a tensor",
+        "weights are not tensors",
+        "names are not strings",
+    ],
+)
+def test_other_torch_files_are_refused(content, path):
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"ckpt\.pt: "):
         load_model(path)
 
 
-def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
+def test_a_missing_checkpoint_is_named_with_advice():
     with pytest.raises(ValueError, match=r"nowhere/ckpt\.pt: .*train\.py"):
         load_checkpoint("nowhere/ckpt.pt")
 
@@ -258,8 +274,8 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_to_do():
     ],
     ids=["memory", "input"],
 )
-def test_what_says_nothing_of_the_file_is_not_called_damage(error, good, path, monkeypatch):
-    """A run would go on from an older checkpoint, and put a good one aside."""
+def test_transient_errors_are_not_reported_as_damage(error, good, path, monkeypatch):
+    """The run would resume from an older checkpoint and rename a good one."""
 
     def fail(*args, **options):
         raise error
@@ -280,19 +296,19 @@ class Hostile:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_a_checkpoint_runs_no_code(how, path, tmp_path):
+@pytest.mark.parametrize("file_format", ["zip", "legacy", "pickle"])
+def test_loading_a_checkpoint_runs_no_code(file_format, path, tmp_path):
     touched = tmp_path / "touched"
     checkpoint = make_checkpoint(random_model(), config={"seed": Hostile(touched)})
-    if how == "pickle":
+    if file_format == "pickle":
         with open(path, "wb") as file:
             pickle.dump(checkpoint["config"], file, protocol=2)
     else:
-        torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=file_format == "zip")
     with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
         load_checkpoint(path)
     assert not touched.exists()
-    # The control: what would do harm is in the file, and does it where a pickle is trusted.
+    # Control: the file contains the harmful pickle, and pickle.loads executes it.
     assert str(touched).encode() in Path(path).read_bytes()
     pickle.loads(pickle.dumps(Hostile(touched)))
     assert touched.exists()
@@ -309,20 +325,20 @@ def test_a_truncated_checkpoint_is_refused(twentieth, good, path):
 @pytest.mark.parametrize(
     "content", [b"\0" * 5000, b"PK\3\4" + b"x" * 5000, b"Once upon a time " * 300]
 )
-def test_what_is_no_checkpoint_at_all_is_refused(content, path):
+def test_arbitrary_bytes_are_refused(content, path):
     with open(path, "wb") as file:
         file.write(content)
     with pytest.raises(ValueError, match=r"ckpt\.pt: damaged or not a checkpoint"):
         load_checkpoint(path)
 
 
-def only_the_old_file_is_there(path, content: bytes) -> bool:
+def only_the_old_file_remains(path, content: bytes) -> bool:
     return os.listdir(os.path.dirname(path)) == ["ckpt.pt"] and content_of(path) == content
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good, path):
-    """nanoGPT #167: a run in float16 turned to NaN and saved itself."""
+def test_nan_weights_never_replace_a_good_checkpoint(value, good, path):
+    """nanoGPT #167: a run in float16 diverged to NaN and overwrote its checkpoint."""
     model = random_model()
     with torch.no_grad():
         model.layers[1].feed_forward.w3.weight[-1, -1] = value
@@ -330,11 +346,11 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(value, good
         ValueError, match=r"ckpt\.pt not written: .*layers\.1\.feed_forward\.w3\.weight"
     ):
         save_checkpoint(path, make_checkpoint(model))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, 10_000, 20_000])
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path, monkeypatch):
+def test_a_full_disk_leaves_only_the_old_checkpoint(room, good, path, monkeypatch):
     class FullDisk(io.FileIO):
         def write(self, data):
             if self.tell() + len(data) > room:
@@ -350,23 +366,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(room, good, path
     )
     with pytest.raises(OSError, match=r"ckpt\.pt|No space left"):
         save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failure_at_the_last_moment_leaves_the_old_checkpoint_and_nothing_else(
-    call, good, path, monkeypatch
-):
+def test_a_failed_fsync_or_rename_leaves_only_the_old_checkpoint(call, good, path, monkeypatch):
     def fail(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
-    assert only_the_old_file_is_there(path, good)
+    assert only_the_old_file_remains(path, good)
 
 
-def test_a_new_checkpoint_replaces_the_old_one_and_leaves_nothing_else(good, path):
+def test_a_new_checkpoint_replaces_the_old_one(good, path):
     save_checkpoint(path, make_checkpoint(random_model(), iter_num=8))
     assert load_checkpoint(path)["iter_num"] == 8
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from checkpoints.file import load_checkpoint
 from tests.helpers import TINY_RUN, same_training_state
 from tests.processes import ROOT
@@ -34,7 +36,8 @@ def start(out_dir: Path, data_dir: str) -> subprocess.Popen:
     raise AssertionError(process.stderr.read())
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path, data_dir):
+@pytest.mark.slow
+def test_run_killed_repeatedly_ends_with_the_same_weights(tmp_path, data_dir):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(undisturbed, data_dir).communicate()[1] == ""
     rng = random.Random(0)

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from checkpoints.file import load_checkpoint
+from checkpoints.file import save_checkpoint
 from checkpoints.latest import link_checkpoint, load_latest, numbered_checkpoints, step_path
 from tests import helpers
-from tests.checkpoints.test_manager import save_steps
+from tests.checkpoints.test_manager import checkpoint_steps, save_steps
 from tests.helpers import make_checkpoint
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
@@ -90,14 +90,10 @@ def test_checkpoints_are_copied_where_links_do_not_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_link)
     save_steps(tmp_path, [5, 10], keep_checkpoints=1)
-    steps = {name: load_checkpoint(str(tmp_path / name))["iter_num"] for name in os.listdir(tmp_path)
-             if name.endswith(".pt")}  # fmt: skip
-    assert steps == {"ckpt.pt": 10, "ckpt_000010.pt": 10, "ckpt_000005.pt": 5}
+    assert checkpoint_steps(tmp_path) == {"ckpt.pt": 10, "ckpt_000010.pt": 10, "ckpt_000005.pt": 5}
     assert not os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt_000010.pt")
 
 
 def test_checkpoint_without_step_in_its_name_is_loaded(tmp_path):
-    from checkpoints.file import save_checkpoint
-
     save_checkpoint(str(tmp_path / "ckpt.pt"), make_checkpoint(random_model(), iter_num=3))
     assert load_latest(str(tmp_path)).checkpoint["iter_num"] == 3

@@ -120,7 +120,7 @@ def test_weights_with_nan_are_never_written(tmp_path):
 
 @pytest.fixture
 def start():
-    """start(out_dir, data_dir): a run that does not end by itself before the test, once it takes steps."""
+    """start(out_dir, data_dir): a long run, once it takes steps; it is killed after the test."""
     started = []
     yield lambda *args: started.append(begin(*args)) or started[-1]
     for process in started:
@@ -141,7 +141,8 @@ def begin(out_dir, data_dir, *options) -> subprocess.Popen:
     return process
 
 
-def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp_path, data_dir):
+@pytest.mark.slow
+def test_a_folder_that_is_deleted_is_made_again(start, tmp_path, data_dir):
     process = start(tmp_path / "out", data_dir)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)  # a file may have come meanwhile
@@ -160,7 +161,7 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(start, tmp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_dir):
+def test_a_run_that_cannot_be_saved_fails_at_its_end(tmp_path, data_dir):
     """Files may not grow beyond what a checkpoint takes, as on a full disk."""
     import resource
 
@@ -183,7 +184,7 @@ def test_a_run_that_cannot_be_saved_goes_on_and_fails_at_its_end(tmp_path, data_
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".pt", ".partial"))]
 
 
-def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, data_dir):
+def test_ranks_end_with_a_sentence_if_one_is_refused(tmp_path, data_dir):
     with run_lock(str(tmp_path)):
         command = [
             sys.executable,
@@ -207,7 +208,7 @@ def test_processes_beside_one_that_is_refused_end_with_a_sentence_too(tmp_path, 
     )
 
 
-def test_a_run_in_place_of_a_damaged_checkpoint_is_the_same_run(run_script, tmp_path, data_dir):
+def test_a_run_with_a_damaged_checkpoint_ends_the_same(run_script, tmp_path, data_dir):
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     options = (*TINY_RUN, f"--data_dir={data_dir}", "--checkpoint_interval=5", "--max_iters=30")
     assert run_script("train.py", *options, f"--out_dir={straight}").returncode == 0

@@ -1,4 +1,4 @@
-"""Checkpoints in shares: written, read, joined, and refused where they are damaged."""
+"""Sharded checkpoints: written, read, converted, and refused if they are damaged."""
 
 import errno
 import functools
@@ -32,7 +32,7 @@ ARGS = dict(dim=32, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=32)
 
 
 def trained_state(step: int) -> dict:
-    """What load_checkpoint gives of a model with AdamW's moments."""
+    """A checkpoint of a model with AdamW's moments."""
     model = random_model()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
@@ -54,27 +54,27 @@ def folder(file, tmp_path) -> str:
     return str(tmp_path / "ckpt.dcp")
 
 
-def test_shares_hold_what_the_file_holds(file, folder, run_script, tmp_path):
+def test_a_sharded_checkpoint_has_the_content_of_the_file(file, folder, run_script, tmp_path):
     assert (
         run_script(
             "export.py", str(tmp_path / "again.pt"), f"--from={folder}", "--training_state=True"
-        )[0]
+        ).returncode
         == 0
     )
     assert same_training_state(file, tmp_path / "again.pt")
     assert (
         run_script(
             "export.py", str(tmp_path / "more.dcp"), f"--from={file}", "--training_state=True"
-        )[0]
+        ).returncode
         == 0
     )
     again = gather_full_state(open_sharded(str(tmp_path / "more.dcp")))
     assert again.keys() == load_checkpoint(file).keys() and again["late_norms"] == [0.5, 1.5]
 
 
-def test_shares_are_exported_as_the_file_is(file, folder, run_script, tmp_path):
+def test_a_sharded_checkpoint_exports_the_same_model(file, folder, run_script, tmp_path):
     for source, target in ((file, "a.bin"), (folder, "b.bin")):
-        assert run_script("export.py", str(tmp_path / target), f"--from={source}")[0] == 0
+        assert run_script("export.py", str(tmp_path / target), f"--from={source}").returncode == 0
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
@@ -94,14 +94,13 @@ def test_a_damaged_folder_is_refused_by_name(folder, name, damage, run_script, t
             part.write(content[: len(content) * 2 // 3] if damage == "cut" else content)
     with pytest.raises(ValueError, match=rf"{re.escape(folder)}: damaged"):
         open_sharded(folder)
-    status, _, errors = run_script(
-        "export.py", str(tmp_path / "joined.pt"), f"--from={folder}", "--training_state=True"
-    )
-    assert status == 1 and folder in errors and not os.path.exists(tmp_path / "joined.pt")
+    joined = tmp_path / "joined.pt"
+    result = run_script("export.py", str(joined), f"--from={folder}", "--training_state=True")
+    assert result.returncode == 1 and folder in result.stderr and not joined.exists()
 
 
 class Hostile:
-    """What would write a file, were its pickle believed."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -110,10 +109,10 @@ class Hostile:
         return open, (self.path, "w")
 
 
-def with_table(folder: str, table):
-    """The folder with another table, its hash put right."""
+def replace_metadata(folder: str, metadata):
+    """Replace DCP's metadata in the folder, with a valid hash."""
     with open(os.path.join(folder, ".metadata"), "wb") as file:
-        pickle.dump(table, file)
+        pickle.dump(metadata, file)
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
     rest["files"][".metadata"] = sharded.file_sha256(os.path.join(folder, ".metadata"))
     torch.save(
@@ -122,15 +121,15 @@ def with_table(folder: str, table):
     )
 
 
-def test_a_table_that_would_run_code_is_refused_unrun(folder, tmp_path):
-    with_table(folder, Hostile(tmp_path / "harmed"))
-    with pytest.raises(ValueError, match="open is no part of a table"):
+def test_metadata_that_would_run_code_is_refused(folder, tmp_path):
+    replace_metadata(folder, Hostile(tmp_path / "harmed"))
+    with pytest.raises(ValueError, match=r"io\.open is not allowed in \.metadata"):
         open_sharded(folder)
     assert not os.path.exists(tmp_path / "harmed")
 
 
-def test_a_table_that_is_no_pickle_is_refused(folder):
-    with_table(folder, None)
+def test_metadata_with_a_damaged_pickle_is_refused(folder):
+    replace_metadata(folder, None)
     with open(os.path.join(folder, ".metadata"), "wb") as file:
         file.write(b"\x80\x04\x8d" + b"\xff" * 8 + b".")  # a string of 2**64 bytes
     rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
@@ -140,27 +139,25 @@ def test_a_table_that_is_no_pickle_is_refused(folder):
         open_sharded(folder)
 
 
-def test_a_table_that_names_files_elsewhere_is_refused(folder):
-    table = open_sharded(folder)["shares"].table
-    for place in table.storage_data.values():
-        place.relative_path = "../file.pt"
-    with_table(folder, table)
-    with pytest.raises(ValueError, match=r"names another file, \.\./file\.pt"):
+def test_metadata_that_names_other_files_is_refused(folder):
+    metadata = open_sharded(folder)["sharded_tensors"].metadata
+    for info in metadata.storage_data.values():
+        info.relative_path = "../file.pt"
+    replace_metadata(folder, metadata)
+    with pytest.raises(ValueError, match=r"names a file of no shard, \.\./file\.pt"):
         open_sharded(folder)
 
 
-def test_the_newest_is_found_among_files_and_folders(file, folder, tmp_path):
+def test_the_latest_checkpoint_is_a_file_or_a_folder(file, folder, tmp_path):
     os.rename(file, tmp_path / "ckpt_000007.pt")
     assert load_latest(str(tmp_path))[0] == folder
     shutil.rmtree(folder)
-    said = []
-    assert (
-        load_latest(str(tmp_path), said.append)[0] == str(tmp_path / "ckpt_000007.pt")
-        and len(said) == 1
-    )
+    messages = []
+    path = load_latest(str(tmp_path), messages.append).path
+    assert path == str(tmp_path / "ckpt_000007.pt") and len(messages) == 1
 
 
-def test_weights_drawn_one_at_a_time_are_a_new_model_s():
+def test_initial_weights_one_at_a_time_match_a_new_model():
     for args in (
         ModelArgs(64, 2, 4, vocab_size=96),
         ModelArgs(64, 3, 4, 2, vocab_size=96, tie_embeddings=False),
@@ -175,7 +172,7 @@ def test_weights_drawn_one_at_a_time_are_a_new_model_s():
         )
 
 
-def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch):
+def test_a_transient_disk_error_is_not_reported_as_damage(folder, monkeypatch):
     def fails(path):
         raise OSError(errno.EIO, "Input/output error", path)
 
@@ -184,32 +181,32 @@ def test_a_passing_fault_of_the_disk_is_not_taken_for_damage(folder, monkeypatch
         open_sharded(folder)
 
 
-def test_what_changes_while_it_is_read_is_refused(file, folder, tmp_path):
-    outline = open_sharded(folder)
+def test_a_folder_changed_while_reading_is_refused(file, folder, tmp_path):
+    checkpoint = open_sharded(folder)
     os.rename(folder, tmp_path / "ckpt_000007.dcp")
     with pytest.raises(ValueError, match="changed while it was read"):
-        gather_full_state(outline)
-    write_single_rank(load_checkpoint(file), folder)  # as training puts a new one in its place
+        gather_full_state(checkpoint)
+    write_single_rank(load_checkpoint(file), folder)  # as training replaces it
     with pytest.raises(ValueError, match="changed while it was read"):
-        gather_full_state(outline)
+        gather_full_state(checkpoint)
 
 
-@pytest.mark.parametrize("lie", ["no parts", "larger than the files", "a part beyond it"])
-def test_a_table_that_promises_what_is_not_there_is_refused(folder, lie):
-    table = open_sharded(folder)["shares"].table
-    entry = table.state_dict_metadata["model/norm.weight"]
-    if lie == "no parts":
+@pytest.mark.parametrize("fault", ["no shards", "larger than the files", "out of range"])
+def test_metadata_that_does_not_match_the_files_is_refused(folder, fault):
+    metadata = open_sharded(folder)["sharded_tensors"].metadata
+    entry = metadata.state_dict_metadata["model/norm.weight"]
+    if fault == "no shards":
         entry.chunks.clear()
     else:
         entry.size = torch.Size([2**44])
-        entry.chunks[0].sizes = torch.Size([2**44 if lie == "larger than the files" else 2**45])
-    with_table(folder, table)
+        entry.chunks[0].sizes = torch.Size([2**44 if fault == "larger than the files" else 2**45])
+    replace_metadata(folder, metadata)
     expected = {
-        "no parts": "not all of",
+        "no shards": "some values of .* are missing",
         "larger than the files": "larger than its",
-        "a part beyond it": "is beyond it",
+        "out of range": "exceeds its shape",
     }
-    with pytest.raises(ValueError, match=expected[lie]):
+    with pytest.raises(ValueError, match=expected[fault]):
         open_sharded(folder)
 
 
@@ -342,7 +339,7 @@ def test_best_checkpoint_of_an_interrupted_replacement_comes_back(sharded_run):
     assert checkpoint_steps(out_dir) == {"best.dcp": 5, "ckpt.dcp": 5, "ckpt_000005.dcp": 5}
 
 
-def test_a_share_that_the_first_process_does_not_see_is_an_error(sharded_run, monkeypatch):
+def test_shard_missing_on_the_first_rank_is_an_error(sharded_run, monkeypatch):
     """Machines without a common disk would each keep a part, and rotate what is whole away."""
     out_dir = sharded_run(5)
     monkeypatch.setattr(sharded, "file_sha256", lambda path: "")

@@ -1,3 +1,7 @@
+"""
+llama2.c's .bin files: bytes by definition, round trips, and refusals of damaged files.
+"""
+
 import functools
 import math
 import struct
@@ -26,7 +30,7 @@ def write_v0(model: Transformer, path):
 
 
 def read_v0(path) -> Transformer:
-    return llama2c.read(str(path)).model()
+    return llama2c.read(str(path)).load()
 
 
 @pytest.fixture
@@ -57,11 +61,11 @@ def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
     header = struct.pack("<7i", 4, 5, 2, 1, 1, 3 if tied else -3, 3)
     weights = [value for name in names for value in state[name].flatten().tolist()]
     angles = [position * frequency for position in range(3) for frequency in (1.0, 10000**-0.5)]
-    classifier = [] if tied else state["output.weight"].flatten().tolist()
+    lm_head = [] if tied else state["output.weight"].flatten().tolist()
     write_v0(model, str(tmp_path / "model.bin"))
     written = content_of(tmp_path / "model.bin")
     before = header + struct.pack(f"<{len(weights)}f", *weights)
-    after = struct.pack(f"<{len(classifier)}f", *classifier)
+    after = struct.pack(f"<{len(lm_head)}f", *lm_head)
     assert written[: len(before)] == before
     assert written[len(written) - len(after) :] == after
     tables = struct.unpack("<12f", written[len(before) : len(written) - len(after)])
@@ -71,8 +75,8 @@ def test_the_bytes_are_those_of_llama2c(tied, tmp_path):
 @pytest.mark.parametrize("hidden_dim", [24, 33])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_a_model_comes_back_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
-    """llama2.c #403 and #431: grouped queries were lost on the way."""
+def test_a_model_round_trips_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
+    """llama2.c #403, #431: an export lost grouped-query attention."""
     path = str(tmp_path / "model.bin")
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tied, hidden_dim=hidden_dim)
     write_v0(model, path)
@@ -86,13 +90,13 @@ def test_a_model_comes_back_bit_for_bit(n_kv_heads, tied, hidden_dim, tmp_path):
         assert torch.equal(model(tokens)[0], again(tokens)[0])
 
 
-def test_the_hidden_width_that_multiple_of_gives_is_written(tmp_path):
+def test_the_hidden_dim_from_multiple_of_is_written(tmp_path):
     path = str(tmp_path / "model.bin")
     write_v0(random_model(hidden_dim=None, multiple_of=4), path)
     assert struct.unpack_from("<7i", content_of(path))[1] == read_v0(path).args.ffn_dim == 44
 
 
-def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp_path):
+def test_exporting_is_deterministic_and_does_not_change_the_model(tmp_path):
     model = random_model(tie_embeddings=False)
     args, state = model.args, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("first.bin", "second.bin"):
@@ -103,7 +107,7 @@ def test_exporting_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was(tmp
     )
 
 
-def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, tmp_path):
+def test_a_published_model_round_trips_and_generates_its_text(shared, tmp_path):
     path, copy = shared("models/stories260K.bin"), str(tmp_path / "model.bin")
     model, tokenizer = read_v0(path), load_tokenizer(shared("models/tok512.bin"))
     write_v0(model, copy)
@@ -115,7 +119,7 @@ def test_a_published_model_comes_back_byte_for_byte_and_tells_its_story(shared, 
     )
 
 
-def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
+def test_the_format_is_detected_by_content_not_name(model_bin, tmp_path):
     model, tokens = read_v0(model_bin), torch.tensor([[1, 2, 3]])
     checkpoint = dict(model=model.state_dict(), model_args=write_model_args(model.args), iter_num=0)
     save_checkpoint(str(tmp_path / "checkpoint.bin"), checkpoint | dict(tokenizer_hash="abc"))
@@ -124,7 +128,7 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
         open_model(str(tmp_path / name)) for name in ("checkpoint.bin", "weights.pt")
     )
     assert from_checkpoint.tokenizer_hash == "abc" and from_weights.tokenizer_hash is None
-    from_checkpoint, from_weights = from_checkpoint.model(), from_weights.model()
+    from_checkpoint, from_weights = from_checkpoint.load(), from_weights.load()
     with torch.no_grad():
         assert torch.equal(from_checkpoint(tokens)[0], model(tokens)[0])
         assert torch.equal(from_weights(tokens)[0], model(tokens)[0])
@@ -134,7 +138,7 @@ def test_the_file_is_told_by_its_content_not_by_its_name(model_bin, tmp_path):
     "name, overrides",
     [("rope_theta=500000", dict(rope_theta=500000.0)), ("norm_eps=1e-06", dict(norm_eps=1e-6))],
 )
-def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, overrides, tmp_path):
     with pytest.raises(ValueError, match=name):
         write_v0(random_model(**overrides), str(tmp_path / "model.bin"))
     assert list(tmp_path.iterdir()) == []
@@ -144,9 +148,7 @@ def test_what_the_format_cannot_say_is_refused_by_name(name, overrides, tmp_path
 @pytest.mark.parametrize(
     "name", ["tok_embeddings.weight", "layers.1.feed_forward.w3.weight", "norm.weight"]
 )
-def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(
-    name, value, model_bin, tmp_path
-):
+def test_nan_weights_are_refused_and_the_old_file_remains(name, value, model_bin, tmp_path):
     before, model = content_of(model_bin), random_model()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -157,8 +159,8 @@ def test_weights_that_are_no_numbers_are_refused_and_the_old_file_kept(
 
 
 @pytest.fixture
-def builds_nothing(monkeypatch):
-    """A file must be refused before the model it claims to hold takes memory."""
+def reads_no_tensor(monkeypatch):
+    """A file must be refused before memory is allocated for its model."""
 
     def forbidden(self, name):
         raise AssertionError(f"read {name}")
@@ -168,9 +170,7 @@ def builds_nothing(monkeypatch):
 
 @pytest.mark.parametrize("change", [+1, -1, "x2", 0, -7, 2**20, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("field", range(7), ids=FIELDS)
-def test_a_header_that_lies_is_refused_before_anything_is_built(
-    field, change, model_bin, builds_nothing
-):
+def test_a_wrong_header_is_refused_before_allocation(field, change, model_bin, reads_no_tensor):
     content = bytearray(content_of(model_bin))
     header = list(struct.unpack_from("<7i", content))
     header[field] = {+1: header[field] + 1, -1: header[field] - 1, "x2": 2 * header[field]}.get(
@@ -183,7 +183,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_built(
         read_v0(model_bin)
 
 
-def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bin, builds_nothing):
+def test_a_header_of_huge_consistent_sizes_is_refused(model_bin, reads_no_tensor):
     with open(model_bin, "r+b") as file:
         file.write(struct.pack("<7i", 2**30, 2**30, 2**31 - 1, 2**10, 2**10, -(2**31), 2**31 - 1))
     with pytest.raises(ValueError, match=r"model\.bin: "):
@@ -203,12 +203,19 @@ def test_a_header_of_absurd_sizes_that_agree_with_each_other_is_refused(model_bi
         lambda content: content + content,
         lambda content: b"Once upon a time, there was a little girl. " * 100,
     ],
-    ids=["empty", "part of a header", "header alone", "half", "a byte less", "a value less", "a byte more", "twice",
-         "text"],
-)  # fmt: skip
-def test_a_file_of_another_length_is_refused_before_anything_is_built(
-    damage, model_bin, builds_nothing
-):
+    ids=[
+        "empty",
+        "part of a header",
+        "header alone",
+        "half",
+        "a byte less",
+        "a value less",
+        "a byte more",
+        "twice",
+        "text",
+    ],
+)
+def test_a_file_of_another_length_is_refused_before_allocation(damage, model_bin, reads_no_tensor):
     content = content_of(model_bin)
     with open(model_bin, "wb") as file:
         file.write(damage(content))
@@ -216,8 +223,8 @@ def test_a_file_of_another_length_is_refused_before_anything_is_built(
         read_v0(model_bin)
 
 
-def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
-    """The format says nothing of rope_theta, but the tables in the file do."""
+def test_a_file_with_another_rope_theta_is_refused(model_bin):
+    """The header has no rope_theta, but the rotary tables in the file depend on it."""
     tables = b"".join(table.numpy().tobytes() for table in precompute_rope_cache(4, 6, 500000.0))
     with open(model_bin, "r+b") as file:
         file.seek(-len(tables), 2)
@@ -226,16 +233,16 @@ def test_a_file_made_with_another_rope_theta_is_refused(model_bin):
         read_v0(model_bin)
 
 
-def test_a_file_with_values_that_are_no_numbers_is_refused(model_bin):
+def test_a_file_with_nan_values_is_refused(model_bin):
     with open(model_bin, "r+b") as file:
         file.seek(28 + 4 * 100)
         file.write(struct.pack("<f", math.nan))
-    with pytest.raises(ValueError, match=r"model\.bin: .*no numbers"):
+    with pytest.raises(ValueError, match=r"model\.bin: .*NaN or Inf"):
         read_v0(model_bin)
 
 
-def parts_in_order() -> list[str]:
-    """The names of a model's tensors as llama2.c's versions 1 and 2 order them, for 2 layers."""
+def v1_names() -> list[str]:
+    """The names of a model's tensors in the order of versions 1 and 2, for 2 layers."""
     norms = [
         f"layers.{layer}.{norm}.weight"
         for norm in ("attention_norm", "ffn_norm")
@@ -268,14 +275,14 @@ def header_of(model: Transformer, version: int, rest: bytes = b"") -> bytes:
 def test_version_1_has_the_bytes_of_its_definition(tied, tmp_path):
     model, path = random_model(n_kv_heads=2, tie_embeddings=tied), str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(model), path, "v1")
-    names = parts_in_order() + ["output.weight"] * (not tied)
+    names = v1_names() + ["output.weight"] * (not tied)
     state = model.state_dict()
     values = [value for name in names for value in state[name].flatten().tolist()]
     assert content_of(path) == header_of(model, 1) + struct.pack(f"<{len(values)}f", *values)
 
 
 def q8_0(values: list[float], group_size: int) -> bytes:
-    """Quantized by the definition, in float32 a number at a time: q = round(x / s), s = max |x| / 127."""
+    """The definition, in float32, one number at a time: q = round(x / s), s = max |x| / 127."""
     quantized, scales = [], []
     for start in range(0, len(values), group_size):
         group = np.float32(values[start : start + group_size])
@@ -291,7 +298,7 @@ def q8_0(values: list[float], group_size: int) -> bytes:
     [(64, 128, 64), (128, 192, 64), (32, 64, 32), (48, 96, 16), (40, 88, 8), (12, 33, 1)],
 )
 def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, tied, tmp_path):
-    """Groups of 64, halved until they divide the rows of all matrices: runq.c drops the rest of a row."""
+    """The groups divide the rows of all matrices: runq.c ignores the rest of a row."""
     model = random_model(
         dim=dim, n_heads=2, hidden_dim=hidden_dim, vocab_size=67, tie_embeddings=tied
     )
@@ -300,7 +307,7 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     path = str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(model), path, "v2")
     expected = header_of(model, 2, struct.pack("<i", group_size))
-    for name in parts_in_order() + ["output.weight"] * (not tied):
+    for name in v1_names() + ["output.weight"] * (not tied):
         values = model.state_dict()[name].flatten().tolist()
         is_norm = "norm" in name
         expected += (
@@ -309,14 +316,14 @@ def test_version_2_has_the_bytes_of_its_definition(dim, hidden_dim, group_size, 
     assert content_of(path) == expected
 
 
-def test_a_half_goes_to_the_even_neighbour():
+def test_quantization_rounds_halves_to_even():
     groups = torch.tensor([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5, 126.5, -127.0]])
     quantized, scales = llama2c.quantize(groups)
     assert quantized.tolist() == [[127, 0, 2, 0, -2, 2, 126, -127]] and scales.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("value", [1e-45, 190e-45, 1e-40, 3e38])
-def test_groups_of_extreme_values_stay_in_range(value):
+def test_quantized_extreme_values_stay_in_range(value):
     quantized, scales = llama2c.quantize(torch.tensor([[value, -value, 0.0, value / 2]]))
     assert quantized.abs().max() <= 127 and scales.isfinite().all()
     assert quantized[0, 1] == -quantized[0, 0] and quantized[0, 2] == 0
@@ -325,7 +332,7 @@ def test_groups_of_extreme_values_stay_in_range(value):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("position", [4, *range(8, 40, 4)])
 @pytest.mark.parametrize("value", [0, -1, 2**31 - 1])
-def test_a_later_header_that_lies_is_refused(version, position, value, tmp_path):
+def test_a_wrong_header_of_version_1_or_2_is_refused(version, position, value, tmp_path):
     path = str(tmp_path / "model.bin")
     llama2c.write(lazy_model.from_model(random_model(n_kv_heads=2)), path, version)
     content = bytearray(content_of(path))

@@ -1,7 +1,7 @@
 """
-Converting a model takes the memory of its largest tensor, whatever the model's size.
+Converting a model needs memory for its largest tensor, whatever the size of the model.
 
-    CRIA_CONVERT_GB=8 python -m pytest tests/test_streaming.py -s    shows it on a model of 8 GB
+    CRIA_CONVERT_GB=8 python -m pytest tests/formats/test_memory.py -s    for a model of 8 GB
 """
 
 import os
@@ -11,16 +11,16 @@ import sys
 import pytest
 import torch
 
-from export import write_model
 from formats.lazy_model import LazyModel, LazyTensor
 from formats.registry import open_model
+from formats.writer import write_model
 from model import ModelArgs, parameter_shapes
 from tests.processes import ROOT
 
 GIGABYTES = float(os.environ.get("CRIA_CONVERT_GB", 0.3))  # of weights in bfloat16
-CONSTANT = 100  # MB for blocks, and for what the allocator keeps
+CONSTANT = 100  # MB for blocks and for the allocator
 
-# Linux's own account, which begins anew with a program; getrusage's would begin with the memory of these tests.
+# Linux counts VmHWM from the start of the program; ru_maxrss would include the parent's memory.
 PEAK = "import re, runpy, sys; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; {}; " + (
     "print('peak', re.search('VmHWM:\\\\s*([0-9]+)', open('/proc/self/status').read())[1])"
 )
@@ -36,8 +36,8 @@ def peak_of(statement: str, *arguments) -> float:
 
 @pytest.fixture(scope="module")
 def random_folder(tokenizer, tmp_path_factory):
-    """A folder of Hugging Face's with random weights in bfloat16, which were never in memory all at
-    once; and the size of its largest tensor in MB."""
+    """A Hugging Face folder with random weights in bfloat16, and the size of its largest tensor in
+    MB."""
     args = ModelArgs(dim=1024, n_heads=16, hidden_dim=16384, n_layers=1, vocab_size=512)
     per_layer = (
         sum(
@@ -61,28 +61,30 @@ def random_folder(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bare() -> float:
-    """The memory of a process that has imported everything, and done nothing, in MB."""
+def baseline() -> float:
+    """The memory of a process after the imports, in MB."""
     return peak_of("import export")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
-    not os.path.exists("/proc/self/status"), reason="the system does not tell the peak of memory"
+    not os.path.exists("/proc/self/status"), reason="the system does not report peak memory"
 )
 @pytest.mark.parametrize("target", ["v0", "v2", "meta", "gguf", "q8_0"])
-def test_a_conversion_needs_no_more_than_the_largest_tensor_and_a_constant(
-    target, bare, random_folder, tmp_path
+def test_a_conversion_needs_memory_for_its_largest_tensor_only(
+    target, baseline, random_folder, tmp_path
 ):
     path, largest = random_folder
     options = ["--format=gguf", "--dtype=q8_0"] if target == "q8_0" else [f"--format={target}"]
     run = "runpy.run_path(sys.argv[0], run_name='__main__')"
     peak = peak_of(run, ROOT / "export.py", tmp_path / "first", f"--from={path}", *options)
-    # And back from it, as every format has a reader of its own.
     back = peak_of(
         run, ROOT / "export.py", tmp_path / "back", f"--from={tmp_path / 'first'}", "--format=hf"
     )
     print(
-        f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; bare {bare:.0f} MB, largest tensor {largest:.0f} MB"
+        f"\n{target}: {peak:.0f} MB, back {back:.0f} MB; "
+        f"baseline {baseline:.0f} MB, largest tensor {largest:.0f} MB"
     )
-    assert max(peak, back) < bare + 2 * largest + CONSTANT  # float32 of v0 and v2 is twice bfloat16
+    limit = baseline + 2 * largest + CONSTANT  # v0 and v2 are float32, twice bfloat16
+    assert max(peak, back) < limit
     assert open_model(str(tmp_path / "back")).args.n_layers == open_model(path).args.n_layers

@@ -1,5 +1,5 @@
 """
-Meta's folders: Llama 2's and Llama 3's, in one shard or several.
+Meta's folders of Llama 2 and Llama 3, in one shard or several.
 """
 
 import json
@@ -13,32 +13,26 @@ import pytest
 import torch
 import transformers
 
-from export import write_model
 from formats import meta
 from formats.lazy_model import from_model
 from formats.registry import open_model
+from formats.writer import write_model
 from generation.engine import generate_tokens
 from ops.rope import RopeScaling
-from tests.helpers import (
-    LLAMA3,
-    model_logits,
-    random_model,
-    random_slices,
-    small_llama3_tokenizer,
-)
+from tests.helpers import LLAMA3, model_logits, random_model, random_slices, small_llama3_tokenizer
 from textdata.tokenizer import load_tokenizer
 
-# Llama 3 8B's params.json; scaled down it keeps its proportions.
+# The params.json of Llama 3 8B
 LLAMA3_8B = {
-    **{
-        "dim": 4096,
-        "n_layers": 32,
-        "n_heads": 32,
-        "n_kv_heads": 8,
-        "vocab_size": 128256,
-        "multiple_of": 1024,
-    },
-    **{"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0},
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "multiple_of": 1024,
+    "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
 }
 SCALED_DOWN = LLAMA3_8B | {
     "dim": 64,
@@ -54,36 +48,33 @@ def exported(tmp_path, model, tokenizer=None) -> Path:
     return tmp_path / "exported"
 
 
-def cut_in_shards(folder: Path, number: int, embedding_axis: int):
-    """Cut consolidated.00.pth as Meta's parallel training left its models."""
+def split_into_shards(folder: Path, number: int, embedding_axis: int):
+    """Split consolidated.00.pth as Meta's tensor parallelism does."""
     whole = torch.load(folder / "consolidated.00.pth", weights_only=True)
     axes = {"wo": 1, "w2": 1, "tok_embeddings": embedding_axis}
     for shard in range(number):
         part = {"rope.freqs": torch.ones(6, dtype=torch.bfloat16)}
         for name, weight in whole.items():
-            cut = (
-                weight
-                if weight.dim() == 1
-                else weight.chunk(number, axes.get(name.split(".")[-2], 0))[shard].clone()
-            )
-            part[name] = cut
+            axis = axes.get(name.split(".")[-2], 0)
+            is_vector = weight.dim() == 1
+            part[name] = weight if is_vector else weight.chunk(number, axis)[shard].clone()
         torch.save(part, folder / f"consolidated.{shard:02d}.pth")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["Llama 3", "Llama 2"])
 @pytest.mark.parametrize("number", [1, 2, 4])
-def test_shards_are_put_together(number, axis, tied, tokenizer, tmp_path):
+def test_shards_are_concatenated(number, axis, tied, tokenizer, tmp_path):
     model = random_model(n_kv_heads=4, tie_embeddings=tied)
     folder = exported(tmp_path, model, tokenizer)
-    cut_in_shards(folder, number, axis)
+    split_into_shards(folder, number, axis)
     again = open_model(str(folder), max_seq_len=160)
-    # A classifier cut in rows cannot be known to be an embedding cut in columns; its values are the same.
+    # If output.weight and the embedding are split along different axes, they are not known as tied.
     assert again.args.tie_embeddings == (tied and (axis == 0 or number == 1))
-    assert torch.equal(model_logits(again.model()), model_logits(model))
+    assert torch.equal(model_logits(again.load()), model_logits(model))
 
 
-def test_the_file_is_one_for_torch_load(tmp_path):
+def test_torch_load_reads_the_file(tmp_path):
     model = random_model(tie_embeddings=True)
     state = torch.load(
         exported(tmp_path, model) / "consolidated.00.pth", weights_only=True, mmap=True
@@ -104,17 +95,15 @@ def test_the_file_is_one_for_torch_load(tmp_path):
         (4001, 1, 2.5),
     ],
 )
-def test_the_feed_forward_width_comes_back_whatever_it_is(
-    hidden_dim, multiple_of, multiplier, tmp_path
-):
-    """params.json has no hidden_dim, only a rule."""
+def test_any_feed_forward_width_round_trips(hidden_dim, multiple_of, multiplier, tmp_path):
+    """params.json has no hidden_dim, only a formula."""
     model = random_model(
         hidden_dim=hidden_dim, multiple_of=multiple_of, ffn_dim_multiplier=multiplier
     )
     assert open_model(str(exported(tmp_path, model))).args.ffn_dim == model.args.ffn_dim
 
 
-def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokenizer, tmp_path):
+def test_params_json_has_only_keys_that_llama_2_knows(tokenizer, tmp_path):
     known = {
         "dim",
         "n_layers",
@@ -129,28 +118,26 @@ def test_llama_2s_code_finds_nothing_in_params_json_that_it_does_not_know(tokeni
     assert json.loads((folder / "params.json").read_text()).keys() == known
 
 
-def test_llama_3s_code_is_told_the_base_of_its_positions(tmp_path):
-    """It takes 500000 where nothing is said."""
+def test_params_json_for_llama_3_has_rope_theta(tmp_path):
+    """Llama 3's code assumes 500000 if the key is missing."""
     tokenizer = small_llama3_tokenizer()
     folder = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     assert json.loads((folder / "params.json").read_text())["rope_theta"] == 10000.0
-    assert open_model(str(folder)).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(folder)).read_tokenizer().hash == tokenizer.hash
 
 
-def test_llama_2_has_its_vocabulary_size_from_the_embedding_and_its_tokenizer_next_door(
-    tokenizer, tmp_path
-):
+def test_llama_2_with_vocab_size_minus_1_and_outer_tokenizer(tokenizer, tmp_path):
     folder = exported(tmp_path, random_model(), tokenizer)
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
     again = open_model(str(folder))
-    assert again.args.vocab_size == 512 and again.own_tokenizer().hash == tokenizer.hash
+    assert again.args.vocab_size == 512 and again.read_tokenizer().hash == tokenizer.hash
     assert again.args.max_seq_len == 4096
 
 
-def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
-    """Llama 3.2's factor, in the words of Meta's later code."""
+def test_a_scaled_rope_with_its_own_factor_is_read(tmp_path):
+    """Llama 3.2's factor, with the key of Meta's later code."""
     folder = exported(tmp_path, random_model(**LLAMA3))
     params = json.loads((folder / "params.json").read_text())
     assert params["use_scaled_rope"] is True
@@ -160,7 +147,7 @@ def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(dim=None), "it has no dim"),
         (dict(norm_eps=None), "it has no norm_eps"),
@@ -168,59 +155,59 @@ def test_a_scaled_rope_with_numbers_of_its_own_is_read(tmp_path):
         (dict(n_layers=1), r"unexpected layers\.1"),
         (dict(n_layers=2**30), r"no layers\.2"),
         (dict(n_heads=5), "n_heads=5: must divide dim=48"),
-        (dict(dim="48"), "dim='48' is no number"),
+        (dict(dim="48"), "dim='48' is not a number"),
         (dict(dim=96), "it has 1 of the 2 files"),
         (dict(dim=2**40 * 48), "it has 1 of the"),
         (dict(vocab_size=100), "do not fit the model: tok_embeddings"),
         (dict(multiple_of=0), "multiple_of=0"),
         (dict(ffn_dim_multiplier=float("inf")), "ffn_dim_multiplier=inf"),
-        (dict(vision_chunk_size=448), "vision_chunk_size is more than"),
-        (dict(moe_args={}), "moe_args is more than"),
+        (dict(vision_chunk_size=448), "vision_chunk_size is not supported"),
+        (dict(moe_args={}), "moe_args is not supported"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_fit_are_refused_by_name(changes, said, tmp_path):
+def test_invalid_params_are_refused_by_name(changes, message, tmp_path):
     folder = exported(tmp_path, random_model())
     params = json.loads((folder / "params.json").read_text()) | changes
     (folder / "params.json").write_text(
         json.dumps({key: value for key, value in params.items() if value is not None})
     )
-    with pytest.raises(ValueError, match=rf"exported.*{said}"):
+    with pytest.raises(ValueError, match=rf"exported.*{message}"):
         open_model(str(folder))
 
 
 @pytest.mark.parametrize(
-    "missing, said", [(0, "00.pth is missing"), (1, "01.pth is missing"), (3, "has 3 of the 4")]
+    "missing, message", [(0, "00.pth is missing"), (1, "01.pth is missing"), (3, "has 3 of the 4")]
 )
-def test_a_missing_shard_is_named(missing, said, tmp_path):
+def test_a_missing_shard_is_named(missing, message, tmp_path):
     folder = exported(tmp_path, random_model())
-    cut_in_shards(folder, 4, 0)
+    split_into_shards(folder, 4, 0)
     (folder / f"consolidated.{missing:02d}.pth").unlink()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         open_model(str(folder))
 
 
 def test_shards_of_different_models_are_refused(tmp_path):
     folder = exported(tmp_path, random_model())
-    cut_in_shards(folder, 2, 0)
+    split_into_shards(folder, 2, 0)
     torch.save({"norm.weight": torch.ones(48)}, folder / "consolidated.01.pth")
     with pytest.raises(ValueError, match="do not belong together"):
         open_model(str(folder))
 
 
-def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+def test_a_flipped_bit_of_a_weight_is_detected(tmp_path):
     folder = exported(tmp_path, random_model())
     content = bytearray((folder / "consolidated.00.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "consolidated.00.pth").write_bytes(content)
     again = open_model(str(folder))
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth: its record .* it is damaged"):
-        again.model()
+        again.load()
 
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer(tmp_path_factory) -> str:
-    """The path of Llama 3's real tokenizer.model, from a package that ships it."""
+    """The path of Llama 3's tokenizer.model, from a package that contains it."""
     folder = tmp_path_factory.mktemp("llama-models")
     command = [
         sys.executable,
@@ -236,7 +223,9 @@ def llama3_tokenizer(tmp_path_factory) -> str:
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        pytest.skip("the package llama-models, which has Llama 3's tokenizer, cannot be had here")
+        pytest.skip(
+            "the package llama-models, which contains Llama 3's tokenizer, is not available"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith("llama3/tokenizer.model"))
         (folder / "tokenizer.model").write_bytes(wheel.read(name))
@@ -245,9 +234,9 @@ def llama3_tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
-    """A folder as Meta's for Llama 3 8B, scaled down, in bfloat16."""
+    """A folder like Meta's of Llama 3 8B, but smaller, in bfloat16."""
     (tmp_path / "llama3").mkdir()
-    args = meta.args_of(SCALED_DOWN, "params.json", tied=False)
+    args = meta.parse_args(SCALED_DOWN, "params.json", tied=False)
     torch.manual_seed(0)
     state = (
         random_model(**{name: getattr(args, name) for name in vars(args)}).bfloat16().state_dict()
@@ -258,9 +247,10 @@ def llama3_folder(llama3_tokenizer, tmp_path) -> Path:
     return tmp_path / "llama3"
 
 
-def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path):
+@pytest.mark.slow
+def test_a_llama_3_folder_generates_and_round_trips(llama3_folder, tmp_path):
     source = open_model(str(llama3_folder), max_seq_len=256)
-    model, tokenizer = source.model(), source.own_tokenizer()
+    model, tokenizer = source.load(), source.read_tokenizer()
     assert (model.args.ffn_dim, model.args.vocab_size, model.args.rope_theta) == (
         224,
         128256,
@@ -268,22 +258,23 @@ def test_a_llama_3_folder_reads_generates_and_goes_round(llama3_folder, tmp_path
     )
     prompt = tokenizer.encode("Once upon a time", bos=True)
     assert prompt == [128000, 12805, 5304, 264, 892]
-    told = generate_tokens(model, prompt, max_new_tokens=20, temperature=0)
-    assert len(told) == 20 and tokenizer.decode(told)
-    place = str(llama3_folder)
-    for step in ("hf", "gguf", "ckpt", "meta"):
-        write_model(open_model(place, max_seq_len=256), str(tmp_path / step), step)
-        place = str(tmp_path / step)
-    end = open_model(place, max_seq_len=256)
+    tokens = generate_tokens(model, prompt, max_new_tokens=20, temperature=0)
+    assert len(tokens) == 20 and tokenizer.decode(tokens)
+    path = str(llama3_folder)
+    for target in ("hf", "gguf", "ckpt", "meta"):
+        write_model(open_model(path, max_seq_len=256), str(tmp_path / target), target)
+        path = str(tmp_path / target)
+    end = open_model(path, max_seq_len=256)
     assert end.dtype == torch.bfloat16 and torch.equal(
-        model_logits(end.model()), model_logits(model)
+        model_logits(end.load()), model_logits(model)
     )
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (
         llama3_folder / "tokenizer.model"
     ).read_bytes()
 
 
-def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
+@pytest.mark.slow
+def test_the_llama_3_tokenizer_is_the_same_in_all_programs(
     llama3_folder, llama3_tokenizer, shared, tmp_path
 ):
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
@@ -292,7 +283,7 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
     source, tokenizer = open_model(str(llama3_folder)), load_tokenizer(llama3_tokenizer)
     for target in ("hf", "gguf"):
         write_model(source, str(tmp_path / target), target)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity, params.warmup = (
         str(tmp_path / "gguf"),
@@ -311,18 +302,18 @@ def test_the_real_llama_3_vocabulary_cuts_the_same_everywhere(
     ]
     for text in slices:
         ids = tokenizer.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == ids
-        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+        assert hf_tokenizer.encode(text, add_special_tokens=False) == ids
+        assert hf_tokenizer.decode(ids) == tokenizer.decode(ids) == text
         answer = requests.post(
             f"{server.listening_address}/tokenize", json={"content": text, "add_special": False}
         )
         assert answer.json()["tokens"] == ids
     (tmp_path / "hf" / "tokenizer.model").unlink()
-    assert open_model(str(tmp_path / "hf")).own_tokenizer().hash == tokenizer.hash
+    assert open_model(str(tmp_path / "hf")).read_tokenizer().hash == tokenizer.hash
 
 
 def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
-    """Its params.json does not say that its positions are scaled by 32."""
+    """The params.json of Llama 3.2 omits its scaling factor, 32."""
     params = LLAMA3_8B | {
         "dim": 2048,
         "n_layers": 16,
@@ -330,6 +321,6 @@ def test_llama_3_2_is_not_taken_for_3_1(tmp_path):
         "use_scaled_rope": True,
     }
     with pytest.raises(ValueError, match=r'add "rope_scaling_factor": 32\.0'):
-        meta.args_of(params, "params.json", tied=True)
-    args = meta.args_of(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)
+        meta.parse_args(params, "params.json", tied=True)
+    args = meta.parse_args(params | {"rope_scaling_factor": 32.0}, "params.json", tied=True)
     assert args.rope_scaling.factor == 32.0

@@ -19,7 +19,6 @@ random_model = functools.partial(helpers.random_model, helpers.GENERATION_MODEL,
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here"
 )
-slow = pytest.mark.slow
 
 TOLERANCES = [("float32", 1e-4), ("bfloat16", 0.2), ("float16", 0.03), ("int8", 0.3)]
 
@@ -45,9 +44,10 @@ OPTIONS = [
 ]
 
 
-@slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("drafted_by", ["itself in 8 bits", "another model"])
+@pytest.mark.parametrize(
+    "drafted_by", ["itself in 8 bits", pytest.param("another model", marks=pytest.mark.slow)]
+)
 def test_speculative_decoding_changes_no_token(drafted_by, options):
     """Past the context, to the end of each text, whether or not the two models agree."""
     model, other = random_model(max_seq_len=64), random_model(max_seq_len=64)
@@ -78,9 +78,10 @@ def test_several_sequences_may_be_drafted_at_once():
     assert drafted == generate_batch(model, prompts, 1, **options)
 
 
-@slow
 @needs_compiler
-@pytest.mark.parametrize("dtype, batch_size", [("int8", 1), ("float32", 3)])
+@pytest.mark.parametrize(
+    "dtype, batch_size", [pytest.param("int8", 1, marks=pytest.mark.slow), ("float32", 3)]
+)
 def test_a_compiled_step_has_the_same_logits(dtype, batch_size, capfd):
     """The compiler's product of one row of 8-bit integers was garbage once."""
     model = convert_weights(random_model(max_seq_len=64), dtype, batch_size)
@@ -108,8 +109,8 @@ def test_a_compiled_step_has_the_same_logits(dtype, batch_size, capfd):
     assert "cannot compile" not in capfd.readouterr().err
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_step_fits_other_caches_and_options(capfd):
     """Code compiled for one length of cache must not run with another, or at the same kv_len."""
     model = convert_weights(random_model(max_seq_len=128), "float32")
@@ -122,15 +123,9 @@ def test_a_compiled_step_fits_other_caches_and_options(capfd):
     assert "cannot compile" not in capfd.readouterr().err
 
 
-TRUNCATIONS = [
-    pytest.param(dict(top_k=9), marks=slow),
-    dict(top_p=0.7),
-    pytest.param(dict(min_p=0.1), marks=slow),
-]
-
-
 @needs_compiler
-@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("truncation", [dict(top_k=9), dict(top_p=0.7), dict(min_p=0.1)], ids=str)
 def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
     """An operation in place within the loop could not."""
     model = random_model(max_seq_len=64)
@@ -141,8 +136,8 @@ def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
     assert "cannot compile" not in capfd.readouterr().err
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
     """A cache filled to the last position was an error of the compiler's."""
@@ -153,8 +148,8 @@ def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
     assert "cannot compile" not in capfd.readouterr().err
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_loop_ends_with_an_active_row_only():
     """A stop token in an unused row must not end it."""
     model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4]]
@@ -180,8 +175,8 @@ def test_a_compiled_loop_ends_with_an_active_row_only():
     assert any(in_unused_row[:, :-1].any() for _, _, in_unused_row in calls)
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_models_are_not_mistaken_for_one_another():
     """PyTorch keeps what it compiled with the code of the step. Models shared it, and after some
     more were compiled one was taken for another."""
@@ -195,8 +190,8 @@ def test_compiled_models_are_not_mistaken_for_one_another():
             assert generate_batch(model, [[1]], 1, max_new_tokens=20) == tokens
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_int8_sequences_are_equal_in_batch_and_alone():
     """Their keys and values are kept in 16 bits, in a batch and alone."""
     model, results = random_model(max_seq_len=64), []
@@ -210,8 +205,8 @@ def test_compiled_int8_sequences_are_equal_in_batch_and_alone():
     assert results[0] == results[1]
 
 
-@slow
 @needs_compiler
+@pytest.mark.slow
 def test_draft_tokens_of_a_compiled_step_are_mostly_accepted(monkeypatch):
     model, counts = random_model(max_seq_len=64), []
     speculative_step = InferenceEngine.speculative_step

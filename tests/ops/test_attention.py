@@ -30,9 +30,9 @@ def draw(length: int, dtype=torch.float64, transposed=False):
     return [x.detach().requires_grad_() for x in drawn[:3]], drawn[3]
 
 
-def results(attend, inputs, output_grad) -> list:
+def results(attention, inputs, output_grad) -> list:
     """The output, and the gradients of q, k and v."""
-    output = attend(*inputs)
+    output = attention(*inputs)
     return [output, *torch.autograd.grad(output, inputs, output_grad)]
 
 
@@ -42,29 +42,29 @@ def results(attend, inputs, output_grad) -> list:
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 def test_output_and_gradients_are_those_of_the_definition(length, transposed):
     inputs, output_grad = draw(length, transposed=transposed)
-    ours, theirs = (
-        results(attend, inputs, output_grad) for attend in (causal_attention, reference)
+    outputs, expected = (
+        results(attention, inputs, output_grad) for attention in (causal_attention, reference)
     )
-    for mine, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
+    for output, reference_output in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, reference_output, rtol=1e-10, atol=1e-10)
 
 
-def test_in_bfloat16_it_is_about_as_exact_as_the_definition_in_bfloat16():
+def test_in_bfloat16_it_is_as_exact_as_the_definition():
     inputs, output_grad = draw(200, torch.bfloat16)
     exact = results(reference, [x.double() for x in inputs], output_grad.double())
-    ours, theirs = (
-        results(attend, inputs, output_grad) for attend in (causal_attention, reference)
+    outputs, expected = (
+        results(attention, inputs, output_grad) for attention in (causal_attention, reference)
     )
-    for mine, rounded, true in zip(ours, theirs, exact, strict=True):
-        assert (mine - true).abs().mean() <= 1.3 * (rounded - true).abs().mean()
+    for output, rounded, true in zip(outputs, expected, exact, strict=True):
+        assert (output - true).abs().mean() <= 1.3 * (rounded - true).abs().mean()
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 512, 513, 2048])
 def test_the_blocks_cover_every_row_once_and_are_few(length):
-    ends = row_blocks(length)
-    rows = [row for start, stop in ends for row in range(start, stop)]
+    blocks = row_blocks(length)
+    rows = [row for start, stop in blocks for row in range(start, stop)]
     assert rows == list(range(length))
-    assert len(ends) <= MAX_BLOCKS
+    assert len(blocks) <= MAX_BLOCKS
 
 
 def test_no_position_sees_the_future():
@@ -78,25 +78,25 @@ def test_no_position_sees_the_future():
     assert not torch.equal(before[:, :, 100:], after[:, :, 100:])
 
 
-def test_dropout_zeroes_its_share_of_the_weights_and_scales_the_others():
-    """With ones for values the output is the sum of the weights that were kept."""
+def test_dropout_zeroes_weights_and_scales_the_others():
+    """With ones for values the output is the sum of the remaining weights."""
     q, k = torch.zeros(2, 64, 4, 256, 8)
     v = torch.ones(64, 4, 256, 8)
     torch.manual_seed(0)
     last = causal_attention(q, k, v, dropout=0.25)[:, :, -1]  # 256 equal weights
-    kept = last * 256 * 0.75
-    torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-3)
-    assert kept[..., 0].mean().item() == pytest.approx(0.75 * 256, rel=0.01)
+    remaining = last * 256 * 0.75
+    torch.testing.assert_close(remaining, remaining.round(), rtol=0, atol=1e-3)
+    assert remaining[..., 0].mean().item() == pytest.approx(0.75 * 256, rel=0.01)
 
 
-def test_the_gradients_with_dropout_are_those_of_the_same_mask():
+def test_gradients_with_dropout_use_the_same_mask():
     inputs, output_grad = draw(300)
     mask = {}
 
     def masked_reference(q, k, v):
         scores = q @ k.transpose(-2, -1)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        return (scores.masked_fill(future, -math.inf).softmax(-1) * mask["kept"]) @ v
+        return (scores.masked_fill(future, -math.inf).softmax(-1) * mask["remaining"]) @ v
 
     def dropped(q, k, v):
         torch.manual_seed(3)
@@ -106,27 +106,29 @@ def test_the_gradients_with_dropout_are_those_of_the_same_mask():
     q, k, _ = inputs
     identity = torch.eye(300, dtype=torch.float64).expand(2, 3, 300, 300)
     whole = causal_attention(q, k, identity)
-    mask["kept"] = torch.where(
+    mask["remaining"] = torch.where(
         whole > 0, dropped(q, k, identity) / whole.clamp(min=1e-300), 0
     ).detach()
-    assert (mask["kept"][whole > 0] == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
-    for mine, expected in zip(
+    assert (mask["remaining"][whole > 0] == 0).double().mean().item() == pytest.approx(
+        0.3, abs=0.01
+    )
+    for output, reference_output in zip(
         results(dropped, inputs, output_grad),
         results(masked_reference, inputs, output_grad),
         strict=True,
     ):
-        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(output, reference_output, rtol=1e-10, atol=1e-10)
 
 
-def test_without_gradients_it_gives_the_same():
+def test_without_gradients_the_output_is_the_same():
     inputs, _ = draw(130)
     with torch.no_grad():
         alone = causal_attention(*inputs)
     assert torch.equal(alone, causal_attention(*inputs))
 
 
-@pytest.mark.parametrize("lengths", [None, [1, 5, 12]], ids=["all alike", "of their own lengths"])
-def test_queries_of_one_position_see_what_the_mask_lets_them(lengths):
+@pytest.mark.parametrize("lengths", [None, [1, 5, 12]], ids=["all alike", "different lengths"])
+def test_single_query_attention_follows_the_mask(lengths):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(3, 2, count, 8, generator=generator) for count in (4, 12, 12))
     mask = (

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelArgs, Transformer
-from ops import cross_entropy as loss_module
+from ops import cross_entropy
 from ops.cross_entropy import linear_cross_entropy
 
 N, C, V = 37, 11, 53
@@ -23,7 +23,7 @@ def inputs(dtype=torch.float64, ignore_index=-1):
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, ignore_index=-1):
+def reference(hidden, weight, targets, ignore_index=-1):
     return F.cross_entropy(hidden @ weight.T, targets, ignore_index=ignore_index)
 
 
@@ -35,16 +35,16 @@ def value_and_gradients(function, hidden, weight, targets, **options):
 @pytest.mark.parametrize("ignore_index", [-1, -100, 7])
 @pytest.mark.parametrize("elements", [1, 3 * V + 1, 36 * V, 37 * V, 2**24])
 def test_value_and_gradients_equal_the_plain_loss(elements, ignore_index, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", elements)
     tensors = inputs(ignore_index=ignore_index)
-    ours = value_and_gradients(linear_cross_entropy, *tensors, ignore_index=ignore_index)
-    expected = value_and_gradients(plain, *tensors, ignore_index=ignore_index)
-    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+    results = value_and_gradients(linear_cross_entropy, *tensors, ignore_index=ignore_index)
+    expected = value_and_gradients(reference, *tensors, ignore_index=ignore_index)
+    torch.testing.assert_close(results, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("elements", [1, 2**24])
-def test_with_nothing_to_predict_loss_and_gradients_are_zero(elements, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
+def test_without_targets_loss_and_gradients_are_zero(elements, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", elements)
     hidden, weight, targets = inputs()
     value, *gradients = value_and_gradients(
         linear_cross_entropy, hidden, weight, torch.full_like(targets, -1)
@@ -53,36 +53,36 @@ def test_with_nothing_to_predict_loss_and_gradients_are_zero(elements, monkeypat
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_huge_logits_overflow_nothing():
+def test_huge_logits_do_not_overflow():
     hidden, weight, targets = inputs(torch.float32)
     with torch.no_grad():
         hidden *= 1e4
-    ours = value_and_gradients(linear_cross_entropy, hidden, weight, targets)
+    results = value_and_gradients(linear_cross_entropy, hidden, weight, targets)
     torch.testing.assert_close(
-        ours, value_and_gradients(plain, hidden, weight, targets), rtol=1e-4, atol=1e-2
+        results, value_and_gradients(reference, hidden, weight, targets), rtol=1e-4, atol=1e-2
     )
 
 
-def test_under_bfloat16_autocast_it_is_close_and_its_gradients_keep_their_type():
+def test_bfloat16_autocast_is_close_and_keeps_gradients_in_float32():
     hidden, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = value_and_gradients(linear_cross_entropy, hidden, weight, targets)
-    expected = value_and_gradients(plain, hidden, weight, targets)
-    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
-    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.01)
-    assert not torch.equal(ours[0], expected[0])  # else autocast was not in force
+        results = value_and_gradients(linear_cross_entropy, hidden, weight, targets)
+    expected = value_and_gradients(reference, hidden, weight, targets)
+    assert [tensor.dtype for tensor in results] == [torch.float32] * 3
+    torch.testing.assert_close(results, expected, rtol=0.02, atol=0.01)
+    assert not torch.equal(results[0], expected[0])  # else autocast was not in force
 
 
 def test_in_bfloat16_the_sums_over_chunks_are_kept_in_float32(monkeypatch):
     """Sums in bfloat16 stop growing after some hundred terms."""
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 1)
     hidden, weight, targets = inputs(torch.bfloat16)
     repeated = hidden.detach().repeat(40, 1).requires_grad_()
     value, _, weight_grad = value_and_gradients(
         linear_cross_entropy, repeated, weight, targets.repeat(40)
     )
-    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    expected, _, expected_grad = value_and_gradients(plain, *wide, targets)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected, _, expected_grad = value_and_gradients(reference, *exact, targets)
     assert value.dtype == torch.float32
     torch.testing.assert_close(
         [value.double(), weight_grad.double()], [expected, expected_grad], rtol=0.02, atol=0.003
@@ -90,7 +90,7 @@ def test_in_bfloat16_the_sums_over_chunks_are_kept_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_value_is_the_same_and_none_are_computed(without):
+def test_without_gradients_none_are_computed(without):
     tensors = inputs()
     expected = linear_cross_entropy(*tensors).detach()
     with without(), FlopCounterMode(display=False) as counter:
@@ -114,20 +114,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_are_never_held_whole(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 4 * V)
     hidden, weight, targets = inputs()
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets).backward()
     assert largest.elements == max(4 * V, N * C, V * C) < N * V
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_it_is_the_same(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 20 * V)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 20 * V)
     tensors = inputs(torch.float32)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
-    ours = value_and_gradients(compiled, *tensors)
-    torch.testing.assert_close(ours, value_and_gradients(plain, *tensors))
+    results = value_and_gradients(compiled, *tensors)
+    torch.testing.assert_close(results, value_and_gradients(reference, *tensors))
 
 
 def tiny_model(tied: bool) -> Transformer:
@@ -137,7 +138,7 @@ def tiny_model(tied: bool) -> Transformer:
     )
 
 
-def test_gradients_of_micro_batches_add_up_to_those_of_the_batch():
+def test_gradients_of_micro_batches_sum_to_those_of_the_batch():
     tokens = torch.randint(V, (8, 9), generator=torch.Generator().manual_seed(0))
     whole, parts = tiny_model(True), tiny_model(True)
     whole(tokens[:, :-1], tokens[:, 1:])[1].backward()
@@ -147,7 +148,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch():
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
 
 
-def test_the_gradient_of_tied_weights_is_the_sum_of_both_uses():
+def test_the_gradient_of_tied_weights_sums_both_uses():
     tokens = torch.randint(V, (4, 9), generator=torch.Generator().manual_seed(0))
     tied, untied = tiny_model(True), tiny_model(False)
     untied.load_state_dict(tied.state_dict())

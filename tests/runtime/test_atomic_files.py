@@ -29,7 +29,7 @@ def test_the_old_content_is_there_until_the_new_is_whole(tmp_path):
 @pytest.mark.parametrize(
     "error", [ValueError("wrong"), OSError(28, "No space left on device"), KeyboardInterrupt()]
 )
-def test_a_failure_while_writing_keeps_the_old_content_and_leaves_nothing(tmp_path, error):
+def test_a_failure_while_writing_keeps_the_old_content(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with pytest.raises(type(error)), AtomicFile(str(path)) as file:
@@ -39,9 +39,7 @@ def test_a_failure_while_writing_keeps_the_old_content_and_leaves_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failure_to_flush_or_rename_keeps_the_old_content_and_leaves_nothing(
-    tmp_path, monkeypatch, step
-):
+def test_a_failure_to_flush_or_rename_keeps_the_old_content(tmp_path, monkeypatch, step):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
@@ -53,7 +51,7 @@ def test_a_failure_to_flush_or_rename_keeps_the_old_content_and_leaves_nothing(
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_the_content_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_the_content_is_flushed_to_disk_before_the_rename(tmp_path, monkeypatch):
     """Renamed first, a power cut can leave an empty file under the good name."""
     steps, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(
@@ -66,21 +64,20 @@ def test_the_content_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path, mo
     assert steps[:2] == ["flush", "rename"]
 
 
-def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path):
+def test_a_missing_folder_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(str(tmp_path / "missing" / "a.bin"), b"new")
 
 
-def test_a_file_in_the_current_folder_needs_no_folder_in_its_path(tmp_path, monkeypatch):
+def test_a_path_without_a_folder_is_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_atomically("a.bin", b"new")
     assert os.listdir() == ["a.bin"]
 
 
-HOLD = """
+HOLD_LOCK = """
 import sys
 from runtime.atomic_files import run_lock
-from tests.helpers import ROOT
 with run_lock(sys.argv[1]):
     print("holding", flush=True)
     input()
@@ -90,8 +87,11 @@ with run_lock(sys.argv[1]):
 def hold(folder) -> subprocess.Popen:
     """Another process that is the folder's writer until it gets a line or is killed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        **dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
+        [sys.executable, "-c", HOLD_LOCK, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "holding\n"
     return process
@@ -99,7 +99,7 @@ def hold(folder) -> subprocess.Popen:
 
 @pytest.mark.skipif(atomic.fcntl is None, reason="this system has no flock")
 @pytest.mark.parametrize("end", ["done", "killed"])
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, end):
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path, end):
     folder = tmp_path / "deep" / "out"
     with hold(folder) as process:
         with (
@@ -118,7 +118,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, end):
 
 
 @pytest.mark.skipif(atomic.fcntl is None, reason="this system has no flock")
-def test_a_writer_that_fails_frees_the_folder(tmp_path):
+def test_a_failing_writer_releases_the_lock(tmp_path):
     with pytest.raises(KeyError), run_lock(str(tmp_path)):
         raise KeyError("a bug")
     with hold(tmp_path) as process:
@@ -126,7 +126,7 @@ def test_a_writer_that_fails_frees_the_folder(tmp_path):
     assert process.returncode == 0
 
 
-def test_the_folder_is_made_and_folders_do_not_exclude_each_other(tmp_path):
+def test_locks_create_folders_and_are_independent(tmp_path):
     with (
         run_lock(str(tmp_path / "a")),
         run_lock(str(tmp_path / "a" / "b")),
@@ -135,7 +135,7 @@ def test_the_folder_is_made_and_folders_do_not_exclude_each_other(tmp_path):
         assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "c").is_dir()
 
 
-def test_what_cannot_be_a_folder_is_an_error_of_the_system(tmp_path):
+def test_locking_a_file_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError), run_lock(str(tmp_path / "file")):
         pass

@@ -42,7 +42,7 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(devices, expected, machine):
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
-def test_a_device_that_is_there_is_taken_by_name(name, machine):
+def test_an_available_device_is_taken_by_name(name, machine):
     machine(cuda=2, mps=True)
     assert pick_device(name) == name
 
@@ -63,7 +63,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known(name, machine):
     [("cuda", {}), ("cuda:0", {}), ("cuda:2", dict(cuda=2)), ("mps", dict(cuda=1))],
     ids=str,
 )
-def test_a_device_that_is_not_there_is_refused_with_what_to_try(name, devices, machine):
+def test_a_missing_device_is_refused_with_advice(name, devices, machine):
     machine(**devices)
     with pytest.raises(
         ValueError, match=f"--device={name}: this machine has no such device, try --device=auto"
@@ -89,7 +89,7 @@ def test_a_device_that_is_not_there_is_refused_with_what_to_try(name, devices, m
     ],
     ids=str,
 )
-def test_auto_is_bfloat16_where_the_hardware_is_fast_at_it(device, machine_is, expected, machine):
+def test_auto_is_bfloat16_on_hardware_that_is_fast_at_it(device, machine_is, expected, machine):
     machine(**machine_is)
     assert pick_dtype("auto", device) == expected
 
@@ -131,10 +131,17 @@ def test_the_peak_is_that_of_the_device(name, peak, machine):
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA RTX A4000", "NVIDIA T400 4GB",
-     "NVIDIA GeForce GTX 1080 Ti", "AMD Instinct MI300X", ""],
-)  # fmt: skip
-def test_a_device_we_do_not_know_has_no_peak(name, machine):
+    [
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA RTX A3000 Laptop GPU",
+        "NVIDIA RTX A4000",
+        "NVIDIA T400 4GB",
+        "NVIDIA GeForce GTX 1080 Ti",
+        "AMD Instinct MI300X",
+        "",
+    ],
+)
+def test_an_unknown_device_has_no_peak(name, machine):
     machine(cuda=1, name=name)
     assert peak_flops("cuda") is None
 
@@ -145,8 +152,8 @@ def test_only_cuda_devices_have_a_peak(device):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to keep memory")
-@pytest.mark.parametrize("keep", [True, False])
-def test_memory_that_is_freed_is_kept_and_not_cleared_again(keep):
+@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_freed_memory_is_not_returned_to_the_kernel(keep):
     """Each page that the kernel hands out anew is a page fault."""
     code = f"""
 import resource, torch

@@ -152,7 +152,7 @@ def read_model(path: str) -> Contents:
     """Read a model with all its tensors and its tokenizer."""
     model = open_model(path)
     tensors = {name: model.read(name) for name in model.names()}
-    return Contents(model.args, tensors, check_tokenizer(model.own_tokenizer()), model.model)
+    return Contents(model.args, tensors, check_tokenizer(model.read_tokenizer()), model.load)
 
 
 def read_tokenizer(path: str, load: Callable[[str], Tokenizer] = load_tokenizer) -> Contents:

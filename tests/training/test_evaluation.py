@@ -121,7 +121,7 @@ def test_a_checkpoint_and_the_exported_file_have_the_same_figures(model, quality
     save_checkpoint(str(tmp_path / "ckpt.pt"), checkpoint)
     llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     for name in ("ckpt.pt", "model.bin"):
-        assert quality_of(open_model(str(tmp_path / name)).model()) == quality_of(model)
+        assert quality_of(open_model(str(tmp_path / name)).load()) == quality_of(model)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -214,9 +214,22 @@ def plain_gradient_descent() -> dict:
         lambda: {"state": {}, "param_groups": []},
         lambda: state_of() | {"state": {0: {"exp_avg": 3}}},
     ],
-    ids=["wider", "deeper", "shallower", "untied", "hidden_dim", "one group", "second moment", "no AdamW", "empty",
-         "None", "list", "no groups", "no tensors"],
-)  # fmt: skip
+    ids=[
+        "wider",
+        "deeper",
+        "shallower",
+        "untied",
+        "hidden_dim",
+        "one group",
+        "second moment",
+        "no AdamW",
+        "empty",
+        "None",
+        "list",
+        "no groups",
+        "no tensors",
+    ],
+)
 def test_a_state_that_is_not_this_models_is_refused(foreign):
     optimizer = optimizer_of(random_model())
     with pytest.raises(ValueError, match=r"ckpt\.pt: its optimizer state does not fit the model"):
@@ -248,7 +261,7 @@ def test_muon_takes_block_matrices_and_adamw_the_rest(tied):
 
 
 def test_muon_steps_by_orthogonal_matrices_of_adamws_size():
-    """Muon's update has singular values near 1, times 0.2 * sqrt(longer side) (arXiv 2502.16982)."""
+    """Its update has singular values near 1, times 0.2 * sqrt(longer side) (arXiv 2502.16982)."""
     model = random_model(dim=32, n_layers=1, n_heads=4)
     before = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)

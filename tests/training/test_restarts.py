@@ -61,6 +61,7 @@ def undisturbed(tmp_path_factory, data_dir):
     return out_dir
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp_path):
     kinds = ((1, "ddp"), (2, "fsdp"), (4, "fsdp"), (2, "ddp"), (1, "fsdp"))
     for number, (processes, parallel) in enumerate(kinds):
@@ -83,8 +84,9 @@ def test_a_run_goes_on_with_other_numbers_of_processes(options, undisturbed, tmp
 
 
 @linux_only
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_begins_again_by_itself(options, undisturbed, tmp_path):
-    """The second start waited for ever for the addresses that the first had left in torchrun's store."""
+    """The second start waited forever for the first one's addresses in torchrun's store."""
     restarting = ("--standalone", "--max-restarts=2")
     slowly = ("--max_iters=40", "--checkpoint_interval=1", "--eval_iters=40")
     process = run(2, *options, *slowly, f"--out_dir={tmp_path}", torchrun=restarting)
@@ -112,9 +114,7 @@ def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
         )
 
 
-def test_ranks_with_different_checkpoints_refuse_to_start(
-    options, undisturbed, tmp_path
-):
+def test_ranks_with_different_checkpoints_refuse_to_start(options, undisturbed, tmp_path):
     elsewhere = f"--out_dir={tmp_path / 'empty'}"
     for process in pair(
         *options, f"--out_dir={undisturbed}", "--max_iters=41", of_the_second=[elsewhere]
@@ -133,16 +133,18 @@ def test_processes_end_when_one_of_them_no_longer_answers(options, tmp_path):
     second.kill()
     assert first.returncode == 1 and "Traceback" not in said and time.monotonic() - began < 30
     assert (
-        "train.py: rank 0: this process ends because another process did not answer for 3 s (--timeout)"
-        in said
+        "train.py: rank 0: this process ends because another process did not answer "
+        "for 3 s (--timeout)" in said
     )
     second.communicate()
 
 
 @linux_only
+@pytest.mark.slow
 def test_run_survives_a_lost_machine_that_comes_back(options, undisturbed, tmp_path):
-    """Two agents of torchrun, as two machines would start them. Without that variable the first waited for
-    ever for the second: PyTorch told a newcomer the address of its store in the first round only."""
+    """Two agents of torchrun, as two machines start them. Without the environment variable the
+    first waited forever for the second: PyTorch sends the address of its store in the first
+    round only."""
     alive = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
     place = (
         "--nnodes=2",
