@@ -282,11 +282,13 @@ class InferenceEngine:
         """The last token of each row and the draft's tokens after it: (B, 1 + num_tokens)."""
         tokens = inputs.tokens  # (B, 1)
         while (length := tokens.shape[1]) <= draft.num_tokens:
+            # Copies, because a compiled loop requires the strides of a contiguous tensor, and
+            # contiguous() keeps those of a slice with one row.
             step_inputs = StepInputs(
-                tokens=tokens[:, -1:].contiguous(),
+                tokens=tokens[:, -1:].clone(memory_format=torch.contiguous_format),
                 start_pos=inputs.start_pos + length - 1,
                 kv_len=inputs.kv_len + length - 1,
-                seeds=inputs.seeds[:, length - 1 : -1].contiguous(),
+                seeds=inputs.seeds[:, length - 1 : -1].clone(memory_format=torch.contiguous_format),
             )
             output = draft.decode_step(draft.model, self.cache, step_inputs, self.truncation, ())
             seeds = inputs.seeds[:, length - 2 + output.tokens.shape[1]]

@@ -138,6 +138,19 @@ def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.2, temperature=0.8)], ids=str)
+def test_compiled_float32_sequence_with_truncation_is_the_eager_one(options, capfd):
+    """A rejected draft token ended in a traceback: its tensor had the strides of a slice."""
+    model = random_model(max_seq_len=64)
+    prepared = prepare_for_inference(model, "float32", 1, compile=True)
+    compiled = generate_batch(prepared, [[1]], 1, max_new_tokens=60, **options)
+    assert "cannot compile" not in capfd.readouterr().err
+    eager = prepare_for_inference(model, "float32", 1)
+    assert compiled == generate_batch(eager, [[1]], 1, max_new_tokens=60, **options)
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
     """A cache filled to the last position was an error of the compiler's."""
