@@ -109,11 +109,7 @@ def test_processes_with_different_options_refuse_to_begin(options, tmp_path):
         said = process.communicate(timeout=60)[0]
         assert (
             process.returncode == 1
-<<<<<<< HEAD
             and "the processes have different options" in said
-=======
-            and "have different options" in said
->>>>>>> h-tests
             and "Traceback" not in said
         )
 
