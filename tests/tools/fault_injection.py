@@ -26,7 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints.latest import latest_path, load_latest, remove_checkpoint
+from checkpoints.latest import latest_path, load_latest
+from checkpoints.links import remove_checkpoint
 from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
 from tests.processes import ROOT
 from textdata.synthetic import story
