@@ -24,6 +24,7 @@ from tinystories import Pretokenize, run_pretokenize
 
 torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the commands we start
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # their threads do not spin while they wait
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ.pop("CRIA_TRACEBACK", None)
 # A shell starts background jobs deaf to Ctrl-C, and the commands that we start would inherit that.

@@ -381,7 +381,8 @@ def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
         "--seconds=0.01",
         "--device=cpu",
     )
-    status, out, error = run_script("bench.py", "sample", *options, f"--json={path}")
+    options += (f"--json={path}",)
+    status, out, error = run_script("bench.py", "sample", *options, timeout=300)
     assert status == 0, error
     assert (
         out.startswith("cpu: ")
