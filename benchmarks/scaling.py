@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.file import content_hash, save_checkpoint, write_model_args
-from checkpoints.manager import snapshot
+from checkpoints.snapshot import snapshot
 from model import ModelArgs, Transformer, flops_per_token
 from ops.cross_entropy import CHUNK_ELEMENTS
 from runtime.atomic_files import write_atomically

@@ -11,12 +11,12 @@ import contextlib
 import glob
 import os
 import re
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-from checkpoints.file import is_sharded_checkpoint, load_checkpoint
-from runtime.atomic_files import AtomicFile, AtomicFolder
+import torch
+
+from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint
 
 LATEST_NAMES = ("ckpt.pt", "ckpt.dcp")
 BEST_NAMES = ("best.pt", "best.dcp")
@@ -73,100 +73,46 @@ def open_checkpoint(path: str) -> dict:
     return load_checkpoint(path)
 
 
+def read_step(path: str) -> int:
+    """The step that a checkpoint holds, read without its tensors; -1 if it cannot be read."""
+    file = os.path.join(path, "run.pt") if os.path.isdir(path) else path
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+        return int(content["iter_num"])
+    except UNREADABLE:
+        return -1
+
+
 def load_latest(out_dir: str, log: Callable[[str], None] = print) -> LatestCheckpoint | None:
-    """Load the latest checkpoint; if it is damaged or missing, the one of the highest step.
+    """Load the latest checkpoint; if it is damaged or missing, the intact one of the highest step.
 
     Warns through log where it is not the latest. Returns None if there is no checkpoint at all.
     Raises the ValueError of the latest one if all are damaged."""
     latest = latest_path(out_dir)
-    errors: dict[str, ValueError] = {}
+    paths = fallback_paths(out_dir, latest)
     if os.path.lexists(latest):
-        checkpoint = try_open(latest, errors)
-        if checkpoint is not None:
-            return LatestCheckpoint(latest, checkpoint, [])
-    found = find_fallback(out_dir, latest, errors)
-    if found is not None:
-        reason = str(next(iter(errors.values()), f"{latest} is missing"))
-        log(f"warning: {reason}; using {found.path}, of step {found.checkpoint['iter_num']}")
-        return found
+        paths.insert(0, latest)
+    errors: dict[str, ValueError] = {}
+    for path in paths:
+        try:
+            checkpoint = open_checkpoint(path)
+        except ValueError as error:
+            errors[path] = error
+            continue
+        if path != latest:
+            reason = str(next(iter(errors.values()), f"{latest} is missing"))
+            log(f"warning: {reason}; using {path}, of step {checkpoint['iter_num']}")
+        return LatestCheckpoint(path, checkpoint, list(errors))
     if errors:
         raise next(iter(errors.values()))
     return None
 
 
-def try_open(path: str, errors: dict[str, ValueError]) -> dict | None:
-    """Open a checkpoint, or record why it cannot be opened."""
-    try:
-        return open_checkpoint(path)
-    except ValueError as error:
-        errors[path] = error
-        return None
+def fallback_paths(out_dir: str, latest: str) -> list[str]:
+    """The paths of all checkpoints but the latest, the highest step first.
 
-
-def find_fallback(
-    out_dir: str, latest: str, errors: dict[str, ValueError]
-) -> LatestCheckpoint | None:
-    """The intact checkpoint of the highest step, other than latest."""
-    others = [os.path.join(out_dir, name) for name in (*LATEST_NAMES, *BEST_NAMES)]
-    candidates = [path for path in others if path != latest and os.path.exists(path)]
-    for path in numbered_checkpoints(out_dir):
-        checkpoint = try_open(path, errors)
-        if checkpoint is not None:
-            found = LatestCheckpoint(path, checkpoint, [])
-            break
-    else:
-        found = None
-    for path in candidates:
-        checkpoint = try_open(path, errors)
-        is_later = found is None or (
-            checkpoint is not None and checkpoint["iter_num"] > found.checkpoint["iter_num"]
-        )
-        if checkpoint is not None and is_later:
-            found = LatestCheckpoint(path, checkpoint, [])
-    return found._replace(damaged=list(errors)) if found else None
-
-
-def remove_checkpoint(path: str) -> None:
-    """Remove a checkpoint file or folder, if it exists. Raises OSError."""
-    if os.path.isdir(path) and ".dcp" in os.path.basename(path):
-        doomed = path
-        if not path.endswith((".partial", ".old")):  # a part of a folder must not pass for a whole
-            doomed = f"{path}.{os.getpid()}.partial"
-            os.rename(path, doomed)
-        shutil.rmtree(doomed)
-        return
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Make target a hard link to a file, or a copy where the file system has no links.
-
-    target must not exist. Raises OSError."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with open(source, "rb") as content, AtomicFile(target) as file:
-            shutil.copyfileobj(content, file)
-
-
-def link_checkpoint(source: str, target: str) -> None:
-    """Make target, atomically, the same checkpoint as source; an older target is replaced.
-
-    Files are hard links, or copies where the file system has no links. Raises OSError, and
-    ValueError where a folder target holds other things."""
-    if os.path.isdir(source):
-        with AtomicFolder(target, may_replace=lambda name: True) as folder:
-            for name in os.listdir(source):
-                link_or_copy(os.path.join(source, name), os.path.join(folder, name))
-        return
-    temporary = f"{target}.{os.getpid()}.partial"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(temporary)
-    link_or_copy(source, temporary)
-    try:
-        os.replace(temporary, target)
-    finally:
-        # A rename between two links to one file does nothing, and leaves both (POSIX).
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+    The step is the one in the file: a numbered checkpoint that was overwritten in place has
+    another than its name."""
+    named = [os.path.join(out_dir, name) for name in (*LATEST_NAMES, *BEST_NAMES)]
+    paths = numbered_checkpoints(out_dir) + [path for path in named if os.path.exists(path)]
+    return sorted((path for path in paths if path != latest), key=read_step, reverse=True)

@@ -4,55 +4,30 @@ import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from checkpoints.background_writer import BackgroundWriter, describe_error
 from checkpoints.file import save_checkpoint
-from checkpoints.latest import (
-    LATEST_NAMES,
-    link_checkpoint,
-    numbered_checkpoints,
-    remove_checkpoint,
-    step_of,
-    step_path,
-)
+from checkpoints.latest import LATEST_NAMES, numbered_checkpoints, step_of, step_path
+from checkpoints.links import link_checkpoint, remove_checkpoint
+from checkpoints.snapshot import snapshot
 from model import ModelArgs
 from runtime.atomic_files import sync_folder, write_atomically
-from runtime.distributed import DistContext, full_tensor
+from runtime.distributed import DistContext
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def snapshot(value: Any, keep: bool = True, copies: dict | None = None) -> Any:
-    """Copy a nested state to the CPU, so that training can continue while it is written.
-
-    A tensor that occurs twice, such as tied weights, is copied once. Sharded tensors are gathered:
-    then all processes must call this; keep says whether this one wants the copy."""
-    copies = {} if copies is None else copies
-    if isinstance(value, torch.Tensor):
-        if id(value) not in copies:
-            full = full_tensor(value.detach())
-            copies[id(value)] = full.to("cpu", copy=True) if keep else None
-        return copies[id(value)]
-    if isinstance(value, dict):
-        return {key: snapshot(item, keep, copies) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(snapshot(item, keep, copies) for item in value)
-    return value
-
-
 class CheckpointManager:
     """Saves the training state of a run: the latest, some older ones, and the best.
 
-    A save writes ckpt_STEP.pt, then makes ckpt.pt a hard link to it, then prunes older ones. The
-    best state goes to best.pt, and to model.bin where the format can hold the model. With FSDP all
+    A save writes ckpt.pt, makes ckpt_STEP.pt a hard link to it, and prunes older ones. The best
+    state goes to best.pt, and to model.bin where the format can hold the model. With FSDP all
     processes write their shards of ckpt_STEP.dcp together, and ckpt.dcp and best.dcp are folders of
     hard links to its files.
 
-    Files that the main process restores when somebody deletes the output folder: run_files."""
+    If the output folder is deleted, the next save also writes run_files."""
 
     def __init__(
         self,
@@ -63,7 +38,7 @@ class CheckpointManager:
         export_best: Callable[[ModelArgs, dict], None] | None = None,
         mesh: "DeviceMesh | None" = None,
     ):
-        """Make the manager of a run's checkpoints.
+        """Manage the checkpoints in an output folder.
 
         Args:
             out_dir: the output folder of the run.
@@ -88,15 +63,15 @@ class CheckpointManager:
         return os.path.join(self.out_dir, name)
 
     def save(self, state: dict, args: ModelArgs, best: bool) -> bool:
-        """Start writing a training state as the latest checkpoint, and as the best if best.
+        """Start writing a training state as the latest checkpoint; if best, also as best.pt.
 
         Called by the main process; by all processes where the checkpoints are sharded. Returns
         whether the output folder had been deleted. Raises the error of an earlier save that a
-        retry cannot mend, such as weights with NaN."""
+        retry cannot fix, such as weights with NaN."""
         self.writer.wait_or_raise()  # before memory is taken for another copy
         if self.mesh is not None:
             return self._save_sharded(state, args, best)
-        self.writer.pending.pop(self.path("ckpt.pt"), None)
+        self.writer.pending.pop(self.path("ckpt.pt"), None)  # its state is outdated; frees memory
         was_deleted = self._is_folder_deleted()
         copied = snapshot(state)
         jobs: dict[str, Callable[[], None]] = {}
@@ -113,6 +88,7 @@ class CheckpointManager:
         return was_deleted
 
     def _is_folder_deleted(self) -> bool:
+        """Whether the output folder lacks the first of the run files, the tokenizer."""
         return not os.path.exists(self.path(next(iter(self.run_files))))
 
     def _run_file_jobs(self) -> dict[str, Callable[[], None]]:
@@ -131,25 +107,22 @@ class CheckpointManager:
         remove_checkpoint(self.path("best.dcp"))
 
     def _write_latest(self, state: dict) -> None:
-        path = step_path(self.path("ckpt.pt"), state["iter_num"])
-        save_checkpoint(path, state)
-        self._publish(path)
-
-    def _publish(self, path: str) -> None:
-        """Make a complete numbered checkpoint the latest one, and prune older ones."""
-        latest = "ckpt.dcp" if path.endswith(".dcp") else "ckpt.pt"
-        link_checkpoint(path, self.path(latest))
-        sync_folder(self.out_dir)
-        step = step_of(path)
+        # First under the name that a resumed run reads: if the process is killed in between, the
+        # run resumes from this step.
+        latest, step = self.path("ckpt.pt"), state["iter_num"]
+        save_checkpoint(latest, state)
         self.last_saved_step = step
-        with contextlib.suppress(OSError):  # retried at the next save
-            for name in LATEST_NAMES:
-                if name != latest:  # of an earlier life of the run; its numbered checkpoint stays
-                    remove_checkpoint(self.path(name))
-        older = [p for p in numbered_checkpoints(self.out_dir) if step_of(p) < step]
-        for old in older[self.keep_checkpoints :]:
-            with contextlib.suppress(OSError):
-                remove_checkpoint(old)
+        link_checkpoint(latest, step_path(latest, step))
+        self._remove_outdated("ckpt.pt", step)
+
+    def _remove_outdated(self, latest: str, step: int) -> None:
+        """Remove the latest checkpoint of the other form, and prune older numbered ones."""
+        sync_folder(self.out_dir)
+        outdated = [self.path(name) for name in LATEST_NAMES if name != latest]
+        older = [path for path in numbered_checkpoints(self.out_dir) if step_of(path) < step]
+        for path in outdated + older[self.keep_checkpoints :]:
+            with contextlib.suppress(OSError):  # tried again at the next save
+                remove_checkpoint(path)
 
     def _save_sharded(self, state: dict, args: ModelArgs, best: bool) -> bool:
         from checkpoints.sharded import cpu_copy, save_sharded, split_sharded, without_tied_head
@@ -174,21 +147,27 @@ class CheckpointManager:
         """Give the complete folder its names; called on the main process."""
         if was_deleted:
             self.write_run_files()
-        path = step_path(self.path("ckpt.dcp"), step)
-        remove_checkpoint(path)
-        os.rename(folder, path)
         best_error = None
         if self.best_pending:  # before the latest, which records how good the best is
             try:
-                self._publish_best_sharded(path)
-            except (OSError, ValueError) as error:  # the latest checkpoint need not fail with it
+                self._publish_best_sharded(folder)
+            except (OSError, ValueError) as error:  # save the latest even if the best fails
                 best_error = OSError(describe_error(error))
-        self._publish(path)
+        latest = self.path("ckpt.dcp")
+        numbered = step_path(latest, step)
+        try:
+            link_checkpoint(folder, latest)
+        except ValueError as error:  # the folder has foreign files; a retry may succeed
+            raise OSError(str(error)) from error
+        self.last_saved_step = step
+        remove_checkpoint(numbered)
+        os.rename(folder, numbered)
+        self._remove_outdated("ckpt.dcp", step)
         if best_error:
             raise best_error
 
-    def _publish_best_sharded(self, path: str) -> None:
-        link_checkpoint(path, self.path("best.dcp"))
+    def _publish_best_sharded(self, folder: str) -> None:
+        link_checkpoint(folder, self.path("best.dcp"))
         self.best_pending = False
         for name in ("best.pt", "model.bin"):  # of a worse model
             remove_checkpoint(self.path(name))

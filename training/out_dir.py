@@ -8,14 +8,14 @@ import os
 import re
 
 from checkpoints.latest import (
+    BEST_NAMES,
     LATEST_NAMES,
-    link_checkpoint,
     numbered_checkpoints,
-    open_checkpoint,
-    remove_checkpoint,
+    read_step,
     step_of,
     step_path,
 )
+from checkpoints.links import link_checkpoint, remove_checkpoint, same_checkpoint
 from formats import llama2c
 from training.parallel import is_sharded
 from training.resume import StartPoint
@@ -31,9 +31,9 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
     A new run moves the files of an earlier one to a subfolder. A resumed run removes what a killed
     process left unfinished, and gives its checkpoint the names that later saves expect."""
     config = run.config
+    remove_partial_files(config.out_dir)
     if config.init_from != "resume":
         archive_previous_run(config.out_dir)
-    remove_partial_files(config.out_dir)
     if start.path:
         adopt_checkpoint(config.out_dir, start, run.state.iter_num)
     run.metrics.open(run.state.iter_num)
@@ -55,7 +55,7 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
 
 def archive_previous_run(out_dir: str) -> None:
     """Move the files of an earlier run to OUT_DIR/previousN, so that nothing overwrites them."""
-    pattern = re.compile(rf"{RUN_FILE_PATTERN}|ckpt\.damaged(\.dcp)?")
+    pattern = re.compile(rf"{RUN_FILE_PATTERN}|(ckpt\w*|best)\.damaged(\.dcp)?")
     paths = glob.glob(os.path.join(glob.escape(out_dir), "*"))
     paths = [path for path in paths if pattern.fullmatch(os.path.basename(path))]
     if not any(path.endswith((".pt", ".dcp")) for path in paths):
@@ -92,47 +92,57 @@ def remove_partial_files(out_dir: str) -> None:
 def adopt_checkpoint(out_dir: str, start: StartPoint, step: int) -> None:
     """Make the checkpoint that a run resumes from the latest one of its folder.
 
-    Damaged ones are renamed to ckpt.damaged, ones of later steps move to OUT_DIR/previousN."""
-    for path in reversed(start.damaged):  # the latest last: it is the one to keep
+    Damaged ones are renamed, for example to ckpt.damaged; ones of later steps move to
+    OUT_DIR/previousN."""
+    for path in start.damaged:
         quarantine_checkpoint(path)
-    archive_later_checkpoints(out_dir, step)
-    latest = "ckpt.dcp" if os.path.isdir(start.path) else "ckpt.pt"
-    for name in LATEST_NAMES:  # an older one in the other form keeps its numbered name only
+    latest = os.path.join(out_dir, "ckpt.dcp" if os.path.isdir(start.path) else "ckpt.pt")
+    for name in LATEST_NAMES:
         path = os.path.join(out_dir, name)
-        if name != latest and os.path.exists(path):
-            add_numbered_name(path, open_checkpoint(path)["iter_num"])
-            remove_checkpoint(path)
-    numbered = step_path(os.path.join(out_dir, latest), step)
-    if os.path.abspath(start.path) != os.path.abspath(numbered):
-        add_numbered_name(start.path, step, numbered)
-    if not os.path.exists(os.path.join(out_dir, latest)):
-        link_checkpoint(numbered, os.path.join(out_dir, latest))
+        if path != latest and os.path.exists(path):
+            number_other_form(path)
+    for path in (step_path(latest, step), latest):
+        if not same_checkpoint(start.path, path):
+            link_checkpoint(start.path, path)
+    archive_later_checkpoints(out_dir, step)
 
 
-def add_numbered_name(path: str, step: int, numbered: str = "") -> None:
-    """Give a checkpoint a second name with its step, if there is none yet."""
-    numbered = numbered or step_path(path, step)
-    if not os.path.exists(numbered):
+def number_other_form(path: str) -> None:
+    """Leave a latest checkpoint of the other form, file or folder, its numbered name only."""
+    step = read_step(path)
+    if step < 0:
+        quarantine_checkpoint(path)
+        return
+    numbered = step_path(path, step)
+    if not same_checkpoint(path, numbered):
         link_checkpoint(path, numbered)
+    remove_checkpoint(path)
 
 
 def quarantine_checkpoint(path: str) -> None:
-    """Rename a damaged checkpoint to ckpt.damaged, or ckpt.damaged.dcp."""
+    """Rename a damaged checkpoint: ckpt.pt to ckpt.damaged, ckpt.dcp to ckpt.damaged.dcp."""
     if not os.path.lexists(path):
         return
-    suffix = ".dcp" if os.path.isdir(path) else ""
-    damaged = os.path.join(os.path.dirname(path), f"ckpt.damaged{suffix}")
+    stem, suffix = os.path.splitext(path)
+    damaged = f"{stem}.damaged{suffix if os.path.isdir(path) else ''}"
     remove_checkpoint(damaged)
     os.rename(path, damaged)
 
 
 def archive_later_checkpoints(out_dir: str, step: int) -> None:
-    """Move numbered checkpoints of later steps away: a resumed run computes these steps anew."""
+    """Move checkpoints of later steps away: a resumed run computes these steps anew.
+
+    There are some after a return to an older step; then a best model of a later step goes too."""
     later = [path for path in numbered_checkpoints(out_dir) if step_of(path) > step]
     if not later:
         return
+    best = [os.path.join(out_dir, name) for name in BEST_NAMES]
+    later_best = [path for path in best if os.path.exists(path) and read_step(path) > step]
+    model_bin = os.path.join(out_dir, "model.bin")
+    if later_best and os.path.exists(model_bin):
+        later_best.append(model_bin)
     folder = new_archive(out_dir)
-    for path in later:
+    for path in later + later_best:
         os.rename(path, os.path.join(folder, os.path.basename(path)))
     print(f"moved {len(later)} checkpoint(s) of steps after {step} to {folder}")
 
@@ -141,19 +151,19 @@ def finish_saving(run: TrainingRun) -> None:
     """Wait until everything is written. Raises ValueError if something cannot be written.
 
     Then the other processes end as well, with status 1."""
-    errors = []
+    error: ValueError | None = None
     try:
         run.checkpoints.flush()
-    except ValueError as error:
-        errors.append(str(error))
+    except ValueError as failure:
+        error = failure
     run.metrics.flush()
-    if not run.dist_ctx.any_rank(bool(errors)):
+    if not run.dist_ctx.any_rank(error is not None):
         return
     if not run.dist_ctx.is_main:
         raise SystemExit(1)
     step = run.checkpoints.last_saved_step
     latest = "no checkpoint" if step is None else f"the latest checkpoint is of step {step}"
-    raise ValueError("; ".join([*errors, latest]))
+    raise ValueError(f"{error}; {latest}") from error
 
 
 def plot_loss(run: TrainingRun) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.manager import snapshot
+from checkpoints.snapshot import snapshot
 from model import Transformer
 from runtime.distributed import shard_like
 

@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
+from checkpoints import latest as latest_module
 from checkpoints.file import save_checkpoint
-from checkpoints.latest import link_checkpoint, load_latest, numbered_checkpoints, step_path
+from checkpoints.latest import load_latest, numbered_checkpoints, read_step, step_path
+from checkpoints.links import link_checkpoint
 from tests import helpers
 from tests.checkpoints.test_manager import checkpoint_steps, save_steps
 from tests.helpers import make_checkpoint
@@ -97,3 +99,28 @@ def test_checkpoints_are_copied_where_links_do_not_work(tmp_path, monkeypatch):
 def test_checkpoint_without_step_in_its_name_is_loaded(tmp_path):
     save_checkpoint(str(tmp_path / "ckpt.pt"), make_checkpoint(random_model(), iter_num=3))
     assert load_latest(str(tmp_path)).checkpoint["iter_num"] == 3
+
+
+def test_checkpoint_overwritten_in_place_counts_by_its_content(tmp_path):
+    """cp ckpt_000005.pt ckpt.pt writes into the file that ckpt_000015.pt is a link to."""
+    save_steps(tmp_path, [5, 10, 15], keep_checkpoints=2)
+    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt_000005.pt").read_bytes())
+    assert read_step(str(tmp_path / "ckpt_000015.pt")) == 5
+    os.remove(tmp_path / "ckpt.pt")
+    assert load_latest(str(tmp_path), lambda text: None).path == str(tmp_path / "ckpt_000010.pt")
+
+
+def test_only_one_intact_checkpoint_is_loaded(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5, 10, 15], keep_checkpoints=2, best_step=5)
+    os.remove(tmp_path / "ckpt.pt")
+    loaded = []
+    load = latest_module.load_checkpoint
+    monkeypatch.setattr(latest_module, "load_checkpoint", lambda p: loaded.append(p) or load(p))
+    found = load_latest(str(tmp_path), lambda text: None)
+    assert loaded == [found.path] == [str(tmp_path / "ckpt_000015.pt")]
+
+
+def test_step_of_an_unreadable_checkpoint_is_minus_one(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"no archive")
+    (tmp_path / "ckpt.dcp").mkdir()
+    assert read_step(str(tmp_path / "ckpt.pt")) == read_step(str(tmp_path / "ckpt.dcp")) == -1

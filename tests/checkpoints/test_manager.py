@@ -9,7 +9,9 @@ import torch
 
 from checkpoints import manager as manager_module
 from checkpoints.file import load_checkpoint
-from checkpoints.manager import CheckpointManager, snapshot
+from checkpoints.latest import load_latest
+from checkpoints.manager import CheckpointManager
+from checkpoints.snapshot import snapshot
 from runtime.atomic_files import run_lock
 from runtime.distributed import DistContext
 from tests import helpers
@@ -95,17 +97,41 @@ def test_kill_between_write_and_link_loses_no_checkpoint(tmp_path, monkeypatch):
         context.setattr(manager_module, "link_checkpoint", killed)
         with pytest.raises(RuntimeError, match="killed"):
             save_steps(tmp_path, [10], keep_checkpoints=1)
-    assert checkpoint_steps(tmp_path) == {"ckpt.pt": 5, "ckpt_000005.pt": 5, "ckpt_000010.pt": 10}
+    assert checkpoint_steps(tmp_path) == {"ckpt.pt": 10, "ckpt_000005.pt": 5}
+    assert load_latest(str(tmp_path)).checkpoint["iter_num"] == 10
 
 
-def test_best_state_is_written_before_the_latest(tmp_path):
+def test_best_state_is_written_before_the_latest(tmp_path, monkeypatch):
+    """The latest records how good the best is."""
     written = []
-    manager = make_manager(tmp_path, export_best=lambda args, weights: written.append(args))
+    save = manager_module.save_checkpoint
+
+    def recorded(path, state):
+        written.append(os.path.basename(path))
+        save(path, state)
+
+    monkeypatch.setattr(manager_module, "save_checkpoint", recorded)
+    manager = make_manager(tmp_path, export_best=lambda args, weights: written.append("model.bin"))
     model = random_model()
     manager.save(make_checkpoint(model), model.args, best=True)
-    assert list(manager.writer.pending) or written
     manager.flush()
-    assert written == [model.args] and checkpoint_steps(tmp_path)["best.pt"] == 7
+    assert written == ["best.pt", "model.bin", "ckpt.pt"]
+    manager.save(make_checkpoint(model), model.args, best=False)
+    manager.flush()
+    assert written[3:] == ["ckpt.pt"]
+
+
+def test_deleted_folder_is_made_again_with_all_its_files(tmp_path):
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    manager, model = make_manager(out_dir), random_model()
+    assert not manager.save(make_checkpoint(model), model.args, best=False)
+    manager.flush()
+    shutil.rmtree(out_dir)
+    assert manager.save(make_checkpoint(model, iter_num=8), model.args, best=False)
+    manager.flush()
+    assert checkpoint_steps(out_dir) == {"best.pt": 8, "ckpt.pt": 8, "ckpt_000008.pt": 8}
+    assert (out_dir / "tokenizer.model").read_bytes() == b"x"
 
 
 def test_weights_with_nan_are_never_written(tmp_path):

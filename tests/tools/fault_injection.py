@@ -26,7 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints.latest import latest_path, load_latest, remove_checkpoint
+from checkpoints.latest import latest_path, load_latest, numbered_checkpoints
+from checkpoints.links import remove_checkpoint, same_checkpoint
 from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
 from tests.processes import ROOT
 from textdata.synthetic import story
@@ -179,16 +180,18 @@ def run_attempt(
     if newest.exists() and fault == "cut checkpoint":
         cut_checkpoint(newest, random.Random(delay))
     elif newest.exists() and fault == "deleted checkpoint":
-        remove_checkpoint(str(newest))
+        same = [p for p in numbered_checkpoints(str(out_dir)) if same_checkpoint(p, str(newest))]
+        for path in [*same, str(newest)]:
+            remove_checkpoint(path)
     return True, status
 
 
 def cut_checkpoint(path: Path, rng: random.Random) -> None:
-    """Cut a third of a checkpoint file, or of one file of a sharded checkpoint."""
+    """Cut a third of a checkpoint file, or of one file of a sharded checkpoint, in place.
+
+    The numbered checkpoint of the same step is a hard link and loses it, too."""
     part = rng.choice(sorted(path.iterdir())) if path.is_dir() else path
-    content = part.read_bytes()
-    part.unlink()  # an older checkpoint may be a link to the same file
-    part.write_bytes(content[: len(content) * 2 // 3])
+    os.truncate(part, part.stat().st_size * 2 // 3)
 
 
 def newest_step(out_dir: Path) -> int:

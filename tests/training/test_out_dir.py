@@ -1,7 +1,11 @@
 import functools
 import os
+import shutil
+
+import pytest
 
 from checkpoints.file import load_checkpoint, save_checkpoint
+from checkpoints.latest import read_step
 from checkpoints.sharded import write_single_rank
 from tests import helpers
 from tests.helpers import make_checkpoint
@@ -30,29 +34,65 @@ def test_best_checkpoint_as_fallback_becomes_the_latest(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "ckpt.pt", "ckpt_000005.pt"]
 
 
-def test_damaged_checkpoints_leave_one_file_for_inspection(tmp_path):
+def test_damaged_checkpoints_are_renamed_and_none_is_removed(tmp_path):
     for name, step in (("ckpt.pt", 10), ("ckpt_000010.pt", 10), ("ckpt_000005.pt", 5)):
         save_step(tmp_path / name, step)
     damaged = [str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt_000010.pt")]
     start = StartPoint(path=str(tmp_path / "ckpt_000005.pt"), damaged=damaged)
     adopt_checkpoint(str(tmp_path), start, step=5)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.damaged", "ckpt.pt", "ckpt_000005.pt"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "ckpt.damaged",
+        "ckpt.pt",
+        "ckpt_000005.pt",
+        "ckpt_000010.damaged",
+    ]
     assert load_checkpoint(str(tmp_path / "ckpt.pt"))["iter_num"] == 5
 
 
-def test_checkpoints_of_later_steps_move_to_an_archive(tmp_path, capsys):
-    """Someone copied an older checkpoint to ckpt.pt: the later steps run again."""
+@pytest.mark.parametrize("copy", [os.link, shutil.copy, shutil.move])
+def test_return_to_an_older_step_archives_later_checkpoints(copy, tmp_path, capsys):
+    """Someone made an older checkpoint ckpt.pt: the later steps run again."""
     for step in (5, 10, 15):
         save_step(tmp_path / f"ckpt_{step:06d}.pt", step)
-    os.link(tmp_path / "ckpt_000005.pt", tmp_path / "ckpt.pt")
+    save_step(tmp_path / "best.pt", 15)
+    (tmp_path / "model.bin").touch()
+    copy(tmp_path / "ckpt_000005.pt", tmp_path / "ckpt.pt")
     adopt_checkpoint(str(tmp_path), StartPoint(path=str(tmp_path / "ckpt.pt")), step=5)
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000005.pt", "previous1"]
-    assert sorted(os.listdir(tmp_path / "previous1")) == ["ckpt_000010.pt", "ckpt_000015.pt"]
+    archived = ["best.pt", "ckpt_000010.pt", "ckpt_000015.pt", "model.bin"]
+    assert sorted(os.listdir(tmp_path / "previous1")) == archived
     assert "moved 2 checkpoint(s) of steps after 5" in capsys.readouterr().out
 
 
+def test_best_checkpoint_written_just_before_a_kill_stays(tmp_path):
+    """best.pt is written before ckpt.pt: killed in between, it is of the later step."""
+    save_step(tmp_path / "best.pt", 10)
+    start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 5))
+    adopt_checkpoint(str(tmp_path), start, step=5)
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "ckpt.pt", "ckpt_000005.pt"]
+
+
+def test_damaged_latest_checkpoint_of_the_other_form_is_renamed(tmp_path):
+    (tmp_path / "ckpt.dcp").mkdir()
+    (tmp_path / "ckpt.dcp" / "run.pt").write_bytes(b"damaged")
+    start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 10))
+    adopt_checkpoint(str(tmp_path), start, step=10)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.damaged.dcp", "ckpt.pt", "ckpt_000010.pt"]
+
+
+def test_latest_folder_restored_from_a_killed_swap_is_relinked(tmp_path):
+    """ckpt.dcp of step 5 came back from .partial.old while the run resumed from step 10."""
+    for name, step in (("ckpt.dcp", 5), ("ckpt_000010.dcp", 10)):
+        file = load_checkpoint(save_step(tmp_path / "file.pt", step))
+        write_single_rank(file, str(tmp_path / name))
+    os.remove(tmp_path / "file.pt")
+    start = StartPoint(path=str(tmp_path / "ckpt_000010.dcp"))
+    adopt_checkpoint(str(tmp_path), start, step=10)
+    assert read_step(str(tmp_path / "ckpt.dcp")) == 10
+
+
 def test_older_latest_checkpoint_of_the_other_form_keeps_its_step(tmp_path):
-    """A run that goes on with FSDP, and then without, has a ckpt.dcp and a ckpt.pt."""
+    """A run that resumes with FSDP, and then without, has a ckpt.dcp and a ckpt.pt."""
     file = load_checkpoint(save_step(tmp_path / "file.pt", 5))
     write_single_rank(file, str(tmp_path / "ckpt.dcp"))
     os.remove(tmp_path / "file.pt")
