@@ -9,7 +9,8 @@
 A run writes to out_dir: ckpt.pt (the latest checkpoint), ckpt_000200.pt (of that step), best.pt
 (the lowest validation loss), model.bin and tokenizer.bin (the best model for llama2.c),
 metrics.jsonl and loss.png. Data order and dropout are functions of (seed, position in the data):
-a resumed run continues exactly where it stopped, on any number of processes.
+a resumed run continues where it stopped, bit for bit on a CPU, on any number of processes
+within rounding.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from training import monitor
 from training.compile import maybe_compile
 from training.evaluation import evaluate
 from training.inspect_step import inspect_step
-from training.interrupt import GracefulInterrupt, StepTimer
+from training.interrupt import GracefulInterrupt
 from training.out_dir import finish_saving, plot_loss, prepare_out_dir
 from training.parallel import gather_model, grad_sync, is_sharded
 from training.resume import (
@@ -54,10 +55,8 @@ from training.resume import (
 )
 from training.setup import build_run, save_state
 from training.state import TrainingRun
-
-POSITIVE = """eval_interval log_interval batch_size gradient_accumulation_steps max_iters"""
-NON_NEGATIVE = """eval_iters checkpoint_interval keep_checkpoints sample_interval warmup_iters
-learning_rate weight_decay grad_clip min_lr skip_spikes"""
+from training.step_timer import StepTimer
+from training.validation import range_errors
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class TrainConfig:
 
     def validate(self) -> Iterator[str]:
         """Yield a sentence for each invalid option."""
-        yield from self.validate_ranges()
+        yield from range_errors(self)
         if not 0 <= self.seed < 2**63:
             yield f"--seed={self.seed}: must be at least 0 and below 2**63"
         for name in ("out_dir", "init_from"):
@@ -152,23 +151,6 @@ class TrainConfig:
                 self.model_args()
         except ValueError as error:
             yield f"--{error}"
-
-    def validate_ranges(self) -> Iterator[str]:
-        """Yield a sentence for each number out of range."""
-        minimums = dict.fromkeys(POSITIVE.split(), 1)
-        minimums |= dict.fromkeys(NON_NEGATIVE.split(), 0)
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                yield f"--{name}={getattr(self, name):g}: must be {minimum} or more"
-        if self.debug_step is not None and self.debug_step < 0:
-            yield f"--debug_step={self.debug_step}: must be 0 or more"
-        if not 1 <= self.timeout <= 1e6:
-            yield f"--timeout={self.timeout:g}: must be 1 to 1e6 seconds"
-        if not 0 < self.wsd_cooldown <= 1:
-            yield f"--wsd_cooldown={self.wsd_cooldown:g}: must be above 0 and at most 1"
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"--{name}={getattr(self, name):g}: must be at least 0 and below 1"
 
     def model_args(self) -> ModelArgs:
         """The architecture. Raises ValueError for an impossible one."""
@@ -196,15 +178,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_start(config: TrainConfig, overrides: dict[str, str]) -> tuple[TrainConfig, StartPoint]:
-    """What --init_from names, and the options with what it determines."""
+    """The options, completed from what --init_from names, and that start point."""
     if config.init_from == "scratch":
         return config, StartPoint()
     if config.init_from not in ("resume", "auto"):
         start = open_pretrained(config, overrides)
-        assert start.pretrained is not None
+        assert start.pretrained is not None, "open_pretrained opens a model"
         return replace(config, **pretrained_options(start.pretrained.args, overrides)), start
     checkpoint = find_checkpoint(config)
-    if checkpoint is None:  # and --init_from=auto
+    if checkpoint is None:  # only with --init_from=auto
         return replace(config, init_from="scratch"), StartPoint()
     saved = saved_options(config, overrides, checkpoint)
     config = restore_options(replace(config, init_from="resume"), saved, checkpoint.path)
@@ -216,12 +198,12 @@ def run_training(
     config: TrainConfig, start: StartPoint, dist_ctx: DistContext, device: str
 ) -> None:
     """Build the run and train it; or inspect one step of it."""
-    writes = dist_ctx.is_main and not config.eval_only and config.debug_step is None
-    with run_lock(config.out_dir) if writes else contextlib.nullcontext():
+    is_writer = dist_ctx.is_main and not config.eval_only and config.debug_step is None
+    with run_lock(config.out_dir) if is_writer else contextlib.nullcontext():
         run = build_run(config, start, dist_ctx, device)
         if config.debug_step is not None:
             return inspect_step(run, config.debug_step)
-        if writes:
+        if is_writer:
             prepare_out_dir(run, start)
         run.log(
             f"{run.model.num_parameters():,} parameters; {config.sequences_per_step} sequences of "
@@ -239,16 +221,18 @@ def train(run: TrainingRun) -> None:
     interrupt = GracefulInterrupt()
     if run.device.startswith("mps"):
         monitor.check_against_cpu(run)
+    # forward: for evaluations; model: also averages gradients; run.model: owns the parameters
     forward = model = maybe_compile(run)
     if run.dist_ctx.size > 1 and not is_sharded(run.model):
         model = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    offsets = remaining_batch_offsets(run)
+    positions = remaining_positions(run)
     batches = prefetch(
-        training_batches(run.train_dataset, config.seed, config.batch_size, offsets), run.device
+        training_batches(run.train_dataset, config.seed, config.batch_size, positions), run.device
     )
     timer = StepTimer()
-    hide_bar = None if run.dist_ctx.is_main else True  # None: hidden where there is no terminal
-    with tqdm(total=config.max_iters, initial=state.iter_num, disable=hide_bar, unit="step") as bar:
+    # disable=None: tqdm hides the bar where standard error is no terminal
+    disable = None if run.dist_ctx.is_main else True
+    with tqdm(total=config.max_iters, initial=state.iter_num, disable=disable, unit="step") as bar:
         while True:
             at_end = state.iter_num >= config.max_iters
             if at_end or config.eval_only or state.iter_num % config.eval_interval == 0:
@@ -266,7 +250,8 @@ def train(run: TrainingRun) -> None:
             stop = run.dist_ctx.any_rank(interrupt.requested)
             is_due = config.checkpoint_interval and state.iter_num % config.checkpoint_interval == 0
             if stop or is_due:
-                monitor.check_finite(run, state.iter_num - 1, loss.item(), grad_norm.item())
+                last_step = state.iter_num - 1
+                monitor.check_finite(run, last_step, loss.item(), grad_norm.item())
                 save_state(run)
                 timer.restart()
             for message in run.checkpoints.poll():
@@ -290,8 +275,8 @@ def training_step(
     step_loss = torch.zeros((), device=run.device)
     for micro_step in range(num_micro_steps):
         inputs, targets = next(batches)  # each (batch_size, max_seq_len)
-        offset = micro_batch_offset(run, state.position, micro_step)
-        torch.manual_seed(dropout_seed(config.seed, offset))
+        position = micro_batch_position(run, state.position, micro_step)
+        torch.manual_seed(dropout_seed(config.seed, position))
         with grad_sync(model, enabled=micro_step == num_micro_steps - 1):
             with autocast(run.device, run.dtype):
                 _, loss = model(inputs, targets)
@@ -309,20 +294,20 @@ def training_step(
     return step_loss, grad_norm
 
 
-def micro_batch_offset(run: TrainingRun, step_position: int, micro_step: int) -> int:
+def micro_batch_position(run: TrainingRun, step_position: int, micro_step: int) -> int:
     """The position of this process's micro-batch in the run's order of sequences."""
     micro_batch = micro_step * run.dist_ctx.size + run.dist_ctx.rank
     return step_position + micro_batch * run.config.batch_size
 
 
-def remaining_batch_offsets(run: TrainingRun) -> Iterator[int]:
+def remaining_positions(run: TrainingRun) -> Iterator[int]:
     """The positions of all micro-batches that this process has still to read."""
     config = run.config
     first = run.state.position  # read now: a thread consumes this iterator while training advances
     num_steps = config.max_iters - run.state.iter_num
     num_micro_steps = config.gradient_accumulation_steps // run.dist_ctx.size
     return (
-        micro_batch_offset(run, first + step * config.sequences_per_step, micro_step)
+        micro_batch_position(run, first + step * config.sequences_per_step, micro_step)
         for step in range(num_steps)
         for micro_step in range(num_micro_steps)
     )

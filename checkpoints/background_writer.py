@@ -89,7 +89,8 @@ class BackgroundWriter:
             self._start()
             self.wait_or_raise()
         if self.failure:
-            reason, paths = describe_error(self.failure), ", ".join(self.pending)
+            reason = describe_error(self.failure)
+            paths = ", ".join(self.pending)
             raise ValueError(f"{reason}; not written: {paths}") from self.failure
 
 

@@ -1,7 +1,8 @@
 """
 Model formats: one module per format; registry.py lists the modules.
 
-To add a format, write a module with the following names and append it to registry.FORMATS:
+To add a format, write a module with the following names and list it in registry.FORMATS before
+llama2c, which comes last because the first version of model.bin has no magic number:
 
     DTYPES                              values of --format that the module writes, each with the
                                         values of --dtype that it supports
@@ -14,5 +15,5 @@ To add a format, write a module with the following names and append it to regist
                                         in memory; target is a key of DTYPES
 
 registry.Format is this interface as a typing.Protocol. Reader and writer of a module use the same
-ordered table of tensor names.
+ordered table of tensor names. CONTRIBUTING.md lists all steps.
 """

@@ -10,6 +10,7 @@ the tests do not run:
 The scripts and options of all commands, in blocks and in running text, must exist.
 """
 
+import builtins
 import contextlib
 import functools
 import importlib
@@ -30,13 +31,15 @@ from torch.distributed.run import get_args_parser
 
 from tests.helpers import VOCAB_SIZE, write_tinystories_shard
 from tests.processes import ROOT, Result, run_in_process
+from tests.source_files import CODE, FILES, read
+from tests.test_layout import SCRIPTS, UNRESTRICTED, imports_in, layer_of
 
 DOCS = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *DOCS)
 FENCE = re.compile(r"```(\w*)$")
 MARK = re.compile(r"<!-- not run by the tests: \S.* -->$")
 LANGUAGES = {"sh", "python", "mermaid"}
-FILE_COMMANDS = {"mkdir", "cp"}  # run as they are
+FILE_COMMANDS = {"mkdir", "cp", "ln"}  # run as they are
 
 # Options added to a command, so that it runs within a second.
 TINY_TRAIN = (
@@ -454,15 +457,72 @@ def test_files_named_in_running_text_exist(document):
             assert (ROOT / code).exists() or "NAME" in code, code
 
 
+def defines(text: str, name: str) -> bool:
+    """Whether a Python file defines a function, class, constant or attribute of this name."""
+    last = re.escape(name.split(".")[-1])
+    pattern = rf"^\s*(def|class) {last}\b|^\s*(self\.)?{last}(: [^=]+)? = |^    {last}: "
+    return bool(re.search(pattern, text, re.M))
+
+
 def test_names_in_the_table_of_where_things_are_exist():
     """Rows such as | the training loop | `train.py`: `train` and `training_step` |."""
-    rows = re.findall(r"^\|.*\| `(\w[\w/]*\.py)`: (.*) \|$", read_document("README.md"), re.M)
+    rows = re.findall(r"^\|[^|]*\| (`\w[\w/]*\.py`: .*) \|$", read_document("README.md"), re.M)
     assert rows
-    for path, names in rows:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        for name in re.findall(r"`([\w.]+)`", names):
-            last = name.split(".")[-1]
-            assert re.search(rf"^\s*(def|class) {last}\b", text, re.M), f"{path}: {name}"
+    for row in rows:
+        path = ""
+        for code in re.findall(r"`([\w./]+)`", row):
+            if code.endswith(".py"):
+                path = code
+            else:
+                assert defines((ROOT / path).read_text(encoding="utf-8"), code), f"{path}: {code}"
+
+
+@pytest.mark.parametrize(
+    "name, exists",
+    [("TABLE", True), ("Model.size", True), ("run", True), ("field", True), ("missing", False)],
+)
+def test_definitions_are_found(name, exists):
+    text = "TABLE: dict = {}\nclass Model:\n    field: int\n    def run(self):\n"
+    text += "        self.size = 1\n"
+    assert defines(text, name) is exists
+
+
+def test_names_in_contributing_exist():
+    """Constants, classes, and functions with an underscore, with or without arguments."""
+    text = "\n".join(read(path) for path in FILES)
+    is_name = re.compile(r"(?!NAME\b)([A-Z]\w*(\.\w+)?|_?[a-z]+_\w+)(\([\w, ]*\))?")
+    codes = set(filter(is_name.fullmatch, inline_code(read_document("CONTRIBUTING.md"))))
+    assert {"FORMAT_BY_SUFFIX", "SamplingParams.truncation", "sample_next"} <= codes
+    names = {code.partition("(")[0] for code in codes if not hasattr(builtins, code)}
+    assert not [name for name in names if not defines(text, name)]
+
+
+def test_the_diagram_of_imports_is_true():
+    """Every arrow is an import, and every import is an arrow or a path of several."""
+    diagram = next(block.text for block in BLOCKS if block.language == "mermaid")
+    arrows = set(re.findall(r"^ +(\w+)[^-\n]* --> (\w+)", diagram, re.M))
+    drawn, imported = follow_arrows(arrows), imports_between_folders()
+    assert arrows <= imported
+    assert imported <= drawn
+
+
+def imports_between_folders() -> set[tuple[str, str]]:
+    """The pairs (importer, imported) of folders and files at the root; scripts are one node."""
+    names = {path: "scripts" if layer_of(path) in SCRIPTS else layer_of(path) for path in CODE}
+    pairs = {
+        (name, import_.module.split(".")[0])
+        for path, name in names.items()
+        if name not in UNRESTRICTED
+        for import_ in imports_in(path, read(path))
+    }
+    return {(a, b) for a, b in pairs if a != b and b in names.values()}
+
+
+def follow_arrows(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The arrows, and one for each path along them."""
+    while longer := {(a, d) for a, b in arrows for c, d in arrows if b == c} - arrows:
+        arrows = arrows | longer
+    return arrows
 
 
 def test_the_messages_in_the_table_of_troubleshooting_exist():

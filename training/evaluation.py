@@ -48,7 +48,9 @@ def evaluate(model: torch.nn.Module, dataset: TokenDataset, settings: EvalSettin
     dist_ctx = settings.dist_ctx
     was_training = model.training
     model.eval()
-    nats, num_tokens, num_bytes = 0.0, 0, 0
+    nats = 0.0
+    num_tokens = 0
+    num_bytes = 0
     batches = evaluation_batches(
         dataset, settings.batch_size, settings.num_batches, dist_ctx.rank, dist_ctx.size
     )

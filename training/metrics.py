@@ -9,9 +9,9 @@ import sys
 import time
 from typing import BinaryIO
 
-from checkpoints.background_writer import RETRY_SECONDS
 from runtime.atomic_files import AtomicFile, write_atomically
 
+RETRY_SECONDS = 30.0  # between attempts to rewrite the file
 CURVES = (  # record key, label and line style of each curve in the plot
     ("loss", "training batch", {"linewidth": 0.8, "alpha": 0.5}),
     ("train_loss", "training, fixed windows", {"marker": "."}),

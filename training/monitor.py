@@ -1,4 +1,4 @@
-"""Watches a run for loss spikes, gradient spikes, and NaN or Inf values."""
+"""Watches a run for loss spikes, gradient spikes, NaN or Inf values, and wrong devices."""
 
 import copy
 import math
@@ -7,6 +7,7 @@ import statistics
 import torch
 
 from textdata.loader import evaluation_batches
+from training.parallel import is_sharded
 from training.state import TrainingRun
 
 MIN_HISTORY = 20  # gradient norms or losses before a median is meaningful
@@ -48,8 +49,8 @@ def log_spikes(run: TrainingRun, **figures: float) -> None:
         recent = [r[name] for r in run.metrics.records[-MAX_HISTORY:] if r.get(name)]
         median = recent_median(recent)
         if value > SPIKE_FACTOR * median:
-            step, factor = run.state.iter_num, value / median
-            run.log(f"step {step}: {name} {value:.4g} is {factor:.0f} times the recent median")
+            factor = f"{value / median:.0f} times the recent median"
+            run.log(f"step {run.state.iter_num}: {name} {value:.4g} is {factor}")
 
 
 def record_first_nonfinite(run: TrainingRun, grad_norm: torch.Tensor) -> None:
@@ -73,11 +74,8 @@ def check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) -> 
     first_step = int(run.first_nonfinite_step)
     if not run.scaler.is_enabled() and 0 <= first_step < step:
         step = first_step  # the loss is read at log_interval only
-    saved_step = run.checkpoints.last_saved_step
-    saved = f"{run.path('ckpt.pt')} of step {saved_step} is intact"
-    if saved_step is None:
-        saved = "nothing is saved yet"
     config = run.config
+    saved = describe_saved(run)
     sequence = run.state.position + (step - run.state.iter_num) * config.sequences_per_step
     raise ValueError(
         f"step {step}, which reads from sequence {sequence} on: the loss is {loss} and the "
@@ -85,6 +83,17 @@ def check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) -> 
         f"python train.py --init_from=auto --out_dir={config.out_dir} --debug_step={step} shows "
         "that batch, with your other options"
     )
+
+
+def describe_saved(run: TrainingRun) -> str:
+    """Which checkpoint is intact. Only the main process of a run knows."""
+    step = run.checkpoints.last_saved_step
+    if not run.dist_ctx.is_main:
+        return "rank 0 says which checkpoint is intact"
+    if step is None:
+        return "nothing is saved yet"
+    latest = "ckpt.dcp" if is_sharded(run.model) else "ckpt.pt"
+    return f"{run.path(latest)} of step {step} is intact"
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -141,7 +141,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
-def best_exporter(out_dir: str, args: ModelArgs) -> Any:
+def best_exporter(
+    out_dir: str, args: ModelArgs
+) -> Callable[[ModelArgs, dict[str, torch.Tensor]], None] | None:
     """A function (args, state dict) that writes model.bin; None where it cannot hold the model."""
     if llama2c.unsupported_reason(args):
         return None
@@ -177,9 +179,11 @@ def check_start_tokenizer(
 ) -> None:
     """Raise ValueError where the data's tokenizer is not that of the weights to start with."""
     if start.checkpoint:
-        expected, path = start.checkpoint.get("tokenizer_hash"), start.path
+        path = start.path
+        expected = start.checkpoint.get("tokenizer_hash")
     elif start.pretrained:
-        expected, path = pretrained_tokenizer_hash(start.pretrained), start.pretrained.path
+        path = start.pretrained.path
+        expected = pretrained_tokenizer_hash(start.pretrained)
         if expected is None and is_main:
             print(f"note: the tokenizer of {path} is not known; is it that of {config.data_dir}?")
     else:

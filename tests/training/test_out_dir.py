@@ -1,16 +1,27 @@
 import functools
+import json
 import os
 import shutil
+import types
 
 import pytest
 
 from checkpoints.file import load_checkpoint, save_checkpoint
 from checkpoints.latest import read_step
+from checkpoints.manager import CheckpointManager
 from checkpoints.sharded import write_single_rank
+from runtime.distributed import DistContext
 from tests import helpers
 from tests.helpers import make_checkpoint
-from training.out_dir import adopt_checkpoint, archive_previous_run, remove_partial_files
+from training.metrics import MetricsLogger
+from training.out_dir import (
+    adopt_checkpoint,
+    archive_previous_run,
+    prepare_out_dir,
+    remove_partial_files,
+)
 from training.resume import StartPoint
+from training.state import TrainState
 
 random_model = functools.partial(helpers.random_model, helpers.CHECKPOINT_MODEL, None)
 
@@ -116,3 +127,39 @@ def test_partial_files_of_a_killed_run_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_partial_files(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "mine.partial"]
+
+
+def fake_run(out_dir, init_from: str, step: int = 0) -> types.SimpleNamespace:
+    """What prepare_out_dir uses of a run."""
+    manager = CheckpointManager(str(out_dir), 1, DistContext(), {"tokenizer.model": b"x"})
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(out_dir=str(out_dir), init_from=init_from, wandb_log=False),
+        state=TrainState(iter_num=step),
+        model=random_model(),
+        metrics=MetricsLogger(str(out_dir)),
+        checkpoints=manager,
+        path=lambda name: os.path.join(out_dir, name),
+    )
+
+
+def test_new_run_archives_what_a_killed_replacement_left(tmp_path):
+    """The old ckpt.dcp came back from .partial.old into the folder of the new run."""
+    file = load_checkpoint(save_step(tmp_path / "file.pt", 5))
+    write_single_rank(file, str(tmp_path / "ckpt.dcp.12.partial.old"))
+    os.remove(tmp_path / "file.pt")
+    save_step(tmp_path / "ckpt_000005.pt.12.partial", 5)
+    prepare_out_dir(fake_run(tmp_path, "scratch"), StartPoint())
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "previous1", "tokenizer.model"]
+    assert os.listdir(tmp_path / "previous1") == ["ckpt.dcp"]
+
+
+def test_resumed_run_finds_a_complete_folder(tmp_path):
+    records = [{"iter": step, "loss": 1.0} for step in range(8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "model.bin.12.partial").touch()
+    start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 5))
+    run = fake_run(tmp_path, "resume", step=5)
+    prepare_out_dir(run, start)
+    names = ["ckpt.pt", "ckpt_000005.pt", "metrics.jsonl", "tokenizer.model"]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert [record["iter"] for record in run.metrics.records] == [0, 1, 2, 3, 4]

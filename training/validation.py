@@ -1,0 +1,41 @@
+"""The ranges of train.py's options."""
+
+from collections.abc import Iterator
+from typing import Any
+
+AT_LEAST_1 = (
+    "eval_interval",
+    "log_interval",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_iters",
+)
+AT_LEAST_0 = (
+    "eval_iters",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "sample_interval",
+    "warmup_iters",
+    "learning_rate",
+    "weight_decay",
+    "grad_clip",
+    "min_lr",
+    "skip_spikes",
+)
+
+
+def range_errors(config: Any) -> Iterator[str]:
+    """Yield a sentence for each number out of range. config: train.py's TrainConfig."""
+    for minimum, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
+        for name in names:
+            if getattr(config, name) < minimum:
+                yield f"--{name}={getattr(config, name):g}: must be {minimum} or more"
+    if config.debug_step is not None and config.debug_step < 0:
+        yield f"--debug_step={config.debug_step}: must be 0 or more"
+    if not 1 <= config.timeout <= 1e6:
+        yield f"--timeout={config.timeout:g}: must be 1 to 1e6 seconds"
+    if not 0 < config.wsd_cooldown <= 1:
+        yield f"--wsd_cooldown={config.wsd_cooldown:g}: must be above 0 and at most 1"
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            yield f"--{name}={getattr(config, name):g}: must be at least 0 and below 1"
