@@ -132,8 +132,10 @@ class VariantProcesses:
     """The processes of one variant, which wait for their turn. Raises ValueError if one fails."""
 
     def __init__(self, variant: Variant) -> None:
-        self.variant, self.steps = variant, 1
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        self.variant = variant
+        self.steps = 1  # of the next turn
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
         self.pipes: list[Connection] = []
         for rank in range(variant.processes):
             pipe, worker_pipe = context.Pipe()
