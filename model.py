@@ -131,7 +131,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize the last dimension of x (..., dim); the shape and dtype stay."""
+        """Map x (..., dim) to (..., dim), normalized over the last dimension."""
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
@@ -347,7 +347,7 @@ class Transformer(nn.Module):
         Args:
             cache: keys and values of the positions before start_pos; those of tokens are added.
             start_pos: position of the first token: one int, or a tensor (B,) with one per row.
-            kv_len: 1 + the longest row's last position; ignored unless start_pos is a tensor.
+            kv_len: 1 + the last position in all rows. Ignored for an int start_pos, else required.
             batch_idx: rows (B,) of the cache; ignored if start_pos is a tensor. None: the first B.
             exact_kv_len: False if kv_len is only an upper bound; later keys are then masked."""
         length = tokens.shape[1]

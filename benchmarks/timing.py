@@ -71,7 +71,8 @@ def worker_main(pipe: Connection, variant: Variant, rank: int, port: int) -> Non
     sys.stdout = sys.stderr  # standard output is for the tables
     if variant.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(port)
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
         os.environ["WORLD_SIZE"] = str(variant.processes)
     try:

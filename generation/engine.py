@@ -107,7 +107,7 @@ class InferenceEngine:
             sequence.num_generated = 0
             sequence.finish = ""
             sequence.truncate_cache()
-        # If rows were not cleared, the sequences still have theirs, and none waits.
+        # Sequences that continue from the previous call are in their rows already.
         return deque() if self.rows else deque(sequences)
 
     def ensure_capacity(self, length: int) -> None:
@@ -289,9 +289,9 @@ class InferenceEngine:
 
     def draft_tokens(self, draft: DraftModel, inputs: StepInputs) -> torch.Tensor:
         """The last token of each row and the draft's tokens after it: (B, 1 + num_tokens)."""
-        # seeds[:, i] is for the token after tokens[:, i]; the draft does not need the last. Example:
-        # at length 3 the step reads tokens[:, 2] with seeds[:, 2:-1]. If it returns 2 tokens, the
-        # second has seeds[:, 3].
+        # seeds[:, i] is for the token after tokens[:, i]; the draft does not need the last.
+        # Example: at length 3 the step reads tokens[:, 2] with seeds[:, 2:-1]. If it returns 2
+        # tokens, the second has seeds[:, 3].
         tokens = inputs.tokens  # (B, 1)
         while (length := tokens.shape[1]) <= draft.num_tokens:
             # Copies, because a compiled loop requires the strides of a contiguous tensor, and
