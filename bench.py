@@ -190,7 +190,8 @@ def run_cost(config: CostBench) -> None:
 
 def run_save(config: SaveBench) -> None:
     """bench.py save: one table."""
-    device, interval = pick_device(config.device), config.checkpoint_interval
+    device = pick_device(config.device)
+    interval = config.checkpoint_interval
     options = preset_options(config.preset, device, batch_size=0)
     with contextlib.redirect_stdout(sys.stderr):
         rates = measure_saving(options, device, interval, config.rounds)

@@ -109,7 +109,9 @@ def configure(
         raise SystemExit(0)
     field_types = get_type_hints(config_class)
     fields = {name.removesuffix("_"): name for name in field_types}  # from_: a Python keyword
-    values, overrides, problems = {}, {}, []
+    values: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
+    problems: list[str] = []
     for item in read_arguments(argv, positional):
         if isinstance(item, str):
             problems.append(item)
@@ -241,7 +243,8 @@ def field_comments(config_class: type) -> dict[str, FieldComment]:
     ]
     class_def = ast.parse(source).body[0]
     assert isinstance(class_def, ast.ClassDef)
-    result, previous_end = {}, class_def.lineno
+    result: dict[str, FieldComment] = {}
+    previous_end = class_def.lineno
     for statement in class_def.body:
         start, end = statement.lineno, statement.end_lineno or statement.lineno
         above = [text for line, text in comments if previous_end < line < start]
@@ -265,7 +268,8 @@ def split_comment(lines: list[str]) -> tuple[list[str], list[str]]:
 
 def read_arguments(argv: list[str], positional: tuple[str, ...]) -> Iterator[Assignment | str]:
     """Yield every assignment in argv, in order, and a message (str) for every problem."""
-    arguments, fields = list(argv), list(positional)
+    arguments = list(argv)
+    fields = list(positional)
     while arguments:
         argument = arguments.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")

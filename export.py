@@ -42,7 +42,7 @@ class ExportConfig:
 
     # I/O
     output: str = ""  # the file or folder to write; also the first positional argument
-    # a model in any format; None: the newest checkpoint in out
+    # a model in any format; None: the latest checkpoint in out
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     # auto: by the suffix of output; .pt: ckpt, .bin: v0, .gguf: gguf, none: hf
     format: Literal["auto", "ckpt", "v0", "v1", "v2", "hf", "meta", "gguf"] = "auto"

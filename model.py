@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ops.attention import causal_attention, single_query_attention
 from ops.cross_entropy import linear_cross_entropy
 from ops.fused_linear import fused_linear
-from ops.kv_cache import ForwardContext, KVCache
+from ops.kv_cache import ForwardContext, KVCache, attention_mask
 from ops.rope import RopeScaling, apply_rope, precompute_rope_cache
 
 # Up to this sequence length, blockwise attention is faster than PyTorch's fused kernel on a CPU.
-# Longer sequences gain little, and the saved attention weights need much memory.
+# Blockwise attention saves its weights for the backward pass, which takes much memory.
 BLOCKWISE_ATTENTION_MAX_LEN = 1024
 MAX_DIM = 2**31  # a file that claims a larger size is damaged
 MAX_POSITIONS = 2**20
@@ -82,10 +82,12 @@ class ModelArgs:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
+        """The effective number of key-value heads; n_kv_heads is the option."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
@@ -128,14 +130,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (..., dim) to (..., dim), normalized over the last dimension."""
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary embeddings; grouped-query if n_kv_heads is set."""
+    """Causal multi-head attention with rotary embeddings; grouped-query if n_kv_heads < n_heads."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
@@ -149,26 +152,25 @@ class Attention(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x, self.wq, self.wk, self.wv)
-        )
+        """Map x (B, T, C) to (B, T, C). Updates context.cache, if there is one."""
+        projections = fused_linear(x, self.wq, self.wk, self.wv)
+        q, k, v = (projection.unflatten(-1, (-1, self.head_dim)) for projection in projections)
         # q (B, T, n_heads, head_dim), k and v (B, T, n_kv_heads, head_dim)
-        scale = self.head_dim**-0.5  # of the attention scores
+        scale = self.head_dim**-0.5  # scale q instead of the scores: fewer multiplications
         q = apply_rope(q, context.cos * scale, context.sin * scale)
         k = apply_rope(k, context.cos, context.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if context.cache is not None:
             k, v = context.update_kv_cache(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        y = self.sdpa(q, k, v, context.mask)  # (B, n_heads, T, head_dim)
+        y = self.dot_product_attention(q, k, v, context.mask)  # (B, n_heads, T, head_dim)
         y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
-    def sdpa(
+    def dot_product_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attention by the fastest kernel, without scaling the scores. q and the result are (B,
-        n_heads, T, head_dim), k and v (B, n_kv_heads, S, head_dim). mask, (T, S) or (B, 1, T, S),
-        is True where a query sees a key; None: causal."""
+        """Attention by the fastest kernel; the scores are not scaled. q and the result are (B,
+        n_heads, T, head_dim), k and v (B, n_kv_heads, S, head_dim). mask: see ForwardContext."""
         dropout = self.dropout if self.training else 0.0
         length, kv_len = q.shape[2], k.shape[2]
         if length == 1:  # the queries of a group become rows of one product: no copies of k and v
@@ -183,7 +185,9 @@ class Attention(nn.Module):
         use_blocks = q.device.type == "cpu" and length == kv_len <= BLOCKWISE_ATTENTION_MAX_LEN
         if use_blocks and mask is None:
             return causal_attention(q, k, v, dropout)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=1.0)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0
+        )
 
 
 class FeedForward(nn.Module):
@@ -197,6 +201,7 @@ class FeedForward(nn.Module):
         self.dropout = args.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (B, T, C) to (B, T, C), each position by itself."""
         gate, up = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
         y = self.w2(F.silu(gate) * up)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
@@ -213,6 +218,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Map the residual stream x (B, T, C) to (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), context)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -222,13 +228,13 @@ def init_matrix(name: str, matrix: torch.Tensor, args: ModelArgs) -> None:
     square root of the number of additions, to keep its variance constant (GPT-2, section 2.3)."""
     into_residual = name.endswith(("wo.weight", "w2.weight"))
     std = 0.02 / math.sqrt(2 * args.n_layers) if into_residual else 0.02
-    if not matrix.is_meta:
+    if not matrix.is_meta:  # see Transformer.on_meta
         nn.init.normal_(matrix, mean=0.0, std=std)
 
 
 def iter_initial_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the names and weights of a new Transformer(args), bit for bit, one tensor at a time."""
-    # PyTorch's constructors advance the random generator before init_weights does.
+    # Discarded: their constructors draw the random numbers that Transformer(args) draws first.
     nn.Embedding(args.vocab_size, args.dim)
     for layer in range(args.n_layers):
         TransformerBlock(args, layer)
@@ -241,14 +247,14 @@ def iter_initial_weights(args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def new_embedding(rows: int, dim: int) -> nn.Embedding:
-    """nn.Embedding(rows, dim), without drawing random numbers on the meta device."""
+    """nn.Embedding(rows, dim); no random draws on the meta device, see Transformer.on_meta."""
     if torch.get_default_device().type == "meta":
         return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
     return nn.Embedding(rows, dim)
 
 
 class Transformer(nn.Module):
-    """The whole model. Parameters have the names and the order of llama2.c's checkpoints."""
+    """Embedding, n_layers blocks, norm, LM head. The parameters have llama2.c's names and order."""
 
     rope_cos: torch.Tensor  # (max_seq_len, head_dim/2)
     rope_sin: torch.Tensor
@@ -267,14 +273,14 @@ class Transformer(nn.Module):
     @classmethod
     def on_meta(cls, args: ModelArgs) -> "Transformer":
         """A model on PyTorch's meta device: shapes without memory. See materialize."""
-        # Random draws and arithmetic on the meta device import the compiler, which takes a second.
+        # Normal draws and arithmetic there would import the compiler, which takes a second.
         with torch.device("meta"):
             return cls(args)
 
     @classmethod
     def uninitialized(cls, args: ModelArgs) -> "Transformer":
         """A model on the CPU with undefined weights, to load weights into."""
-        model = cls.on_meta(args)  # materialize would import the compiler
+        model = cls.on_meta(args)  # without materialize, which imports sympy
         weights = {name: torch.empty(shape) for name, shape in parameter_shapes(args)}
         if args.tie_embeddings:
             weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -319,8 +325,8 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Map tokens (B, T) to (logits (B, T, V), None), or to (None, loss) with targets (B, T).
 
-        loss is the mean cross-entropy in nats over the targets other than -1. It never holds all
-        logits. cache, start_pos and the ValueError are those of forward_hidden."""
+        loss is the mean cross-entropy in nats over the targets other than -1. The logits are
+        computed in chunks. For cache, start_pos and errors see forward_hidden."""
         x = self.forward_hidden(tokens, cache, start_pos)  # (B, T, C)
         if targets is None:
             return self.output(x), None
@@ -341,9 +347,9 @@ class Transformer(nn.Module):
         Args:
             cache: keys and values of the positions before start_pos; those of tokens are added.
             start_pos: position of the first token: one int, or a tensor (B,) with one per row.
-            kv_len: 1 + the last position of the longest row. Required if start_pos is a tensor.
-            batch_idx: rows (B,) of the cache, if start_pos is an int. None: the first B rows.
-            exact_kv_len: False if kv_len may be larger than described above."""
+            kv_len: 1 + the last position in all rows. Ignored for an int start_pos, else required.
+            batch_idx: rows (B,) of the cache; ignored if start_pos is a tensor. None: the first B.
+            exact_kv_len: False if kv_len is only an upper bound; later keys are then masked."""
         length = tokens.shape[1]
         positions: slice | torch.Tensor
         if isinstance(start_pos, int):
@@ -354,13 +360,7 @@ class Transformer(nn.Module):
             positions = start_pos[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
         if kv_len > self.args.max_seq_len:
             raise ValueError(f"{kv_len} positions exceed max_seq_len={self.args.max_seq_len}")
-        mask = None
-        if isinstance(positions, slice):
-            if 1 < length < kv_len:  # (T, S), causal from the last position on
-                mask = torch.ones(length, kv_len, dtype=torch.bool, device=tokens.device)
-                mask = mask.tril(kv_len - length)
-        elif tokens.numel() > 1 or not exact_kv_len:  # (B, 1, T, S)
-            mask = torch.arange(kv_len, device=tokens.device) <= positions[:, None, :, None]
+        mask = attention_mask(positions, kv_len, tokens.device, exact_kv_len)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # ([B,] T, head_dim/2)
         context = ForwardContext(cos, sin, cache, start_pos, kv_len, batch_idx, mask)
         x = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)  # (B, T, C)

@@ -42,7 +42,7 @@ class SampleConfig:
     """Print completions of a prompt as they are generated."""
 
     # I/O
-    init_from: str = "resume"  # resume: the newest checkpoint in OUT_DIR; or a model in any format
+    init_from: str = "resume"  # resume: the latest checkpoint in OUT_DIR; or a model in any format
     out_dir: str = "out"  # folder that resume looks in
     # tokenizer.model or tokenizer.bin; if empty, the one in the model or in its folder
     tokenizer: str = ""
@@ -65,7 +65,8 @@ class SampleConfig:
     top_p: float = 1.0  # sample among the most probable tokens with this total probability
     min_p: float = 0.0  # minimum probability of a token, relative to the most probable one
     repetition_penalty: float = 1.0  # above 1: earlier tokens become less probable
-    num_beams: int = 1  # beam width; above 1: beam search instead of sampling
+    # beam width; above 1: beam search, which ignores temperature, top_k, top_p, min_p and seed
+    num_beams: int = 1
     length_penalty: float = 1.0  # beam search ranks by log-probability / length**length_penalty
     seed: int = 1337  # the same seed gives the same samples
     # system
@@ -332,7 +333,8 @@ def print_events(chunks: Iterable[TextChunk]) -> None:
 
 def interactive_loop(prompt: str, session: GenerationSession) -> None:
     """Continue a text in turns with the user. The KV cache is kept from turn to turn."""
-    config, tokenizer = session.config, session.tokenizer
+    config = session.config
+    tokenizer = session.tokenizer
     print(
         "Type how the text continues; an empty line lets the model continue, Ctrl-D ends.",
         file=sys.stderr,
@@ -340,8 +342,8 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
     # At least one token per turn: the user asked the model to continue.
     min_new_tokens = max(1, config.min_new_tokens)
     params = SamplingParams(**config.sampling_options | {"min_new_tokens": min_new_tokens})
-    stop_ids, banned_strings = tokenizer.stop_ids, session.banned_strings
-    engine = InferenceEngine(session.prepared, params, 1, stop_ids, banned_strings)
+    banned = session.banned_strings
+    engine = InferenceEngine(session.prepared, params, 1, tokenizer.stop_ids, banned)
     stream = TextStream(tokenizer, prompt, stop_strings=session.stop_strings)
     print(stream.prompt_text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
@@ -361,7 +363,7 @@ def stdin_lines() -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Generate text or score it, with the options in argv (None: the command line)."""
     config, overrides = configure(SampleConfig, argv)
     if sys.stdout is None:
         raise ValueError("standard output is closed")

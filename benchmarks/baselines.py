@@ -229,10 +229,14 @@ def llama_cpp_decoding(path: str, threads: int, context: int, length: int) -> Ca
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, -1
+    params.model.path = path
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.verbosity = -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    session, seeds = requests.Session(), itertools.count()
+    seeds = itertools.count()
+    session = requests.Session()
     session.trust_env = False  # no proxy
 
     def step() -> int:

@@ -68,7 +68,9 @@ def measure_pretokenizing(config: DataBench) -> list[dict]:
         with open(tokenizer_path, "wb") as file:
             file.write(train_sentencepiece(limit_chars(texts, SAMPLE_CHARS), config.vocab_size))
         write_shard(shard, texts, config.megabytes * 10**6)
-        single, batched, runs = [], [], []
+        single: list[float] = []
+        batched: list[float] = []
+        runs: list[Pretokenization] = []
         for number in range(config.rounds):
             data_dir = os.path.join(folder, f"round{number}")
             runs.append(run_pretokenize(shard, tokenizer_path, data_dir, config.vocab_size))
@@ -138,14 +140,15 @@ def run_pretokenize(
     command = [sys.executable, "tinystories.py", "pretokenize", f"--input={shard}"]
     command += [f"--tokenizer={tokenizer_path}", f"--data_dir={data_dir}"]
     command.append(f"--vocab_size={vocab_size}")
-    started, peak = time.perf_counter(), 0
+    peak = 0
+    started = time.perf_counter()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         while process.poll() is None:
             peak = max(peak, largest_resident_size(process.pid))
             time.sleep(POLL_INTERVAL)
-        assert process.stdout is not None
+        assert process.stdout is not None, "stdout is a pipe"
         if process.returncode:
             raise ValueError(f"pretokenize failed: {process.stdout.read().decode().strip()}")
     seconds = time.perf_counter() - started

@@ -20,8 +20,8 @@ import torch
 from benchmarks import baselines
 from benchmarks.records import path_problems
 from benchmarks.timing import Measurement, Variant, measure, timing_problems
-from export import write_model
 from formats.lazy_model import from_model
+from formats.writer import write_model
 from generation.compile import prepare_for_inference
 from generation.engine import InferenceEngine
 from generation.sampling_params import SamplingParams
@@ -253,7 +253,7 @@ def seconds_to_first_token(command: list[str], threads: int) -> float:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     with process:
-        assert process.stdout and process.stderr
+        assert process.stdout and process.stderr, "both are pipes"
         try:
             if not any(json.loads(line)["token"] is not None for line in process.stdout):
                 raise ValueError(f"no first token: {process.stderr.read().decode().strip()}")

@@ -71,7 +71,8 @@ def worker_main(pipe: Connection, variant: Variant, rank: int, port: int) -> Non
     sys.stdout = sys.stderr  # standard output is for the tables
     if variant.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // variant.processes))
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(port)
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
         os.environ["WORLD_SIZE"] = str(variant.processes)
     try:
@@ -132,8 +133,10 @@ class VariantProcesses:
     """The processes of one variant, which wait for their turn. Raises ValueError if one fails."""
 
     def __init__(self, variant: Variant) -> None:
-        self.variant, self.steps = variant, 1
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        self.variant = variant
+        self.steps = 1  # of the next turn
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
         self.pipes: list[Connection] = []
         for rank in range(variant.processes):
             pipe, worker_pipe = context.Pipe()

@@ -135,7 +135,8 @@ def split_matmul(
     measurements: dict[str, Measurement],
 ) -> tuple[dict[str, Measurement], dict[str, float]]:
     """The training steps, and the matrix products' FLOP/s by dtype."""
-    steps, products = {}, {}
+    steps = {}
+    products = {}
     for name, measurement in measurements.items():
         if name.startswith(MATMUL):
             products[name.removeprefix(MATMUL)] = measurement.rate

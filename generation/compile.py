@@ -130,7 +130,7 @@ def decode_loop(
     model: Transformer,
     cache: KVCache,
     inputs: TracedInputs,
-    params: TruncationParams,
+    truncation: TruncationParams,
     stop_ids: tuple[int, ...],
 ) -> LoopOutput:
     """The function that is compiled: decode_step, in a loop if T = 1 and N > 1.
@@ -142,7 +142,7 @@ def decode_loop(
     kv_len = kv_len_carrier.shape[0]
     if tokens.shape[1] == seeds.shape[1]:
         step_inputs = StepInputs(tokens, start_pos, kv_len, seeds)
-        logits, generated, accepted = decode_step(model, cache, step_inputs, params)
+        logits, generated, accepted = decode_step(model, cache, step_inputs, truncation)
         return LoopOutput(logits, generated, accepted, num_steps)
     index = torch.arange(seeds.shape[1], device=tokens.device)
     is_unused = start_pos == 0  # see InferenceEngine.decode_inputs
@@ -156,7 +156,9 @@ def decode_loop(
         i: Tensor, token: Tensor, generated: Tensor, accepted: Tensor, logits: Tensor
     ) -> tuple[Tensor, ...]:
         step_inputs = StepInputs(token, start_pos + i, kv_len, seeds.index_select(1, i[None]))
-        logits, token, accepted = decode_step(model, cache, step_inputs, params, exact_kv_len=False)
+        logits, token, accepted = decode_step(
+            model, cache, step_inputs, truncation, exact_kv_len=False
+        )
         return i + 1, token, torch.where(index == i, token, generated), accepted, logits
 
     initial = (
@@ -189,7 +191,7 @@ class CompiledDecodeStep:
         model: Transformer,
         cache: KVCache,
         inputs: StepInputs,
-        params: TruncationParams,
+        truncation: TruncationParams,
         stop_ids: tuple[int, ...] = (),
     ) -> StepOutput:
         num_read = inputs.tokens.shape[1]
@@ -206,7 +208,7 @@ class CompiledDecodeStep:
             kv_len=inputs.kv_len + num_steps - 1,
             seeds=F.pad(inputs.seeds, (0, padding)) if padding else inputs.seeds,
         )
-        output = self._run(model, cache, padded, params, stop_ids, num_steps)
+        output = self._run(model, cache, padded, truncation, stop_ids, num_steps)
         tokens = output.tokens[:, : num_read - 1 + int(output.num_steps)]
         return StepOutput(output.logits, tokens, output.accepted)
 
@@ -215,19 +217,19 @@ class CompiledDecodeStep:
         model: Transformer,
         cache: KVCache,
         inputs: StepInputs,
-        params: TruncationParams,
+        truncation: TruncationParams,
         stop_ids: tuple[int, ...],
         num_steps: int,
     ) -> LoopOutput:
         if self.compile_ok is False:
-            return run_eagerly(model, cache, inputs, params, num_steps)
+            return run_eagerly(model, cache, inputs, truncation, num_steps)
         traced = trace_inputs(inputs, inputs.kv_len, num_steps)
         shape = inputs.tokens.shape
-        signature = (model, cache.length, cache.keys[0].dtype, shape, params, stop_ids)
+        signature = (model, cache.length, cache.keys[0].dtype, shape, truncation, stop_ids)
         if signature == self.last_signature and inputs.tokens.device.type == "cpu":
             try:  # without evaluating guards, which takes a third of a small model's step
                 with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-                    return self.compiled(model, cache, traced, params, stop_ids)
+                    return self.compiled(model, cache, traced, truncation, stop_ids)
             except RuntimeError as error:
                 if "Recompilation triggered" not in str(error):
                     raise
@@ -237,7 +239,7 @@ class CompiledDecodeStep:
             max_kv_len = min(cache.length - 1, model.args.max_seq_len)
             traced = trace_inputs(inputs, max_kv_len, num_steps)
         try:
-            output = self._run_with_guards(model, cache, traced, params, stop_ids)
+            output = self._run_with_guards(model, cache, traced, truncation, stop_ids)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, or any failure inside it
@@ -246,7 +248,7 @@ class CompiledDecodeStep:
             self.compile_ok = False
             reason = type(error).__name__
             print(f"cannot compile here ({reason}); continuing uncompiled", file=sys.stderr)
-            return run_eagerly(model, cache, inputs, params, num_steps)
+            return run_eagerly(model, cache, inputs, truncation, num_steps)
         self.compile_ok = True
         self.last_signature = signature
         if signature not in self.seen_signatures:
@@ -258,7 +260,7 @@ class CompiledDecodeStep:
         model: Transformer,
         cache: KVCache,
         traced: TracedInputs,
-        params: TruncationParams,
+        truncation: TruncationParams,
         stop_ids: tuple[int, ...],
     ) -> LoopOutput:
         """Run the compiled code that fits the arguments; compile it if there is none."""
@@ -271,7 +273,7 @@ class CompiledDecodeStep:
             torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
             torch._inductor.config.patch(INDUCTOR_CPU_OPTIONS if on_cpu else {}),
         ):
-            return self.compiled(model, cache, traced, params, stop_ids)
+            return self.compiled(model, cache, traced, truncation, stop_ids)
 
 
 def trace_inputs(inputs: StepInputs, kv_len: int, num_steps: int) -> TracedInputs:
@@ -286,13 +288,13 @@ def run_eagerly(
     model: Transformer,
     cache: KVCache,
     inputs: StepInputs,
-    params: TruncationParams,
+    truncation: TruncationParams,
     num_steps: int,
 ) -> LoopOutput:
     """Run one step without compilation. kv_len of the inputs is that after num_steps steps."""
     kv_len = inputs.kv_len - num_steps + 1
     step_inputs = StepInputs(inputs.tokens, inputs.start_pos, kv_len, inputs.seeds)
-    return LoopOutput(*decode_step(model, cache, step_inputs, params), 1)
+    return LoopOutput(*decode_step(model, cache, step_inputs, truncation), 1)
 
 
 def prepare_for_inference(

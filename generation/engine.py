@@ -1,5 +1,5 @@
 """
-The inference engine: prefill, then decode steps over a batch of sequences that come and go.
+The inference engine: prefill, then decode steps over a batch that sequences join and leave.
 
 The engine works on tokens; streaming.py turns them into text.
 """
@@ -24,6 +24,7 @@ from model import Transformer
 
 MAX_PREFILL_TOKENS = 8192  # tokens in one prefill, with the padding of the shorter sequences
 
+# (sequence, token) pairs, in the order of generation.
 NewTokens = list[tuple[SequenceState, int]]
 
 
@@ -71,7 +72,8 @@ class InferenceEngine:
 
         The caller may end a sequence earlier: it sets sequence.finish. A sequence that this engine
         generated before continues from its KV cache, if the sequences are the same as in the
-        previous call. Raises ValueError if all tokens are banned, or if logits are NaN."""
+        previous call. Raises ValueError if all tokens are banned, or if the logits of a prefill are
+        NaN; decode steps do not check them."""
         waiting = self._enqueue(list(sequences))
         while waiting or self.active_rows():
             self.schedule(waiting)
@@ -105,12 +107,14 @@ class InferenceEngine:
             sequence.num_generated = 0
             sequence.finish = ""
             sequence.truncate_cache()
+        # Sequences that continue from the previous call are in their rows already.
         return deque() if self.rows else deque(sequences)
 
     def ensure_capacity(self, length: int) -> None:
         """Allocate or grow the KV cache for sequences of this length."""
         rounded = 1 << (length - 1).bit_length()  # few different lengths mean few compilations
-        # One more position: a full cache would need another compilation.
+        # One more position, so that kv_len is always below the length of the cache: reading all
+        # of it would need another compilation.
         length = min(rounded, self.max_seq_len) + 1
         if self.cache.batch_size != self.batch_size:
             dtype = self.prepared.cache_dtype
@@ -149,7 +153,7 @@ class InferenceEngine:
         """Append a generated token to its sequence; yields what generate yields for it."""
         if sequence.finish:
             return  # the token was generated past the end
-        # Every token so far is in the cache. Tokens generated ahead may still be rejected.
+        # All tokens before this one are in the cache. Later entries may be of rejected tokens.
         sequence.kv_len = len(sequence.tokens) - sequence.context_start
         if token in self.stop_ids:
             sequence.finish = "stop"
@@ -188,7 +192,10 @@ class InferenceEngine:
         rows = [self.rows.index(sequence) for sequence in sequences]
         batch_idx = torch.tensor(rows, device=self.device)
         x = self.model.forward_hidden(
-            tokens.to(self.device), self.cache, sequences[0].kv_len, batch_idx=batch_idx
+            tokens.to(self.device),
+            self.cache,
+            start_pos=sequences[0].kv_len,  # all are 0, or there is one sequence
+            batch_idx=batch_idx,
         )
         logits = self.model.output(x[torch.arange(len(sequences)), lengths - 1])  # (B, V)
         check_no_nan(logits)
@@ -198,7 +205,7 @@ class InferenceEngine:
     # Decode
 
     def decode(self) -> NewTokens:
-        """Generate the next tokens of all active sequences, the same number of each."""
+        """Generate the next tokens of all active sequences, equally many for each."""
         rows = self.active_rows()
         sequences = [self.rows[row] for row in rows]
         remaining = max(self.params.max_new_tokens - seq.num_generated for seq in sequences)
@@ -207,8 +214,9 @@ class InferenceEngine:
         step = self.prepared.decode_step or decode_step
         output = step(self.model, self.cache, inputs, self.truncation, self.stop_ids)
         logits, tokens, accepted = output  # (B, V), (B, N), (B,)
-        if len(rows) < len(tokens):
+        if len(rows) < len(tokens):  # a compiled step returns unused rows too
             logits, tokens, accepted = logits[rows], tokens[rows], accepted[rows]
+        # All tokens but the last are final. The last may still need truncation.
         last = UntruncatedSample(tokens[:, -1], accepted)
         num_pending = tokens.shape[1] - 1
         last_tokens = self.sample_with_constraints(sequences, logits, last, num_pending)
@@ -230,7 +238,8 @@ class InferenceEngine:
         size = len(self.rows) if self.prepared.decode_step is None else self.batch_size
         for sequence in self.rows:
             if sequence.finish:
-                sequence.kv_len = 0  # the step writes to position 0 of an unused row
+                # A compiled step also computes unused rows; it overwrites their position 0.
+                sequence.kv_len = 0
         tokens = [0] * size
         start_pos = [0] * size
         seeds = [[0] * count] * size
@@ -269,17 +278,20 @@ class InferenceEngine:
         target_tokens = sample_next(
             output.logits, inputs.seeds.flatten(), self.truncation, sample
         ).view_as(draft_tokens)
-        # 3. Accept the tokens up to and including the first that differs.
+        # 3. Return the tokens that agree, and the target model's token after them.
         agrees = target_tokens[:, :-1] == draft_tokens[:, 1:]
-        num_accepted = agrees.cumprod(1).sum(1).tolist()
+        num_agreed = agrees.cumprod(1).sum(1).tolist()
         new_tokens: NewTokens = []
         for row in rows:
-            accepted = target_tokens[row, : 1 + num_accepted[row]].tolist()
-            new_tokens += [(self.rows[row], token) for token in accepted]
+            row_tokens = target_tokens[row, : num_agreed[row] + 1].tolist()
+            new_tokens += [(self.rows[row], token) for token in row_tokens]
         return new_tokens
 
     def draft_tokens(self, draft: DraftModel, inputs: StepInputs) -> torch.Tensor:
         """The last token of each row and the draft's tokens after it: (B, 1 + num_tokens)."""
+        # seeds[:, i] is for the token after tokens[:, i]; the draft does not need the last.
+        # Example: at length 3 the step reads tokens[:, 2] with seeds[:, 2:-1]. If it returns 2
+        # tokens, the second has seeds[:, 3].
         tokens = inputs.tokens  # (B, 1)
         while (length := tokens.shape[1]) <= draft.num_tokens:
             # Copies, because a compiled loop requires the strides of a contiguous tensor, and
@@ -317,18 +329,19 @@ class InferenceEngine:
         if penalty != 1 or any(banned):
             logits = logits.float().clone()
             sample = None
-        for row, sequence in enumerate(sequences):
+        for index, sequence in enumerate(sequences):
             if penalty != 1:
                 seen = torch.tensor([sequence.tokens], device=self.device)
-                logits[row : row + 1] = apply_repetition_penalty(
-                    logits[row : row + 1], seen, penalty
+                logits[index : index + 1] = apply_repetition_penalty(
+                    logits[index : index + 1], seen, penalty
                 )
-            if banned[row]:
-                logits[row, banned[row]] = float("-inf")
-                if logits[row].isneginf().all():
+            if banned[index]:
+                logits[index, banned[index]] = float("-inf")
+                if logits[index].isneginf().all():
                     raise ValueError("no token is left to sample: all are stop tokens or banned")
         if sample and sample.accepted.all():
-            return sample.tokens.tolist()  # the seeds would take as long as the rest of this method
+            # Skip computing the seeds, which takes as long as the rest of this method.
+            return sample.tokens.tolist()
         seeds = [self.sample_seeds(sequence, 1, num_pending)[0] for sequence in sequences]
         seed_tensor = torch.tensor(seeds, dtype=torch.int32, device=self.device)
         return sample_next(logits, seed_tensor, self.truncation, sample).tolist()
@@ -342,7 +355,8 @@ class InferenceEngine:
         return banned
 
     def sample_seeds(self, sequence: SequenceState, count: int, num_pending: int = 0) -> list[int]:
-        """The seeds of the next count tokens after num_pending tokens that are not appended yet."""
+        """Seeds of the next count tokens; num_pending tokens before them are sampled but not
+        appended."""
         length = len(sequence.tokens) + num_pending
         return [
             sample_seed(self.params.seed, sequence.sample_index, position)

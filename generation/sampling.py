@@ -110,46 +110,49 @@ def gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor, tries: range) -> to
 
 
 def sample_untruncated(
-    logits: torch.Tensor, seeds: torch.Tensor, params: TruncationParams = NO_TRUNCATION
+    logits: torch.Tensor, seeds: torch.Tensor, truncation: TruncationParams = NO_TRUNCATION
 ) -> UntruncatedSample:
     """Sample from the full distribution until the truncations accept a token (rejection sampling).
 
     This avoids truncating logits (B, V) at nearly every step. A row is not accepted after
     REJECTION_TRIES tries, or where both top_k and top_p apply: sample_next then truncates.
     No operation is in place because torch.while_loop forbids that."""
-    if params.temperature < 1e-6:  # float32 cannot distinguish it from 0
+    if truncation.temperature < 1e-6:  # float32 cannot distinguish it from 0
         tokens = logits.argmax(-1)
         return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    scaled = logits.float() if params.temperature == 1 else logits.float() / params.temperature
-    if not params.top_k and params.top_p == 1 and not params.min_p:
+    scaled = (
+        logits.float() if truncation.temperature == 1 else logits.float() / truncation.temperature
+    )
+    # A new truncation needs a test here and in passes_truncation, and a step in sample_next.
+    if not truncation.top_k and truncation.top_p == 1 and not truncation.min_p:
         tokens = gumbel_argmax(scaled, seeds, range(1))[:, 0]
         return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    if params.top_k and params.top_p < 1:  # top_p applies to what top_k leaves
+    if truncation.top_k and truncation.top_p < 1:  # top_p applies to what top_k leaves
         rejected = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         return UntruncatedSample(logits.argmax(-1), rejected)
     tokens = gumbel_argmax(scaled, seeds, range(REJECTION_TRIES))  # (B, A)
-    accepted = passes_truncation(scaled, tokens, params)  # (B, A)
+    accepted = passes_truncation(scaled, tokens, truncation)  # (B, A)
     first = accepted.int().argmax(-1, keepdim=True)
     return UntruncatedSample(tokens.gather(-1, first)[:, 0], accepted.any(-1))
 
 
 def passes_truncation(
-    scaled: torch.Tensor, tokens: torch.Tensor, params: TruncationParams
+    scaled: torch.Tensor, tokens: torch.Tensor, truncation: TruncationParams
 ) -> torch.Tensor:
     """Whether the truncations keep tokens (B, A) of scaled logits (B, V): (B, A) bool."""
     token_logits = scaled.gather(-1, tokens)[..., None]  # (B, A, 1)
     scaled = scaled[:, None]  # (B, 1, V)
     accepted = torch.ones_like(tokens, dtype=torch.bool)
-    if params.top_k:
-        accepted = accepted & ((scaled > token_logits).sum(-1) < params.top_k)
-    if params.top_p < 1:
+    if truncation.top_k:
+        accepted = accepted & ((scaled > token_logits).sum(-1) < truncation.top_k)
+    if truncation.top_p < 1:
         index = torch.arange(scaled.shape[-1], device=scaled.device)
         is_tie = scaled == token_logits
         precedes = (scaled > token_logits) | is_tie & (index < tokens[..., None])
-        accepted = accepted & ((scaled.softmax(-1) * precedes).sum(-1) < params.top_p)
-    if params.min_p:
+        accepted = accepted & ((scaled.softmax(-1) * precedes).sum(-1) < truncation.top_p)
+    if truncation.min_p:
         probs = scaled.softmax(-1)[:, 0]
-        threshold = params.min_p * probs.amax(-1, keepdim=True)
+        threshold = truncation.min_p * probs.amax(-1, keepdim=True)
         accepted = accepted & (probs.gather(-1, tokens) >= threshold)
     return accepted
 
@@ -157,7 +160,7 @@ def passes_truncation(
 def sample_next(
     logits: torch.Tensor,
     seeds: torch.Tensor,
-    params: TruncationParams = NO_TRUNCATION,
+    truncation: TruncationParams = NO_TRUNCATION,
     first_sample: UntruncatedSample | None = None,
 ) -> torch.Tensor:
     """Sample the next token of each row of logits (B, V): token ids (B,).
@@ -166,16 +169,16 @@ def sample_next(
         seeds: (B,) int32, one for each row; see sample_seed.
         first_sample: the result of sample_untruncated for the same arguments, if there is one.
     """
-    tokens, accepted = first_sample or sample_untruncated(logits, seeds, params)
+    tokens, accepted = first_sample or sample_untruncated(logits, seeds, truncation)
     if accepted.all():
         return tokens
-    logits = logits[~accepted].float() / params.temperature
-    if params.top_k:
-        logits = truncate_top_k(logits, params.top_k)
-    if params.top_p < 1:
-        logits = truncate_top_p(logits, params.top_p)
-    if params.min_p:
-        logits = truncate_min_p(logits, params.min_p)
+    logits = logits[~accepted].float() / truncation.temperature
+    if truncation.top_k:
+        logits = truncate_top_k(logits, truncation.top_k)
+    if truncation.top_p < 1:
+        logits = truncate_top_p(logits, truncation.top_p)
+    if truncation.min_p:
+        logits = truncate_min_p(logits, truncation.min_p)
     # Fresh noise: the noise of the earlier tries is known to select rejected tokens.
     tries = range(REJECTION_TRIES, REJECTION_TRIES + 1)
     resampled = gumbel_argmax(logits, seeds[~accepted], tries)[:, 0]

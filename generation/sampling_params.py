@@ -37,7 +37,8 @@ class SamplingParams:
 
     @property
     def truncation(self) -> TruncationParams:
-        return TruncationParams(self.temperature, self.top_k, self.top_p, self.min_p)
+        """The fields that are also in TruncationParams."""
+        return TruncationParams(*(getattr(self, name) for name in TruncationParams._fields))
 
 
 def sampling_problems(options: Mapping[str, float]) -> Iterator[str]:

@@ -35,8 +35,8 @@ class StepOutput(NamedTuple):
     accepted: torch.Tensor  # (B * T,) whether the truncations accept them; see sample_untruncated
 
 
-# step(model, cache, inputs, params, stop_ids). A compiled step may generate several tokens; one of
-# stop_ids can then only be the last. All tokens but the last are accepted.
+# step(model, cache, inputs, truncation, stop_ids). A compiled step may generate several tokens; one
+# of stop_ids can then only be the last. All tokens but the last are accepted.
 DecodeStep = Callable[
     [Transformer, KVCache, StepInputs, TruncationParams, tuple[int, ...]], StepOutput
 ]
@@ -46,7 +46,7 @@ def decode_step(
     model: Transformer,
     cache: KVCache,
     inputs: StepInputs,
-    params: TruncationParams,
+    truncation: TruncationParams,
     stop_ids: tuple[int, ...] = (),
     exact_kv_len: bool = True,
 ) -> StepOutput:
@@ -59,7 +59,7 @@ def decode_step(
     tokens, start_pos, kv_len, seeds = inputs
     x = model.forward_hidden(tokens, cache, start_pos, kv_len, exact_kv_len=exact_kv_len)
     logits = model.output(x).flatten(0, 1)  # (B * T, V)
-    sample = sample_untruncated(logits, seeds[:, : tokens.shape[1]].flatten(), params)
+    sample = sample_untruncated(logits, seeds[:, : tokens.shape[1]].flatten(), truncation)
     return StepOutput(logits, sample.tokens.view(tokens.shape), sample.accepted)
 
 
@@ -70,8 +70,8 @@ class DraftModel(NamedTuple):
     with the same Gumbel noise, so they nearly always agree."""
 
     model: Transformer
-    decode_step: DecodeStep = decode_step  # runs the draft model
-    verify: DecodeStep = decode_step  # runs the target model
+    decode_step: DecodeStep = decode_step  # runs the draft model; by default the eager step
+    verify: DecodeStep = decode_step  # runs the target model; by default the eager step
     num_tokens: int = NUM_DRAFT_TOKENS
 
 

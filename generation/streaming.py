@@ -162,8 +162,9 @@ def generate(
 ) -> Iterator[TextChunk]:
     """Complete each of the prompts; yields chunks of text as they come, of all completions in turn.
 
-    A completion depends on the seed, its prompt and its sample index, not on the others in its
-    batch. Raises ValueError with the first chunk for invalid options, and if all tokens are banned.
+    A completion depends on the seed, its prompt and its sample index, and only by rounding on the
+    others in its batch. Raises ValueError with the first chunk for invalid options, and if all
+    tokens are banned.
 
     Args:
         model: a model, or the result of prepare_for_inference for the batch size.

@@ -31,11 +31,14 @@ class CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
     ) -> torch.Tensor:
+        """Map q, k and v (B, H, T, D) to the output (B, H, T, D)."""
         acc_dtype = torch.promote_types(q.dtype, torch.float32)  # of the softmax
         # Slices of a non-contiguous tensor would be copied for each block.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         positions = torch.arange(q.shape[2], device=q.device)
-        weights, dropped_weights, outputs = [], [], []
+        weights: list[torch.Tensor] = []
+        dropped_weights: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         for start, stop in row_blocks(q.shape[2]):
             scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)
             is_visible = positions[:stop] <= positions[start:stop, None]
@@ -51,6 +54,7 @@ class CausalAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        """Map the gradient of the output (B, H, T, D) to those of q, k and v, each (B, H, T, D)."""
         q, k, v, output, *saved = ctx.saved_tensors
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         grad = grad.contiguous()
@@ -58,8 +62,11 @@ class CausalAttention(torch.autograd.Function):
         # of output times grad is equal and shorter (FlashAttention, arXiv 2205.14135, appendix B).
         row_sums = (output.to(acc_dtype) * grad.to(acc_dtype)).sum(-1, keepdim=True)  # (B, H, T, 1)
         blocks = row_blocks(q.shape[2])
-        all_weights, all_dropped = saved[: len(blocks)], saved[-len(blocks) :]
-        q_grads, k_parts, v_parts = [], [], []
+        all_weights = saved[: len(blocks)]
+        all_dropped = saved[-len(blocks) :]
+        q_grads: list[torch.Tensor] = []
+        k_parts: list[torch.Tensor] = []
+        v_parts: list[torch.Tensor] = []
         for (start, stop), weights, dropped in zip(blocks, all_weights, all_dropped, strict=True):
             block_grad = grad[:, :, start:stop]
             dropped_grad = block_grad @ v[:, :, :stop].transpose(-2, -1)  # (B, H, rows, stop)

@@ -80,6 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
+        """Map hidden (N, C), weight (V, C) and targets (N,) to the mean loss, a scalar."""
         ctx.dtypes = hidden.dtype, weight.dtype
         result = chunked_cross_entropy(hidden, weight, targets, ignore_index, dtype, need_grad=True)
         ctx.save_for_backward(result.hidden_grad, result.weight_grad, result.num_targets)
@@ -89,6 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        """Map the gradient of the loss to those of hidden (N, C) and weight (V, C)."""
         hidden_grad, weight_grad, num_targets = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad = grad / num_targets

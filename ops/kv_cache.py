@@ -1,5 +1,5 @@
 """
-The key-value cache of attention, and the context of a forward pass that reads and updates it.
+The key-value cache of attention, the mask of its positions, and the context of a forward pass.
 """
 
 from typing import NamedTuple
@@ -29,6 +29,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
+        """The number of rows."""
         return len(self.keys[0])
 
     @property
@@ -48,6 +49,26 @@ class KVCache:
         self.values = [values[rows] for values in self.values]
 
 
+def attention_mask(
+    positions: slice | torch.Tensor, kv_len: int, device: torch.device, exact_kv_len: bool = True
+) -> torch.Tensor | None:
+    """The mask for queries at these positions over kv_len keys. See ForwardContext.mask.
+
+    Args:
+        positions: a slice for all rows, or a tensor (B, T).
+        exact_kv_len: False if kv_len is only an upper bound; later keys are then masked.
+    """
+    if isinstance(positions, slice):
+        length = positions.stop - positions.start
+        if not 1 < length < kv_len:
+            return None
+        mask = torch.ones(length, kv_len, dtype=torch.bool, device=device)  # (T, S)
+        return mask.tril(kv_len - length)
+    if positions.numel() == 1 and exact_kv_len:
+        return None
+    return torch.arange(kv_len, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
+
+
 class ForwardContext(NamedTuple):
     """What every layer of a forward pass needs besides its input (B, T, C)."""
 
@@ -57,7 +78,8 @@ class ForwardContext(NamedTuple):
     start_pos: int | torch.Tensor = 0  # position of the first token: of all rows, or of each (B,)
     kv_len: int = 0  # positions in use in the longest row, these tokens included
     batch_idx: torch.Tensor | None = None  # rows of the cache (B,); None: the first B
-    mask: torch.Tensor | None = None  # visible positions (B, 1, T, kv_len); None: causal
+    # True where a query sees a key: (T, S) or (B, 1, T, S); None: causal if T > 1, else all visible
+    mask: torch.Tensor | None = None
 
     def update_kv_cache(
         self, layer: int, k: torch.Tensor, v: torch.Tensor

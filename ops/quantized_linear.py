@@ -85,7 +85,8 @@ class Int8Linear(nn.Module):
         """The scales (out,), float32."""
         return self.scales[self.scale_offset : self.scale_offset + self.shape[0]]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (..., in) to (..., out), in the dtype of x."""
         if x.device.type != "cpu":
             return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         # Flatten first: _int_mm does not accept one row with an unusual stride.
@@ -135,7 +136,8 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         self.weight = frozen_parameter(packed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (..., in) to (..., out), in the dtype of x."""
         y = torch.ops.cria.packed_linear(x.to(self.weight.dtype), self.weight, self.out_features)
         return y.to(x.dtype)
 
@@ -159,7 +161,8 @@ class CastLinear(nn.Module):
         super().__init__()
         self.weight = frozen_parameter(weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (..., in) to (..., out), in the dtype of x."""
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
 
@@ -177,4 +180,5 @@ class FusedLinear(nn.Module):
         self.sizes = sizes
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map x (..., in) to one output (..., size) for each of sizes."""
         return self.layer(x).split(self.sizes, dim=-1)

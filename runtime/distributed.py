@@ -123,7 +123,8 @@ def negotiate_store_prefix(store: dist.Store, dist_ctx: DistContext, timeout: fl
     prefix for the ids that it sees, and a new one when they change. A rank accepts a proposal with
     its id. The prefix is final when all ranks have accepted it. Raises ValueError after timeout
     seconds."""
-    rank_id, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    rank_id = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout
     store.set(f"rank_id{dist_ctx.rank}", rank_id)
     proposed_ids: list[str] = []
     while time.monotonic() < deadline:

@@ -159,9 +159,11 @@ def test_dropout_reaches_the_weights_of_attention(attention):
     q, k, v = torch.randn(
         3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)
     )  # each (B, n_heads, T, head_dim)
-    assert torch.equal(layer.sdpa(q, k, v), layer.sdpa(q, k, v))
+    assert torch.equal(layer.dot_product_attention(q, k, v), layer.dot_product_attention(q, k, v))
     layer.train()
-    assert not torch.allclose(layer.sdpa(q, k, v), layer.sdpa(q, k, v), atol=1e-2)
+    assert not torch.allclose(
+        layer.dot_product_attention(q, k, v), layer.dot_product_attention(q, k, v), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("n_layers", [1, 3, 8])

@@ -1,4 +1,4 @@
-"""Limits on the shape of the code: arguments, nesting, length of functions, unpacked literals."""
+"""Limits on the shape of the code: arguments, nesting, length of functions, literals."""
 
 import ast
 import math
@@ -64,9 +64,36 @@ def unpacked_literals(tree: ast.AST) -> Iterator[ast.AST]:
         yield from (value for value in unpacked if isinstance(value, literals))
 
 
+def unrelated_assignments(tree: ast.AST) -> Iterator[ast.Assign]:
+    """Assignments of several values at once with a new container or a constant among others:
+    a, b = [], []; a, b = 0, f(). Constants alone (a, b = 0, 1) are allowed."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+            continue
+        if not isinstance(node.targets[0], ast.Tuple):
+            continue  # a tuple as one value
+        values = node.value.elts
+        constants = sum(is_constant(value) for value in values)
+        if any(map(is_empty_container, values)) or 0 < constants < len(values):
+            yield node
+
+
+def is_constant(node: ast.expr) -> bool:
+    """Whether a value is a literal number, string, True, False or None; -1 too."""
+    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+
+
+def is_empty_container(node: ast.expr) -> bool:
+    """Whether a value is [], {} or ()."""
+    if isinstance(node, ast.Dict):
+        return not node.keys
+    return isinstance(node, ast.List | ast.Tuple) and not node.elts
+
+
 def problems_in(path: Path, text: str) -> list[str]:
     """What a file does beyond the limits, one sentence each with its line."""
-    tree, problems = ast.parse(text), []
+    tree = ast.parse(text)
+    problems = []
     for function in functions_in(tree):
         start = f"{path}:{function.lineno}: {function.name}"
         if (count := count_arguments(function)) > MAX_ARGUMENTS:
@@ -77,6 +104,8 @@ def problems_in(path: Path, text: str) -> list[str]:
             problems.append(f"{start} has {lines} lines, more than {MAX_LINES}")
     for node in unpacked_literals(tree):
         problems.append(f"{path}:{node.lineno}: unpacks a literal inside a call or display")
+    for node in unrelated_assignments(tree):
+        problems.append(f"{path}:{node.lineno}: assigns unrelated values in one statement")
     return problems
 
 
@@ -121,6 +150,9 @@ def f():
         ("f(**{'a': 1})", "unpacks a literal"),
         ("[*(1, 2), 3]", "unpacks a literal"),
         ("{**{'a': 1}, 'b': 2}", "unpacks a literal"),
+        ("a, b = [], []", "assigns unrelated values"),
+        ("a, b = f(), {}", "assigns unrelated values"),
+        ("a, b = -1, c", "assigns unrelated values"),
     ],
 )
 def test_a_violation_is_found(text, problem):
@@ -135,6 +167,7 @@ def test_a_violation_is_found(text, problem):
         "def f():\n" + "    x = 1\n" * 49,
         "def f():\n    if a: pass\n    elif b: pass\n    elif c: pass\n    elif d: pass",
         "f(*args, **options)\n[*values, 1]\n{**options}",
+        "a, b = b, a\na, b = 0, -1\na, b = f(1), f(2)\na, b = c\na = b, []",
     ],
 )
 def test_code_within_the_limits_passes(text):
