@@ -11,7 +11,7 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -89,11 +89,8 @@ def load_latest(out_dir: str, log: Callable[[str], None] = print) -> LatestCheck
     Warns through log where it is not the latest. Returns None if there is no checkpoint at all.
     Raises the ValueError of the latest one if all are damaged."""
     latest = latest_path(out_dir)
-    paths = fallback_paths(out_dir, latest)
-    if os.path.lexists(latest):
-        paths.insert(0, latest)
     errors: dict[str, ValueError] = {}
-    for path in paths:
+    for path in candidate_paths(out_dir, latest):
         try:
             checkpoint = open_checkpoint(path)
         except ValueError as error:
@@ -108,11 +105,13 @@ def load_latest(out_dir: str, log: Callable[[str], None] = print) -> LatestCheck
     return None
 
 
-def fallback_paths(out_dir: str, latest: str) -> list[str]:
-    """The paths of all checkpoints but the latest, the highest step first.
+def candidate_paths(out_dir: str, latest: str) -> Iterator[str]:
+    """Yield the path of the latest checkpoint, then of the others, the highest step first.
 
     The step is the one in the file: a numbered checkpoint that was overwritten in place has
-    another than its name."""
+    another than its name. The files of the others are opened only if the latest is not enough."""
+    if os.path.lexists(latest):
+        yield latest
     named = [os.path.join(out_dir, name) for name in (*LATEST_NAMES, *BEST_NAMES)]
     paths = numbered_checkpoints(out_dir) + [path for path in named if os.path.exists(path)]
-    return sorted((path for path in paths if path != latest), key=read_step, reverse=True)
+    yield from sorted((path for path in paths if path != latest), key=read_step, reverse=True)

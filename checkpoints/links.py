@@ -43,10 +43,12 @@ def copy_file(source: str, target: str) -> None:
 
 
 def link_checkpoint(source: str, target: str) -> None:
-    """Make target, atomically, the same checkpoint as source; an older target is replaced.
+    """Make target, atomically, the same checkpoint as source; another target is replaced.
 
     Files are hard links, or copies where the file system has no links. Raises OSError, and
     ValueError where a folder target holds other things."""
+    if same_checkpoint(source, target):
+        return
     if os.path.isdir(source):
         with AtomicFolder(target, may_replace=lambda name: True) as folder:
             for name in os.listdir(source):
@@ -60,9 +62,4 @@ def link_checkpoint(source: str, target: str) -> None:
     except OSError:
         copy_file(source, target)
         return
-    try:
-        os.replace(temporary, target)
-    finally:
-        # A rename between two links to one file does nothing, and leaves both (POSIX).
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+    os.replace(temporary, target)

@@ -15,7 +15,7 @@ from checkpoints.latest import (
     step_of,
     step_path,
 )
-from checkpoints.links import link_checkpoint, remove_checkpoint, same_checkpoint
+from checkpoints.links import link_checkpoint, remove_checkpoint
 from formats import llama2c
 from training.parallel import is_sharded
 from training.resume import StartPoint
@@ -102,8 +102,7 @@ def adopt_checkpoint(out_dir: str, start: StartPoint, step: int) -> None:
         if path != latest and os.path.exists(path):
             number_other_form(path)
     for path in (step_path(latest, step), latest):
-        if not same_checkpoint(start.path, path):
-            link_checkpoint(start.path, path)
+        link_checkpoint(start.path, path)
     archive_later_checkpoints(out_dir, step)
 
 
@@ -113,9 +112,7 @@ def number_other_form(path: str) -> None:
     if step < 0:
         quarantine_checkpoint(path)
         return
-    numbered = step_path(path, step)
-    if not same_checkpoint(path, numbered):
-        link_checkpoint(path, numbered)
+    link_checkpoint(path, step_path(path, step))
     remove_checkpoint(path)
 
 

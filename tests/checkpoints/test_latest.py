@@ -124,3 +124,9 @@ def test_step_of_an_unreadable_checkpoint_is_minus_one(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"no archive")
     (tmp_path / "ckpt.dcp").mkdir()
     assert read_step(str(tmp_path / "ckpt.pt")) == read_step(str(tmp_path / "ckpt.dcp")) == -1
+
+
+def test_with_an_intact_latest_no_other_file_is_opened(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5, 10], keep_checkpoints=1)
+    monkeypatch.setattr(latest_module, "read_step", lambda path: pytest.fail(f"opened {path}"))
+    assert load_latest(str(tmp_path)).path == str(tmp_path / "ckpt.pt")

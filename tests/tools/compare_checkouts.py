@@ -147,7 +147,8 @@ def differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
     elif isinstance(a, (list, tuple)):
         if len(a) != len(b):
             yield f"{name}: {len(a)} and {len(b)} elements"
-        for index, pair in enumerate(zip(a, b, strict=False)):
+            return
+        for index, pair in enumerate(zip(a, b, strict=True)):
             yield from differences(*pair, f"{name}[{index}]")
     elif isinstance(a, torch.Tensor):
         if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(as_bytes(a), as_bytes(b)):
