@@ -14,15 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops.attention import causal_attention, single_query_attention
+from ops.attention import dot_product_attention
 from ops.cross_entropy import linear_cross_entropy
 from ops.fused_linear import fused_linear
 from ops.kv_cache import ForwardContext, KVCache, attention_mask
 from ops.rope import RopeScaling, apply_rope, precompute_rope_cache
 
-# Up to this sequence length, blockwise attention is faster than PyTorch's fused kernel on a CPU.
-# Blockwise attention saves its weights for the backward pass, which takes much memory.
-BLOCKWISE_ATTENTION_MAX_LEN = 1024
 MAX_DIM = 2**31  # a file that claims a larger size is damaged
 MAX_POSITIONS = 2**20
 
@@ -144,7 +141,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = args.head_dim
-        self.queries_per_kv = args.n_heads // args.kv_heads
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
@@ -162,32 +158,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if context.cache is not None:
             k, v = context.update_kv_cache(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        y = self.dot_product_attention(q, k, v, context.mask)  # (B, n_heads, T, head_dim)
+        dropout = self.dropout if self.training else 0.0
+        y = dot_product_attention(q, k, v, context.mask, dropout)  # (B, n_heads, T, head_dim)
         y = self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
-
-    def dot_product_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention by the fastest kernel; the scores are not scaled. q and the result are (B,
-        n_heads, T, head_dim), k and v (B, n_kv_heads, S, head_dim). mask: see ForwardContext."""
-        dropout = self.dropout if self.training else 0.0
-        length, kv_len = q.shape[2], k.shape[2]
-        if length == 1:  # the queries of a group become rows of one product: no copies of k and v
-            grouped = q.reshape(len(q), -1, self.queries_per_kv, self.head_dim)
-            if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
-                return single_query_attention(grouped, k, v, mask).reshape(q.shape)
-            grouped = F.scaled_dot_product_attention(grouped, k, v, mask, dropout, scale=1.0)
-            return grouped.reshape(q.shape)
-        if self.queries_per_kv > 1:
-            k = k.repeat_interleave(self.queries_per_kv, dim=1)  # (B, n_heads, S, head_dim)
-            v = v.repeat_interleave(self.queries_per_kv, dim=1)
-        use_blocks = q.device.type == "cpu" and length == kv_len <= BLOCKWISE_ATTENTION_MAX_LEN
-        if use_blocks and mask is None:
-            return causal_attention(q, k, v, dropout)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0
-        )
 
 
 class FeedForward(nn.Module):
@@ -348,7 +322,7 @@ class Transformer(nn.Module):
             cache: keys and values of the positions before start_pos; those of tokens are added.
             start_pos: position of the first token: one int, or a tensor (B,) with one per row.
             kv_len: 1 + the last position in all rows. Ignored for an int start_pos, else required.
-            batch_idx: rows (B,) of the cache; ignored if start_pos is a tensor. None: the first B.
+            batch_idx: rows (B,) of the cache. None: the first B.
             exact_kv_len: False if kv_len is only an upper bound; later keys are then masked."""
         length = tokens.shape[1]
         positions: slice | torch.Tensor
@@ -382,7 +356,7 @@ class Transformer(nn.Module):
             is_autocast = torch.is_autocast_enabled(device_type)
             dtype = torch.get_autocast_dtype(device_type) if is_autocast else weight.dtype
         shape = (batch_size, self.args.kv_heads, length, self.args.head_dim)
-        return KVCache(self.args.n_layers, shape, weight.device, dtype)
+        return KVCache.new(self.args.n_layers, shape, weight.device, dtype)
 
     def num_parameters(self) -> int:
         """The number of parameters. Tied weights count once."""

@@ -23,18 +23,24 @@ from checkpoints.latest import latest_path
 from configurator import configure, print_overrides, run_main
 from formats.registry import load_model
 from generation.beam_search import BeamSearchParams, Hypothesis, beam_search
-from generation.compile import prepare_for_inference
 from generation.engine import InferenceEngine
-from generation.sampling import BannedStrings
-from generation.sampling_params import SamplingParams, sampling_problems
+from generation.prepared_model import prepare_for_inference
+from generation.request import Request
+from generation.sampling_params import sampling_problems
 from generation.scoring import score_text, token_logprobs
-from generation.streaming import TextChunk, TextStream, generate, serialize_streams
+from generation.streaming import (
+    GenerationConfig,
+    TextChunk,
+    TextStream,
+    generate,
+    request_index,
+    serialize_streams,
+)
 from model import Transformer
 from runtime.device import pick_device, pick_dtype
 from textdata.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"  # between samples
-WORTH_COMPILING = 10_000  # decode steps; fewer take less time than compilation
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class SampleConfig:
     stop: str = ""  # stop strings, separated by |; \n is a newline
     bad_words: str = ""  # banned strings, separated by |; no completion contains them
     temperature: float = 1.0  # sampling temperature; 0: greedy
-    top_k: int = 300  # sample among the k most probable tokens; 0: no limit
+    # sample among the k most probable tokens; 0: no limit, the default because top_p cuts better:
+    # many tokens where many are plausible, few where the model is certain
+    top_k: int = 0
     top_p: float = 1.0  # sample among the most probable tokens with this total probability
     min_p: float = 0.0  # minimum probability of a token, relative to the most probable one
     repetition_penalty: float = 1.0  # above 1: earlier tokens become less probable
@@ -74,14 +82,17 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     # int8: 8-bit weights and, on a CPU, 8-bit activations: faster, with hardly any loss of quality
     quantize: Literal["none", "int8"] = "none"
-    # torch.compile: faster decoding after half a minute or more; None: for long jobs only
+    # faster decoding by compilation, in the background, which takes about a minute the first time;
+    # None: if the job is long or the compiled code exists; True: from the start; False: never
     compile: bool | None = None
 
     @property
     def sampling_options(self) -> dict[str, Any]:
-        """The fields of SamplingParams."""
-        names = [field.name for field in dataclasses.fields(SamplingParams)]
-        return {name: getattr(self, name) for name in names}
+        """The options that are also in SamplingParams, and those of generate."""
+        names = [field.name for field in dataclasses.fields(GenerationConfig)]
+        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        strings = {name: split_list(getattr(self, name)) for name in ("stop", "bad_words")}
+        return options | strings | {"logprobs": 0 if self.logprobs else None}
 
     def validate(self) -> Iterator[str]:
         """Yield one sentence for each problem."""
@@ -171,53 +182,38 @@ class GenerationSession:
         self.config = config
         self.tokenizer = tokenizer
         self.num_tokens = 0  # generated so far
-        self.stop_strings = split_list(config.stop)
-        self.bad_words = split_list(config.bad_words)
-        self.banned_strings: BannedStrings | None = None
-        if self.bad_words:
-            self.banned_strings = BannedStrings(self.bad_words, tokenizer.token_bytes)
         self.batch_size = min(config.batch_size, num_sequences)
-        compile = config.compile
-        if compile is None and config.num_beams == 1 and not config.score:
-            num_steps = num_sequences / self.batch_size * config.max_new_tokens
-            compile = num_steps >= WORTH_COMPILING
-        if compile:
-            print("compiling first; --compile=False starts at once", file=sys.stderr)
+        options = config.sampling_options | {"batch_size": self.batch_size}
+        self.options = GenerationConfig(**options)
+        self.params = self.options.sampling_params(tokenizer)
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
-        self.prepared = prepare_for_inference(
-            model.to(device), dtype, self.batch_size, bool(compile)
-        )
+        compile = False if config.score or config.num_beams > 1 else config.compile
+        self.prepared = prepare_for_inference(model.to(device), dtype, self.batch_size, compile)
         self.model = self.prepared.model
 
     def stream(self, prompts: list[str]) -> Iterator[TextChunk]:
         """Complete the prompts; yields chunks of all completions in turn, as they come."""
-        chunks = generate(
-            self.prepared,
-            self.tokenizer,
-            prompts,
-            num_samples=self.config.num_samples,
-            batch_size=self.batch_size,
-            stop=self.stop_strings,
-            bad_words=self.bad_words,
-            **self.config.sampling_options,
-        )
+        options = dataclasses.asdict(self.options)
+        chunks = generate(self.prepared, self.tokenizer, prompts, **options)
         for chunk in chunks:
             self.num_tokens += chunk.token is not None
             yield chunk
 
     def sample_record(self, prompt: str, chunks: list[TextChunk]) -> dict[str, Any]:
         """The record of a completion, from all of its chunks."""
-        record = {
+        record: dict[str, Any] = {
             "prompt": prompt,
             "text": "".join(chunk.text for chunk in chunks),
             "tokens": [chunk.token for chunk in chunks[:-1]],
             "finish": chunks[-1].finish,
         }
-        return self._add_logprobs(record)
+        if self.config.logprobs:
+            record["logprobs"] = [chunk.logprob for chunk in chunks[:-1]]
+        return record
 
     def beam_records(self, prompt: str) -> Iterator[dict[str, Any]]:
         """The records of the best completions that beam search finds, best first."""
-        banned = self.banned_strings
+        banned = self.params.banned_strings
         params = BeamSearchParams(
             num_beams=self.config.num_beams,
             max_new_tokens=self.config.max_new_tokens,
@@ -229,11 +225,17 @@ class GenerationSession:
         prompt_ids = self.tokenizer.encode(prompt, bos=True)
         for hypothesis in beam_search(self.model, prompt_ids, params, self.tokenizer.stop_ids):
             self.num_tokens += len(hypothesis.tokens)
-            yield self._add_logprobs(self._hypothesis_record(prompt, hypothesis))
+            record = self._hypothesis_record(prompt, hypothesis)
+            if self.config.logprobs:
+                logprobs = token_logprobs(self.model, [*prompt_ids, *record["tokens"]])
+                record["logprobs"] = logprobs[len(prompt_ids) - 1 :]
+            yield record
 
     def _hypothesis_record(self, prompt: str, hypothesis: Hypothesis) -> dict[str, Any]:
         """The record of a hypothesis, which ends at a stop string."""
-        stream = TextStream(self.tokenizer, prompt, stop_strings=self.stop_strings)
+        stream = TextStream(
+            self.tokenizer, self.tokenizer.encode(prompt, bos=True), self.options.stop
+        )
         tokens = stream.push_all(hypothesis.tokens)
         return {
             "prompt": prompt,
@@ -242,13 +244,6 @@ class GenerationSession:
             "finish": "stop" if stream.stopped_by_string else hypothesis.finish,
             "score": hypothesis.score,
         }
-
-    def _add_logprobs(self, record: dict[str, Any]) -> dict[str, Any]:
-        if not self.config.logprobs:
-            return record
-        prompt_ids = self.tokenizer.encode(record["prompt"], bos=True)
-        logprobs = token_logprobs(self.model, [*prompt_ids, *record["tokens"]]).tolist()
-        return record | {"logprobs": logprobs[len(prompt_ids) - 1 :]}
 
 
 def print_logprobs(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> None:
@@ -302,7 +297,8 @@ def print_samples(
 def print_prompt(prompt: str, index: int, session: GenerationSession) -> None:
     """Print a prompt as the vocabulary spells it, after a separator unless it is the first."""
     separator = f"{SEPARATOR}\n" if index else ""
-    print(separator + TextStream(session.tokenizer, prompt).prompt_text, end="", flush=True)
+    tokens = session.tokenizer.encode(prompt, bos=True)
+    print(separator + TextStream(session.tokenizer, tokens).prompt_text, end="", flush=True)
 
 
 def print_record(record: dict[str, Any], session: GenerationSession) -> None:
@@ -333,27 +329,36 @@ def print_events(chunks: Iterable[TextChunk]) -> None:
 
 def interactive_loop(prompt: str, session: GenerationSession) -> None:
     """Continue a text in turns with the user. The KV cache is kept from turn to turn."""
-    config = session.config
     tokenizer = session.tokenizer
     print(
         "Type how the text continues; an empty line lets the model continue, Ctrl-D ends.",
         file=sys.stderr,
     )
     # At least one token per turn: the user asked the model to continue.
-    min_new_tokens = max(1, config.min_new_tokens)
-    params = SamplingParams(**config.sampling_options | {"min_new_tokens": min_new_tokens})
-    banned = session.banned_strings
-    engine = InferenceEngine(session.prepared, params, 1, tokenizer.stop_ids, banned)
-    stream = TextStream(tokenizer, prompt, stop_strings=session.stop_strings)
-    print(stream.prompt_text, end="")
+    min_new_tokens = max(1, session.params.min_new_tokens)
+    params = dataclasses.replace(session.params, min_new_tokens=min_new_tokens)
+    engine = InferenceEngine(session.prepared)
+    tokens = tokenizer.encode(prompt, bos=True)
+    text = TextStream(tokenizer, tokens).prompt_text
+    print(text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
-        added = stream.append_user_text(line)
+        if line:
+            space = "" if tokenizer.has_dummy_prefix or not text else " "
+            tokens = tokens + tokenizer.encode(space + line, bos=False)
+        stream = TextStream(tokenizer, tokens, session.options.stop)
         if not sys.stdin.isatty():  # a terminal has shown the typed text
-            print(added, end="")
-        for _, token in engine.generate([stream.sequence]):
-            session.num_tokens += token is not None
-            print(stream.push(token), end="", flush=True)
+            print(stream.prompt_text[len(text) :], end="")
+        request = Request(tokens, params, request_index(prompt, 0))
+        for new_token in engine.generate([request]):
+            session.num_tokens += new_token.token is not None
+            print(stream.push(new_token.token), end="", flush=True)
+            if stream.stopped_by_string:
+                engine.cancel(request, "stop")
         print()
+        text = stream.prompt_text + stream.emitted
+        # Tokens from a stop string on are not part of the text.
+        is_whole = not stream.stopped_by_string
+        tokens = request.tokens if is_whole else tokenizer.encode(text, bos=True)
 
 
 def stdin_lines() -> Iterator[str]:

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from generation.sequence import context_start
+from generation.engine import MAX_PREFILL_TOKENS, InferenceEngine
+from generation.prepared_model import PreparedModel
+from generation.request import Request
 from generation.steps import check_no_nan
 from model import Transformer
-from ops.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,16 @@ class Candidate(NamedTuple):
     token: int
 
 
-def next_logprobs(
-    model: Transformer, cache: KVCache, beams: list[list[int]], num_cached: int
-) -> torch.Tensor:
-    """The natural log-probabilities of the next token of each beam: (beams, V), float32.
-
-    All beams have the same length. The cache has one row per beam, with its first num_cached
-    tokens."""
-    length = len(beams[0])
-    max_seq_len = model.args.max_seq_len
-    start = context_start(length, max_seq_len)
-    # The cache is useless if it was filled for another context.
-    is_same_context = context_start(num_cached, max_seq_len) == start
-    first = num_cached if is_same_context else start
-    device = model.tok_embeddings.weight.device
-    inputs = torch.tensor([tokens[first:] for tokens in beams], device=device)  # (beams, T)
-    x = model.forward_hidden(inputs, cache, first - start)[:, -1]  # (beams, C)
-    logprobs = model.output(x).float().log_softmax(-1)
-    check_no_nan(logprobs)
-    return logprobs
+def next_logprobs(engine: InferenceEngine) -> torch.Tensor:
+    """The natural log-probabilities of the next token of each beam: (beams, V), float32."""
+    rows = engine.batch.active
+    while True:
+        chunks = [row.uncached[:MAX_PREFILL_TOKENS] for row in rows]  # all of the same length
+        x = engine.forward(rows, chunks)
+        if not rows[0].uncached:
+            logprobs = engine.model.output(x[:, -1]).float().log_softmax(-1)
+            check_no_nan(logprobs)
+            return logprobs
 
 
 def best_candidates(logprobs: torch.Tensor, count: int) -> list[Candidate]:
@@ -108,27 +100,26 @@ def best_hypotheses(hypotheses: list[Hypothesis], count: int) -> list[Hypothesis
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer, prompt: list[int], params: BeamSearchParams, stop_ids: Collection[int] = ()
+    model: Transformer | PreparedModel,
+    prompt: list[int],
+    params: BeamSearchParams,
+    stop_ids: Collection[int] = (),
 ) -> list[Hypothesis]:
     """The params.num_best best completions of a prompt, best first; fewer if no more are possible.
 
     The rules are those of transformers' generate with early_stopping=False. A hypothesis ends with
     a token in stop_ids or after max_new_tokens. It may exceed max_seq_len; see context_start.
     Raises ValueError for an empty prompt, and if all tokens are banned before a hypothesis ends."""
-    if not prompt:
-        raise ValueError("the prompt is empty: begin with at least one token, such as BOS")
     stop = set(stop_ids)
-    device = model.tok_embeddings.weight.device
-    max_length = len(prompt) + params.max_new_tokens
-    cache = model.new_kv_cache(1, min(model.args.max_seq_len, max_length))
-    beams = [list(prompt)]
-    logprobs = torch.zeros(1, device=device)
+    engine = InferenceEngine(model, params.num_beams)
+    engine.batch.ensure_capacity(len(prompt) + params.max_new_tokens)
+    engine.batch.add(Request(prompt))
+    logprobs = torch.zeros(1, device=engine.device)
     finished: list[Hypothesis] = []  # best first
-    num_cached = 0
     for length in range(1, params.max_new_tokens + 1):  # new tokens, this step's included
         # 1. Extend each beam by every token.
-        logprobs = logprobs[:, None] + next_logprobs(model, cache, beams, num_cached)  # (beams, V)
-        num_cached = len(beams[0])
+        beams = [row.tokens for row in engine.batch.active]
+        logprobs = logprobs[:, None] + next_logprobs(engine)  # (beams, V)
         early_stop = stop if length <= params.min_new_tokens else set()
         ban_tokens_(logprobs, beams, params, early_stop)
         # As many candidates as may end here, and num_beams more.
@@ -147,10 +138,9 @@ def beam_search(
         live = live[: params.num_beams]
         if not live or is_done(finished, live[0].logprob, length, params):
             break
-        beams = [[*beams[candidate.beam], candidate.token] for candidate in live]
-        logprobs = torch.tensor([candidate.logprob for candidate in live], device=device)
-        parents = [candidate.beam for candidate in live]
-        cache.select_rows(torch.tensor(parents, device=device))
+        requests = [Request([*beams[candidate.beam], candidate.token]) for candidate in live]
+        engine.batch.fork([candidate.beam for candidate in live], requests)
+        logprobs = torch.tensor([candidate.logprob for candidate in live], device=engine.device)
     if not finished:
         raise ValueError("no token is left: each is banned, or would end the sequence too early")
     return finished[: params.num_best]

@@ -1,331 +1,272 @@
 """
-A model prepared for inference: packed or quantized matrices, fused projections, compiled steps.
+Compiled decode steps (AOTInductor), made by another process while decoding goes on uncompiled.
+
+A package has the code of a step for one architecture and number of rows, and no weights. It is kept
+in a cache folder, so that later runs start with it. All options are inputs of the step; it is never
+compiled again for another value. If compilation fails, decoding stays uncompiled.
 """
 
+import atexit
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
 import sys
-import types
-from typing import NamedTuple
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from generation.sampling_params import TruncationParams
-from generation.steps import (
-    NUM_DRAFT_TOKENS,
-    DraftModel,
-    PreparedModel,
-    StepInputs,
-    StepOutput,
-    decode_step,
-)
-from model import Transformer, TransformerBlock
+from generation.inference_model import convert_weights
+from generation.sampling import SamplingTensors
+from generation.steps import StepInputs, StepOutput, decode_step
+from model import ModelArgs, Transformer
 from ops.kv_cache import KVCache
-from ops.quantized_linear import (
-    CastLinear,
-    FusedLinear,
-    Int8Linear,
-    PackedLinear,
-    pack_weights,
-    packed_dtypes,
-)
-from runtime.device import DTYPES
+from ops.rope import RopeScaling
 
-SMALL_MODEL = 2**27  # parameters; in smaller models the overhead of each call matters
-MAX_TOKENS_PER_CALL = 32  # of each sequence, in one call of the compiled decode loop
-# Parameters times tokens of one call, which then takes about 50 ms; at least 4 tokens per sequence.
-MAX_WORK_PER_CALL = 2**29
-RECOMPILE_LIMIT = 64  # for other lengths and options; beyond it PyTorch silently stops compiling
-# The C++ wrapper is compiled apart from the kernels: together g++ takes two minutes longer.
-INDUCTOR_CPU_OPTIONS = {
-    "cpp_wrapper": True,
-    "cpp_wrapper_build_separate": True,
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["model.py", "ops/*.py", "generation/*.py"]  # what compiled code is made from
+INDUCTOR_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
 }
 
 
-# Weights
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """All that the code of a compiled step depends on."""
+
+    args: ModelArgs
+    dtype: str  # of the matrices, see convert_weights
+    packed_rows: int  # see convert_weights
+    cache_dtype: str
+    rows: int  # B, see StepInputs
+    length: int  # T
+    device: str
+    threads: int
+
+    @property
+    def path(self) -> Path:
+        """The file of the compiled package."""
+        digest = hashlib.sha256(repr((self, torch.__version__, cpu_features())).encode())
+        for pattern in SOURCES:
+            for path in sorted(ROOT.glob(pattern)):
+                digest.update(path.read_bytes())
+        return cache_folder() / f"{digest.hexdigest()[:32]}.pt2"
 
 
-def linear_for_inference(weight: Tensor, dtype: str, rows: int) -> nn.Module:
-    """The layer that multiplies with weight (out, in) fastest. See convert_weights."""
-    if dtype == "int8":
-        return Int8Linear(weight)
-    weight = weight.to(DTYPES[dtype])
-    if weight.device.type == "cpu" and dtype in packed_dtypes():
-        return PackedLinear(weight, rows)
-    return CastLinear(weight)
+def cache_folder() -> Path:
+    """The folder of the compiled packages."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cria"
 
 
-def fuse_linear(layers: list[nn.Linear], dtype: str, rows: int) -> FusedLinear:
-    """One layer in place of several with the same input."""
-    weights = [layer.weight for layer in layers]
-    fused = linear_for_inference(torch.cat(weights), dtype, rows)
-    return FusedLinear(fused, [len(weight) for weight in weights])
+def cpu_features() -> str:
+    """The instruction sets of the processor, where Linux names them."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return torch.backends.cpu.get_cpu_capability()
 
 
-def convert_block(block: TransformerBlock, source: TransformerBlock, dtype: str, rows: int) -> None:
-    """Give block the norms of source and its matrices, fused and converted."""
-    block.attention_norm = source.attention_norm
-    block.ffn_norm = source.ffn_norm
-    attention = source.attention
-    qkv = fuse_linear([attention.wq, attention.wk, attention.wv], dtype, rows)
-    block.attention.add_module("wq", qkv)
-    block.attention.add_module("wk", None)
-    block.attention.add_module("wv", None)
-    block.attention.add_module("wo", linear_for_inference(attention.wo.weight, dtype, rows))
-    feed_forward = source.feed_forward
-    gate_up = fuse_linear([feed_forward.w1, feed_forward.w3], dtype, rows)
-    block.feed_forward.add_module("w1", gate_up)
-    block.feed_forward.add_module("w3", None)
-    block.feed_forward.add_module("w2", linear_for_inference(feed_forward.w2.weight, dtype, rows))
+class StepModule(nn.Module):
+    """decode_step with tensors as its only arguments, as torch.export requires."""
 
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
 
-def convert_weights(model: Transformer, dtype: str, rows: int = 1) -> Transformer:
-    """A model for inference that shares its embedding and norms with the given model.
-
-    Args:
-        dtype: of the matrices: int8 or a name in runtime.device.DTYPES.
-        rows: of the inputs that the matrices are packed for: batch size times tokens.
-    """
-    converted = Transformer.on_meta(model.args)
-    with torch.no_grad():
-        converted.tok_embeddings = model.tok_embeddings
-        converted.norm = model.norm
-        converted.rope_cos = model.rope_cos
-        converted.rope_sin = model.rope_sin
-        converted.add_module("output", linear_for_inference(model.output.weight, dtype, rows))
-        for block, source in zip(converted.layers, model.layers, strict=True):
-            assert isinstance(block, TransformerBlock) and isinstance(source, TransformerBlock)
-            convert_block(block, source, dtype, rows)
-    if dtype == "int8" and model.num_parameters() < SMALL_MODEL:
-        pack_weights([layer for layer in converted.modules() if isinstance(layer, Int8Linear)])
-    return converted.eval()
-
-
-# Compiled steps
-
-
-class TracedInputs(NamedTuple):
-    """StepInputs for compiled code: all tensors, so that other values need no recompilation."""
-
-    tokens: Tensor  # (B, T)
-    start_pos: Tensor  # (B,)
-    kv_len_carrier: Tensor  # (kv_len, 0): its size, which is dynamic, is StepInputs.kv_len
-    seeds: Tensor  # (B, N)
-    num_steps: Tensor  # () int64: passes of the model to run, at most N - T + 1
-
-
-class LoopOutput(NamedTuple):
-    """StepOutput of decode_loop, and how many steps it ran."""
-
-    logits: Tensor  # (B * T, V)
-    tokens: Tensor  # (B, N)
-    accepted: Tensor  # (B * T,)
-    num_steps: Tensor | int
-
-
-def decode_loop(
-    model: Transformer,
-    cache: KVCache,
-    inputs: TracedInputs,
-    truncation: TruncationParams,
-    stop_ids: tuple[int, ...],
-) -> LoopOutput:
-    """The function that is compiled: decode_step, in a loop if T = 1 and N > 1.
-
-    The loop ends after num_steps steps, or earlier after a stop token or a token that is not
-    accepted. It is part of the compiled code because a call of that takes half as long as a step of
-    a small model."""
-    tokens, start_pos, kv_len_carrier, seeds, num_steps = inputs
-    kv_len = kv_len_carrier.shape[0]
-    if tokens.shape[1] == seeds.shape[1]:
-        step_inputs = StepInputs(tokens, start_pos, kv_len, seeds)
-        logits, generated, accepted = decode_step(model, cache, step_inputs, truncation)
-        return LoopOutput(logits, generated, accepted, num_steps)
-    index = torch.arange(seeds.shape[1], device=tokens.device)
-    is_unused = start_pos == 0  # see InferenceEngine.decode_inputs
-
-    def continues(i: Tensor, token: Tensor, _: Tensor, accepted: Tensor, __: Tensor) -> Tensor:
-        for stop_id in stop_ids:
-            accepted = accepted & ((token[:, 0] != stop_id) | (i == 0))  # token 0 is an input
-        return (i < num_steps) & (accepted | is_unused).all()
-
-    def body(
-        i: Tensor, token: Tensor, generated: Tensor, accepted: Tensor, logits: Tensor
+    def forward(
+        self,
+        step: tuple[Tensor, ...],
+        cache: tuple[list[Tensor], ...],
+        sampling: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
-        step_inputs = StepInputs(token, start_pos + i, kv_len, seeds.index_select(1, i[None]))
-        logits, token, accepted = decode_step(
-            model, cache, step_inputs, truncation, exact_kv_len=False
-        )
-        return i + 1, token, torch.where(index == i, token, generated), accepted, logits
+        """Map the tensors of StepInputs and KVCache to those of StepOutput.
 
-    initial = (
-        tokens.new_zeros(()),
-        tokens,
-        tokens.new_zeros(seeds.shape),
-        tokens.new_ones(len(tokens), dtype=torch.bool),
-        model.tok_embeddings.weight.new_empty(len(tokens), model.args.vocab_size),
-    )
-    i, _, generated, accepted, logits = torch.while_loop(continues, body, initial)
-    return LoopOutput(logits, generated, accepted, i)
+        step: tokens, start_pos, positions and a tensor (kv_len, 0): its size, which may vary
+        without another compilation, is kv_len."""
+        tokens, start_pos, positions, kv_len_carrier = step
+        kv_len = kv_len_carrier.shape[0]
+        inputs = StepInputs(tokens, start_pos, positions, kv_len, SamplingTensors(*sampling))
+        return tuple(decode_step(self.model, KVCache(*cache), inputs))
 
-
-class CompiledDecodeStep:
-    """A decode_step that is compiled at its first call; it stays eager if compilation fails.
-
-    With one token per row, it generates up to max_tokens tokens per call. See DecodeStep."""
-
-    def __init__(self, max_tokens: int = 1) -> None:
-        self.max_tokens = max_tokens
-        # PyTorch keeps compiled code with the code object, so each instance needs a copy.
-        function = types.FunctionType(decode_loop.__code__.replace(), decode_loop.__globals__)
-        self.compiled = torch.compile(function, dynamic=False)
-        self.compile_ok: bool | None = None  # None: not known yet
-        self.seen_signatures: list[tuple] = []  # of earlier calls
-        self.last_signature: tuple | None = None
-
-    def __call__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        inputs: StepInputs,
-        truncation: TruncationParams,
-        stop_ids: tuple[int, ...] = (),
-    ) -> StepOutput:
-        num_read = inputs.tokens.shape[1]
-        num_steps = inputs.seeds.shape[1] - num_read + 1
-        padding = self.max_tokens - num_steps
-        if padding < 0:
-            raise ValueError(
-                f"{num_steps} tokens in one call: this step is compiled for at most "
-                f"{self.max_tokens}"
-            )
-        padded = StepInputs(
-            tokens=inputs.tokens,
-            start_pos=inputs.start_pos,
-            kv_len=inputs.kv_len + num_steps - 1,
-            seeds=F.pad(inputs.seeds, (0, padding)) if padding else inputs.seeds,
-        )
-        output = self._run(model, cache, padded, truncation, stop_ids, num_steps)
-        tokens = output.tokens[:, : num_read - 1 + int(output.num_steps)]
-        return StepOutput(output.logits, tokens, output.accepted)
-
-    def _run(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        inputs: StepInputs,
-        truncation: TruncationParams,
-        stop_ids: tuple[int, ...],
-        num_steps: int,
-    ) -> LoopOutput:
-        if self.compile_ok is False:
-            return run_eagerly(model, cache, inputs, truncation, num_steps)
-        traced = trace_inputs(inputs, inputs.kv_len, num_steps)
-        shape = inputs.tokens.shape
-        signature = (model, cache.length, cache.keys[0].dtype, shape, truncation, stop_ids)
-        if signature == self.last_signature and inputs.tokens.device.type == "cpu":
-            try:  # without evaluating guards, which takes a third of a small model's step
-                with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-                    return self.compiled(model, cache, traced, truncation, stop_ids)
-            except RuntimeError as error:
-                if "Recompilation triggered" not in str(error):
-                    raise
-                self.last_signature = None  # no compiled code fits, and nothing was run
-        if signature not in self.seen_signatures and inputs.seeds.shape[1] > 1:
-            # The compiler optimizes for the first size. Positions past a row's end are masked.
-            max_kv_len = min(cache.length - 1, model.args.max_seq_len)
-            traced = trace_inputs(inputs, max_kv_len, num_steps)
-        try:
-            output = self._run_with_guards(model, cache, traced, truncation, stop_ids)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no compiler, or any failure inside it
-            if self.compile_ok:
-                raise
-            self.compile_ok = False
-            reason = type(error).__name__
-            print(f"cannot compile here ({reason}); continuing uncompiled", file=sys.stderr)
-            return run_eagerly(model, cache, inputs, truncation, num_steps)
-        self.compile_ok = True
-        self.last_signature = signature
-        if signature not in self.seen_signatures:
-            self.seen_signatures.append(signature)
-        return output
-
-    def _run_with_guards(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        traced: TracedInputs,
-        truncation: TruncationParams,
-        stop_ids: tuple[int, ...],
-    ) -> LoopOutput:
-        """Run the compiled code that fits the arguments; compile it if there is none."""
-        import torch._dynamo  # takes a second
-        import torch._inductor.config
-
-        on_cpu = traced.tokens.device.type == "cpu"
-        torch._dynamo.maybe_mark_dynamic(traced.kv_len_carrier, 0)
-        with (
-            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
-            torch._inductor.config.patch(INDUCTOR_CPU_OPTIONS if on_cpu else {}),
-        ):
-            return self.compiled(model, cache, traced, truncation, stop_ids)
+    def constants(self) -> dict[str, Tensor]:
+        """The weights and buffers by name."""
+        named = [
+            *self.named_parameters(remove_duplicate=False),
+            *self.named_buffers(remove_duplicate=False),
+        ]
+        return {name: tensor.detach() for name, tensor in named}
 
 
-def trace_inputs(inputs: StepInputs, kv_len: int, num_steps: int) -> TracedInputs:
-    """The inputs as tensors, with this kv_len."""
-    carrier = torch.empty(kv_len, 0)
-    return TracedInputs(
-        inputs.tokens, inputs.start_pos, carrier, inputs.seeds, torch.tensor(num_steps)
-    )
+class CompiledStep:
+    """A compiled decode_step with the weights of a model. Raises RuntimeError if it cannot load."""
+
+    def __init__(self, path: Path, model: Transformer, device: torch.device) -> None:
+        # The class behind torch._inductor.aoti_load_package, whose import takes two seconds.
+        index = -1 if device.index is None else device.index
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+        constants = StepModule(model).constants()
+        self.constants = {name: constants[name] for name in self.loader.get_constant_fqns()}
+        self.loader.load_constants(self.constants, False, True, True)  # they stay the model's
+
+    def __call__(self, model: Transformer, cache: KVCache, inputs: StepInputs) -> StepOutput:
+        """As decode_step. The shapes must be those of the StepSpec."""
+        tokens, start_pos, positions, kv_len, sampling = inputs
+        step = [tokens, start_pos, positions, torch.empty(kv_len, 0, device=tokens.device)]
+        return StepOutput(*self.loader.run([*step, *cache.keys, *cache.values, *sampling]))
 
 
-def run_eagerly(
-    model: Transformer,
-    cache: KVCache,
-    inputs: StepInputs,
-    truncation: TruncationParams,
-    num_steps: int,
-) -> LoopOutput:
-    """Run one step without compilation. kv_len of the inputs is that after num_steps steps."""
-    kv_len = inputs.kv_len - num_steps + 1
-    step_inputs = StepInputs(inputs.tokens, inputs.start_pos, kv_len, inputs.seeds)
-    return LoopOutput(*decode_step(model, cache, step_inputs, truncation), 1)
-
-
-def prepare_for_inference(
-    model: Transformer, dtype: str = "float32", batch_size: int = 1, compile: bool = False
-) -> PreparedModel:
-    """Prepare a model for an InferenceEngine with this batch size.
-
-    Compilation happens at the second token and takes half a minute or more. Compiled on a CPU, a
-    single sequence in floating point is generated by speculative decoding: the same model with
-    8-bit matrices drafts. The tokens are those of the model itself. Other compiled steps on a CPU
-    with a dtype below 32 bits keep the KV cache in bfloat16.
+class StepCompiler:
+    """The compiled steps of a model: finds them in the cache folder, or starts their compilation.
 
     Args:
-        dtype: of the matrices: int8, float32, bfloat16 or float16.
+        model: from convert_weights.
+        spec: of the steps; rows and length are replaced.
     """
-    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
-    if on_cpu and dtype != "int8" and compile and batch_size == 1:
-        draft = DraftModel(
-            model=convert_weights(model, "int8"),
-            decode_step=CompiledDecodeStep(NUM_DRAFT_TOKENS),
-            verify=CompiledDecodeStep(),
+
+    def __init__(self, model: Transformer, spec: StepSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self.steps: dict[tuple[int, int], CompiledStep | None] = {}  # None: it failed
+        self.workers: dict[tuple[int, int], Worker] = {}
+        self.failed = False
+
+    def find(self, rows: int, length: int) -> CompiledStep | None:
+        """The compiled step for these rows and this number of tokens, if there is one yet."""
+        key = (rows, length)
+        worker = self.workers.get(key)
+        if worker is None and key in self.steps:
+            return self.steps[key]
+        if worker is not None and worker.is_running():
+            return None
+        path = self._spec(*key).path
+        if worker is not None:
+            del self.workers[key]
+            if not path.exists():
+                self._fail(key, worker.error())
+                return None
+        self.steps[key] = None
+        if path.exists():
+            try:
+                device = self.model.tok_embeddings.weight.device
+                self.steps[key] = CompiledStep(path, self.model, device)
+            except (RuntimeError, KeyError) as error:
+                path.unlink(missing_ok=True)  # it is damaged
+                self._fail(key, str(error))
+        return self.steps[key]
+
+    def start(self, rows: int, length: int) -> None:
+        """Start the compilation in another process, if the step is neither compiled nor failed."""
+        key = (rows, length)
+        if self.find(rows, length) is None and key not in self.workers and not self.failed:
+            self.workers[key] = Worker(self._spec(rows, length))
+
+    def wait(self) -> None:
+        """Wait for all compilations."""
+        for rows, length in list(self.workers):
+            self.workers[rows, length].wait()
+            self.find(rows, length)
+
+    def _spec(self, rows: int, length: int) -> StepSpec:
+        return dataclasses.replace(self.spec, rows=rows, length=length)
+
+    def _fail(self, key: tuple[int, int], reason: str) -> None:
+        self.steps[key] = None
+        if not self.failed:
+            print(f"cannot compile here ({reason}); continuing uncompiled", file=sys.stderr)
+        self.failed = True
+
+
+class Worker:
+    """A process that compiles one step. It ends with this process."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "generation.compile", json.dumps(dataclasses.asdict(spec))],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,  # Ctrl-C is not for the compiler; kill reaches its children
         )
-        return PreparedModel(convert_weights(model, dtype, 1 + draft.num_tokens), draft=draft)
-    converted = convert_weights(model, dtype, batch_size)
-    if not compile:
-        return PreparedModel(converted)
-    tokens_per_call = 1
-    if on_cpu and model.num_parameters() < SMALL_MODEL:
-        affordable = MAX_WORK_PER_CALL // (model.num_parameters() * batch_size)
-        tokens_per_call = max(4, min(MAX_TOKENS_PER_CALL, affordable))
-    # Uncompiled attention would read a bfloat16 cache more slowly.
-    cache_dtype = torch.bfloat16 if on_cpu and dtype != "float32" else None
-    step = CompiledDecodeStep(tokens_per_call)
-    return PreparedModel(converted, step, tokens_per_call, cache_dtype=cache_dtype)
+        atexit.register(self.kill)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self) -> None:
+        self.process.wait()
+
+    def kill(self) -> None:
+        """End the process and the compilers that it runs."""
+        if self.is_running():
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def error(self) -> str:
+        """The last line that the process printed."""
+        self.log.seek(0)
+        lines = self.log.read().strip().splitlines()
+        return lines[-1] if lines else f"the compiler ended with status {self.process.returncode}"
+
+
+def compile_step(spec: StepSpec) -> None:
+    """Compile a step and put the package into the cache folder."""
+    import torch._inductor
+
+    device = torch.device(spec.device)
+    torch.set_num_threads(spec.threads)
+    source = Transformer.uninitialized(spec.args).eval().to(device)
+    model = convert_weights(source, spec.dtype, spec.packed_rows)
+    cache_length = min(spec.args.max_seq_len, 2048) + 1
+    cache = model.new_kv_cache(spec.rows, cache_length, getattr(torch, spec.cache_dtype))
+    num_tokens = spec.rows * spec.length
+    step = (
+        torch.zeros(spec.rows, spec.length, dtype=torch.int64, device=device),
+        torch.zeros(spec.rows, dtype=torch.int64, device=device),
+        torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        torch.empty(cache_length - 1, 0, device=device),
+    )
+    sampling = SamplingTensors.new(num_tokens, spec.args.vocab_size, device)
+    layers = range(spec.args.n_layers)
+    dynamic_cache = [{2: torch.export.Dim.DYNAMIC} for _ in layers]
+    dynamic_shapes = (
+        (None, None, None, {0: torch.export.Dim.DYNAMIC}),
+        (dynamic_cache, dynamic_cache),
+        (None,) * len(sampling),
+    )
+    with torch.no_grad():
+        program = torch.export.export(
+            StepModule(model),
+            (step, (cache.keys, cache.values), tuple(sampling)),
+            dynamic_shapes=dynamic_shapes,
+        )
+        spec.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=spec.path.parent) as folder:
+            package = torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=os.path.join(folder, "step.pt2"),
+                inductor_configs=INDUCTOR_OPTIONS,
+            )
+            os.replace(package, spec.path)
+
+
+def main() -> None:
+    """Compile the step whose StepSpec is the first argument, in JSON."""
+    os.nice(10)  # decoding goes on meanwhile
+    options = json.loads(sys.argv[1])
+    if options["args"]["rope_scaling"]:
+        options["args"]["rope_scaling"] = RopeScaling(**options["args"]["rope_scaling"])
+    compile_step(StepSpec(**options | {"args": ModelArgs(**options["args"])}))
+
+
+if __name__ == "__main__":
+    main()

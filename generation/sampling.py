@@ -1,214 +1,297 @@
 """
-Sampling of the next token: temperature, truncation, repetition penalty and banned strings.
+Sampling of the next token: a pure function; every row has its own sampling parameters.
 
-Sampling is an argmax (the Gumbel-max trick): if Gumbel noise is added to the logits, each token has
-the largest sum with exactly its probability (arXiv 1411.0030, section 2). The noise is a hash of a
-seed and a token's index. A sample therefore depends only on its seed and its row of logits, in a
-batch of any size, on any device.
+A sample is an argmax (the Gumbel-max trick): with Gumbel noise added to the logits, each token has
+the largest sum with exactly its probability (arXiv 1411.0030, section 2). The noise is a hash of
+seed, position and token, so a sample does not depend on the batch or the device. Truncation is
+exact rejection sampling without sorting (FlashInfer, arXiv 2501.01005).
 
-Shapes: B batch, V vocabulary. Seeds are int32 tensors.
+Shapes: B rows, V vocabulary, G groups of GROUP_SIZE tokens.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from generation.sampling_params import TruncationParams
 from runtime.hashing import splitmix64
 
-TOPK_PREFIX = 512  # tokens sorted first for top-p; a nucleus is rarely larger
-GROUP_SIZE = 128  # tokens in a group of the two-level Gumbel argmax
-REJECTION_TRIES = 3  # samples of the full distribution before the logits are truncated
-NO_TRUNCATION = TruncationParams()
+GROUP_SIZE = 128  # tokens in a group of the two-level argmax
+MIN_TEMPERATURE = 1e-6  # below: greedy; float32 cannot distinguish such a temperature from 0
+EXP_UNDERFLOW = 104.0  # exp(-104) is 0 in float32
 
 
-class UntruncatedSample(NamedTuple):
-    """Tokens sampled from the full distribution, and whether the truncations accept them."""
+class SamplingTensors(NamedTuple):
+    """The sampling parameters of each row as tensors, so that a compiled step serves them all."""
 
-    tokens: torch.Tensor  # (B,) int64; undefined where not accepted
-    accepted: torch.Tensor  # (B,) bool
+    is_active: Tensor  # (B,) bool; the token of an inactive row is undefined
+    key: Tensor  # (B,) int32, from sampling_key
+    temperature: Tensor  # (B,) float32
+    top_k: Tensor  # (B,) int64; 0: no limit
+    top_p: Tensor  # (B,) float32; 1: no limit
+    min_p: Tensor  # (B,) float32; 0: no limit
+    repetition_penalty: Tensor  # (B,) float32; 1: none
+    min_length: Tensor  # (B,) int64: stop tokens are suppressed at positions before it
+    is_seen: Tensor  # (B, V) bool: tokens that the repetition penalty applies to
+    is_stop: Tensor  # (B, V) bool
+    bias: Tensor  # (B, V) float32, added to the logits; -inf bans a token
 
+    @property
+    def is_greedy(self) -> Tensor:
+        """(B,) bool"""
+        return self.temperature < MIN_TEMPERATURE
 
-def truncate_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Set all but the k largest logits (B, V) to -inf; ties with the k-th stay."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
-    return logits.masked_fill(logits < kth, float("-inf"))
-
-
-def truncate_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the fewest most likely tokens of logits (B, V) whose probabilities add up to p.
-
-    This is nucleus sampling (arXiv 1904.09751). The most likely token always stays. Of tokens with
-    equal logits the first ones stay."""
-    log_total = logits.logsumexp(-1, keepdim=True)
-    for count in (min(TOPK_PREFIX, logits.shape[-1]), logits.shape[-1]):
-        sorted_logits = logits.topk(count, dim=-1).values  # (B, count)
-        cumulative = (sorted_logits - log_total).exp().cumsum(-1)
-        if (cumulative[:, -1] >= p).all():
-            break
-    num_kept = 1 + (cumulative[:, :-1] < p).sum(-1, keepdim=True)  # (B, 1)
-    threshold = sorted_logits.gather(-1, num_kept - 1)
-    ties_kept = num_kept - (logits > threshold).sum(-1, keepdim=True)
-    is_tie = logits == threshold
-    removed = (logits < threshold) | is_tie & (is_tie.cumsum(-1) > ties_kept)
-    return logits.masked_fill(removed, float("-inf"))
-
-
-def truncate_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep tokens at least p times as probable as the most probable one (arXiv 2407.01082)."""
-    probs = logits.softmax(-1)  # (B, V)
-    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
-
-
-def apply_repetition_penalty(
-    logits: torch.Tensor, token_ids: torch.Tensor, penalty: float
-) -> torch.Tensor:
-    """Make the tokens token_ids (B, S) less likely in logits (B, V).
-
-    A positive logit is divided by the penalty, a negative one multiplied (CTRL, arXiv 1909.05858,
-    section 4.1)."""
-    selected = logits.gather(-1, token_ids)  # (B, S)
-    penalized = torch.where(selected > 0, selected / penalty, selected * penalty)
-    return logits.scatter(-1, token_ids, penalized)
+    @classmethod
+    def new(cls, batch_size: int, vocab_size: int, device: torch.device) -> "SamplingTensors":
+        """Tensors for rows that are inactive and without limits."""
+        row = torch.zeros(batch_size, device=device)  # (B,)
+        table = torch.zeros(batch_size, vocab_size, device=device)  # (B, V)
+        return cls(
+            is_active=row.bool(),
+            key=row.int(),
+            temperature=row + 1,
+            top_k=row.long(),
+            top_p=row + 1,
+            min_p=row.clone(),
+            repetition_penalty=row + 1,
+            min_length=row.long(),
+            is_seen=table.bool(),
+            is_stop=table.bool(),
+            bias=table,
+        )
 
 
-def sample_seed(seed: int, sample_index: int, position: int) -> int:
-    """The seed of one token, an int32: a hash of the user's seed, the sample and the position."""
-    key = splitmix64(splitmix64(splitmix64(seed) + sample_index) + position) & 0xFFFFFFFF
+def sampling_key(seed: int, index: int) -> int:
+    """The int32 that selects all random draws of a sequence: a hash of the seed and its index."""
+    key = splitmix64(splitmix64(seed) + index) & 0xFFFFFFFF
     return key - (key >> 31 << 32)
 
 
-def gumbel_noise(seeds: torch.Tensor, count: int) -> torch.Tensor:
-    """Standard Gumbel noise (B, count) for int32 seeds (B,).
-
-    The hash is lowbias32 of Wellons's hash prospector, in 32-bit arithmetic that wraps around."""
-    # Without the xor the compiler would multiply the loop index; its overflow is undefined in C++.
-    index = torch.arange(count, dtype=torch.int32, device=seeds.device) ^ 0x2545F491
-    x = index * -1640531527 ^ seeds[:, None]  # 2**32 / golden ratio
+def hash_int32(x: Tensor) -> Tensor:
+    """A hash of int32 values: lowbias32 of Wellons's hash prospector. The arithmetic wraps."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -2073254261
-    x = (x ^ (x >> 16 & 0xFFFF)) & 0x7FFFFFFF
-    uniform = ((x.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def gumbel_noise(seeds: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise (B, count) for int32 seeds (B,)."""
+    # Without the xor the compiler would multiply the loop index; its overflow is undefined in C++.
+    index = torch.arange(count, dtype=torch.int32, device=seeds.device) ^ 0x2545F491
+    bits = hash_int32(index * -1640531527 ^ seeds[:, None]) & 0x7FFFFFFF  # 2**32 / golden ratio
+    uniform = ((bits.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
     return -(-torch.log1p(-uniform)).log()
 
 
-def gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor, tries: range) -> torch.Tensor:
-    """Sample tokens (B, len(tries)) from logits (B, V) with seeds (B,), independently for each try.
+def apply_penalties(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
+    """Repetition penalty, bias and early stop tokens, then temperature: logits (B, V), float32.
 
-    Sampling has two levels: a group of tokens, then a token of that group. Noise for each of 32,000
-    tokens would take longer than all other work on their logits."""
-    padding = (0, -logits.shape[-1] % GROUP_SIZE)
-    groups = F.pad(logits, padding, value=float("-inf")).unflatten(-1, (-1, GROUP_SIZE))
-    sizes = [groups.shape[1], GROUP_SIZE]  # groups: (B, G, GROUP_SIZE)
-    noise = gumbel_noise(seeds, tries.stop * sum(sizes)).unflatten(-1, (-1, sum(sizes)))
-    group_noise, token_noise = noise[:, tries.start :].split(sizes, dim=-1)
-    group = (groups.logsumexp(-1)[:, None] + group_noise).argmax(-1)  # (B, A)
-    group_logits = groups.gather(1, group[..., None].expand(-1, -1, GROUP_SIZE))
-    return group * GROUP_SIZE + (group_logits + token_noise).argmax(-1)
+    The penalty divides a positive logit and multiplies a negative one (CTRL, arXiv 1909.05858,
+    section 4.1). Uncompiled code skips what no row uses."""
+    logits = logits.float()
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or (params.repetition_penalty != 1).any():
+        penalty = params.repetition_penalty[:, None]
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(params.is_seen, penalized, logits)
+    is_early = positions < params.min_length  # (B,)
+    if is_compiling or is_early.any():
+        logits = torch.where(params.is_stop & is_early[:, None], float("-inf"), logits)
+    logits = logits + params.bias
+    return logits / torch.where(params.is_greedy, 1.0, params.temperature)[:, None]
 
 
-def sample_untruncated(
-    logits: torch.Tensor, seeds: torch.Tensor, truncation: TruncationParams = NO_TRUNCATION
-) -> UntruncatedSample:
-    """Sample from the full distribution until the truncations accept a token (rejection sampling).
+class Candidates(NamedTuple):
+    """The distribution that a token is drawn from."""
 
-    This avoids truncating logits (B, V) at nearly every step. A row is not accepted after
-    REJECTION_TRIES tries, or where both top_k and top_p apply: sample_next then truncates.
-    No operation is in place because torch.while_loop forbids that."""
-    if truncation.temperature < 1e-6:  # float32 cannot distinguish it from 0
-        tokens = logits.argmax(-1)
-        return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    scaled = (
-        logits.float() if truncation.temperature == 1 else logits.float() / truncation.temperature
+    logits: Tensor  # (B, G, GROUP_SIZE), padded with -inf
+    weights: Tensor  # (B, G, GROUP_SIZE): the probabilities times a constant of the row
+
+
+class Draw(NamedTuple):
+    """A token of each row, and its logit."""
+
+    token: Tensor  # (B,) int64
+    logit: Tensor  # (B,)
+
+
+def draw_token(candidates: Candidates, group_weights: Tensor, before: Draw, seeds: Tensor) -> Draw:
+    """Draw one of the tokens that precede `before` in the order of decreasing logits.
+
+    First a group is drawn, then a token of it, because noise for each of 32,000 tokens would take
+    longer than all other work on their logits. group_weights (B, G) are the sums over the tokens
+    that may be drawn."""
+    num_groups = group_weights.shape[1]
+    noise = gumbel_noise(seeds, num_groups + GROUP_SIZE)
+    group = (group_weights.log() + noise[:, :num_groups]).argmax(-1)  # (B,)
+    selected = group[:, None, None].expand(-1, -1, GROUP_SIZE)
+    logits = candidates.logits.gather(1, selected)[:, 0]  # (B, GROUP_SIZE)
+    index = torch.arange(GROUP_SIZE, device=seeds.device)
+    tokens = group[:, None] * GROUP_SIZE + index  # (B, GROUP_SIZE)
+    is_tie = logits == before.logit[:, None]
+    precedes = (logits > before.logit[:, None]) | is_tie & (tokens < before.token[:, None])
+    logits = torch.where(precedes, logits, float("-inf"))
+    chosen = (logits + noise[:, num_groups:]).argmax(-1, keepdim=True)
+    return Draw(tokens.gather(1, chosen)[:, 0], logits.gather(1, chosen)[:, 0])
+
+
+def while_loop(
+    condition: Callable[..., Tensor], body: Callable[..., tuple], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Repeat state = body(*state) while condition(*state). It can be compiled."""
+    if torch.compiler.is_compiling():
+        return torch.while_loop(condition, body, state)
+    while condition(*state):
+        state = body(*state)
+    return state
+
+
+class Limits(NamedTuple):
+    """The truncations of each row, in terms of its logits."""
+
+    top_k: Tensor  # (B,) int64; without a limit, V or more
+    top_p: Tensor  # (B,); without a limit, infinite
+    min_logit: Tensor  # (B,)
+
+
+class TopKBounds(NamedTuple):
+    """Bounds of the total weight of the top_k most likely tokens, found by bisection.
+
+    At least top_k tokens have logits above `low`, fewer than top_k above `high`."""
+
+    low: Tensor  # (B,) a logit
+    high: Tensor  # (B,) a logit
+    max_weight: Tensor  # (B,) of the tokens above low
+    min_weight: Tensor  # (B,) of the tokens above high; max_weight if that is exact
+
+
+class ResampleState(NamedTuple):
+    """The state of the loop that draws again while a truncation rejects the token."""
+
+    tries: Tensor  # () int32
+    token: Tensor  # (B,) int64
+    logit: Tensor  # (B,) of token
+    is_accepted: Tensor  # (B,) bool
+    # TopKBounds
+    low: Tensor
+    high: Tensor
+    max_weight: Tensor
+    min_weight: Tensor
+
+
+def bisect_top_k(candidates: Candidates, top_k: Tensor, bounds: TopKBounds) -> TopKBounds:
+    """Halve the interval from low to high."""
+    middle = (bounds.low + bounds.high) / 2
+    is_above = candidates.logits > middle[:, None, None]
+    weight = (candidates.weights * is_above).sum(-1).sum(-1)
+    count = is_above.sum(-1).sum(-1)
+    is_low = count >= top_k
+    # Equal logits cannot be separated: the tokens tied with the last of top_k belong to it.
+    is_exact = (count == top_k) | (middle <= bounds.low) | (middle >= bounds.high)
+    max_weight = torch.where(is_low, weight, bounds.max_weight)
+    min_weight = torch.where(is_low, bounds.min_weight, weight)
+    return TopKBounds(
+        low=torch.where(is_low, middle, bounds.low),
+        high=torch.where(is_low, bounds.high, middle),
+        max_weight=max_weight,
+        min_weight=torch.where(is_exact, max_weight, min_weight),
     )
-    # A new truncation needs a test here and in passes_truncation, and a step in sample_next.
-    if not truncation.top_k and truncation.top_p == 1 and not truncation.min_p:
-        tokens = gumbel_argmax(scaled, seeds, range(1))[:, 0]
-        return UntruncatedSample(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    if truncation.top_k and truncation.top_p < 1:  # top_p applies to what top_k leaves
-        rejected = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        return UntruncatedSample(logits.argmax(-1), rejected)
-    tokens = gumbel_argmax(scaled, seeds, range(REJECTION_TRIES))  # (B, A)
-    accepted = passes_truncation(scaled, tokens, truncation)  # (B, A)
-    first = accepted.int().argmax(-1, keepdim=True)
-    return UntruncatedSample(tokens.gather(-1, first)[:, 0], accepted.any(-1))
 
 
-def passes_truncation(
-    scaled: torch.Tensor, tokens: torch.Tensor, truncation: TruncationParams
-) -> torch.Tensor:
-    """Whether the truncations keep tokens (B, A) of scaled logits (B, V): (B, A) bool."""
-    token_logits = scaled.gather(-1, tokens)[..., None]  # (B, A, 1)
-    scaled = scaled[:, None]  # (B, 1, V)
-    accepted = torch.ones_like(tokens, dtype=torch.bool)
-    if truncation.top_k:
-        accepted = accepted & ((scaled > token_logits).sum(-1) < truncation.top_k)
-    if truncation.top_p < 1:
-        index = torch.arange(scaled.shape[-1], device=scaled.device)
-        is_tie = scaled == token_logits
-        precedes = (scaled > token_logits) | is_tie & (index < tokens[..., None])
-        accepted = accepted & ((scaled.softmax(-1) * precedes).sum(-1) < truncation.top_p)
-    if truncation.min_p:
-        probs = scaled.softmax(-1)[:, 0]
-        threshold = truncation.min_p * probs.amax(-1, keepdim=True)
-        accepted = accepted & (probs.gather(-1, tokens) >= threshold)
-    return accepted
+def check_and_redraw(
+    candidates: Candidates, limits: Limits, seeds: Tensor, state: ResampleState
+) -> ResampleState:
+    """Accept the tokens that the truncations keep, and draw again in the other rows.
+
+    A truncation that rejects a token rejects all less likely tokens too, so the next one is drawn
+    from those that precede it. The token that is accepted has the truncated distribution, whatever
+    was rejected before. The most likely token is always accepted."""
+    logits, weights = candidates
+    tokens = torch.arange(logits[0].numel(), device=logits.device).view_as(logits[0])
+    is_above = logits > state.logit[:, None, None]  # (B, G, GROUP_SIZE)
+    is_tie = logits == state.logit[:, None, None]
+    precedes = is_above | is_tie & (tokens < state.token[:, None, None])
+    group_weights = (weights * precedes).sum(-1)  # (B, G)
+    weight_before = group_weights.sum(-1)  # (B,)
+    is_rejected = (is_above.sum(-1).sum(-1) >= limits.top_k) | (state.logit < limits.min_logit)
+    is_open = ~state.is_accepted & ~is_rejected
+
+    def is_undecided(*state: Tensor) -> Tensor:
+        bounds = TopKBounds(*state)
+        may_be_below = weight_before < limits.top_p * bounds.max_weight
+        may_be_above = weight_before >= limits.top_p * bounds.min_weight
+        return (is_open & may_be_below & may_be_above).any()
+
+    def bisect(*state: Tensor) -> TopKBounds:
+        return bisect_top_k(candidates, limits.top_k, TopKBounds(*state))
+
+    bounds = TopKBounds(*while_loop(is_undecided, bisect, state[4:]))
+    is_rejected = is_rejected | (weight_before >= limits.top_p * bounds.max_weight)
+    is_accepted = state.is_accepted | ~is_rejected
+    if not torch.compiler.is_compiling() and is_accepted.all():
+        return ResampleState(state.tries, state.token, state.logit, is_accepted, *bounds)
+    before = Draw(state.token, state.logit)
+    redraw = draw_token(candidates, group_weights, before, hash_int32(seeds + state.tries))
+    return ResampleState(
+        state.tries + 1,
+        torch.where(is_accepted, state.token, redraw.token),
+        torch.where(is_accepted, state.logit, redraw.logit),
+        is_accepted,
+        *bounds,
+    )
 
 
-def sample_next(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    truncation: TruncationParams = NO_TRUNCATION,
-    first_sample: UntruncatedSample | None = None,
-) -> torch.Tensor:
-    """Sample the next token of each row of logits (B, V): token ids (B,).
+def sample_next(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
+    """The next token of each row: (B,) int64.
 
-    Args:
-        seeds: (B,) int32, one for each row; see sample_seed.
-        first_sample: the result of sample_untruncated for the same arguments, if there is one.
-    """
-    tokens, accepted = first_sample or sample_untruncated(logits, seeds, truncation)
-    if accepted.all():
-        return tokens
-    logits = logits[~accepted].float() / truncation.temperature
-    if truncation.top_k:
-        logits = truncate_top_k(logits, truncation.top_k)
-    if truncation.top_p < 1:
-        logits = truncate_top_p(logits, truncation.top_p)
-    if truncation.min_p:
-        logits = truncate_min_p(logits, truncation.min_p)
-    # Fresh noise: the noise of the earlier tries is known to select rejected tokens.
-    tries = range(REJECTION_TRIES, REJECTION_TRIES + 1)
-    resampled = gumbel_argmax(logits, seeds[~accepted], tries)[:, 0]
-    return tokens.masked_scatter(~accepted, resampled)
-
-
-class BannedStrings:
-    """Strings that a sequence must not contain, in any tokenization.
+    The order is that of transformers: repetition penalty, bias, temperature, then top_k, top_p
+    among the tokens that top_k leaves, and min_p.
 
     Args:
-        strings: the banned strings.
-        token_bytes: the bytes that each token of the vocabulary adds to the text.
+        logits: (B, V).
+        positions: (B,) position of the new token in its sequence; it selects the noise.
     """
-
-    def __init__(self, strings: Collection[str], token_bytes: list[bytes]) -> None:
-        banned = [string.encode() for string in strings]
-        self.token_bytes = token_bytes
-        self.max_length = max(map(len, banned), default=0)
-        self.always_banned = [
-            token for token, text in enumerate(token_bytes) if any(b in text for b in banned)
-        ]
-        self.completions: dict[bytes, list[int]] = {}  # prefix of a string -> completing tokens
-        for string in banned:
-            for cut in range(1, len(string)):
-                prefix, rest = string[:cut], string[cut:]
-                tokens = [i for i, text in enumerate(token_bytes) if text.startswith(rest)]
-                self.completions[prefix] = self.completions.get(prefix, []) + tokens
-
-    def banned_next_tokens(self, tokens: list[int]) -> list[int]:
-        """The tokens that would complete a banned string if they followed these tokens."""
-        tail = b"".join(self.token_bytes[token] for token in tokens[-self.max_length :])
-        matching = [ids for prefix, ids in self.completions.items() if tail.endswith(prefix)]
-        return self.always_banned + [token for ids in matching for token in ids]
+    vocab_size = logits.shape[-1]
+    padding = -vocab_size % GROUP_SIZE
+    logits = F.pad(apply_penalties(logits, params, positions), (0, padding), value=-torch.inf)
+    logits = logits.unflatten(-1, (-1, GROUP_SIZE))
+    group_max = logits.amax(-1)  # (B, G)
+    max_logit = group_max.amax(-1)  # (B,)
+    weights = (logits - max_logit[:, None, None]).exp()
+    group_weights = weights.sum(-1)  # (B, G)
+    total_weight = group_weights.sum(-1)  # (B,)
+    candidates = Candidates(logits, weights)
+    # 1. Draw from all tokens. At temperature 0 take the most likely one.
+    seeds = hash_int32(params.key ^ (positions.int() * -1640531527))
+    end = Draw(torch.full_like(positions, vocab_size), torch.full_like(max_logit, -torch.inf))
+    draw = draw_token(candidates, group_weights, end, seeds)
+    best_group = group_max.argmax(-1)
+    in_best_group = logits.gather(1, best_group[:, None, None].expand(-1, -1, GROUP_SIZE))[:, 0]
+    best = best_group * GROUP_SIZE + in_best_group.argmax(-1)
+    token = torch.where(params.is_greedy, best, draw.token)
+    # 2. Draw again where a truncation rejects the token.
+    has_top_k = params.top_k > 0
+    has_top_p = params.top_p < 1
+    limits = Limits(
+        top_k=torch.where(has_top_k, params.top_k, vocab_size),
+        top_p=torch.where(has_top_p, params.top_p, torch.inf),
+        min_logit=max_logit + params.min_p.log(),
+    )
+    is_truncated = (has_top_k | has_top_p | (params.min_p > 0)) & ~params.is_greedy
+    state = ResampleState(
+        tries=torch.ones((), dtype=torch.int32, device=logits.device),
+        token=token,
+        logit=draw.logit,
+        is_accepted=~(is_truncated & params.is_active),
+        low=max_logit - EXP_UNDERFLOW,
+        high=max_logit.clone(),
+        max_weight=total_weight,
+        min_weight=torch.where(has_top_k, 0.0, total_weight),
+    )
+    return while_loop(
+        lambda *state: ~ResampleState(*state).is_accepted.all(),
+        lambda *state: check_and_redraw(candidates, limits, seeds, ResampleState(*state)),
+        state,
+    )[1]

@@ -2,20 +2,11 @@
 The options that decide how the next token is sampled, and their valid ranges.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-
-class TruncationParams(NamedTuple):
-    """Temperature and truncation of the distribution that a token is sampled from.
-
-    The truncations apply in this order, each to the tokens that the previous one left."""
-
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0  # 1: no limit
-    min_p: float = 0.0  # 0: no limit
+from generation.banned_strings import BannedStrings
 
 
 @dataclass(frozen=True)
@@ -25,27 +16,27 @@ class SamplingParams:
     max_new_tokens: int = 256
     min_new_tokens: int = 0  # stop tokens are suppressed before this many new tokens
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: no limit
+    # The truncations apply in this order, each to the tokens that the previous one left.
+    top_k: int = 0  # 0: no limit, the default everywhere: top_p adapts to the distribution
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 1337
+    stop_ids: Collection[int] = ()  # tokens that end a completion
+    banned_strings: BannedStrings | None = None
+    # None: no log-probabilities; N: of each new token and of the N most probable ones
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for problem in sampling_problems(vars(self)):
             raise ValueError(problem)
 
-    @property
-    def truncation(self) -> TruncationParams:
-        """The fields that are also in TruncationParams."""
-        return TruncationParams(*(getattr(self, name) for name in TruncationParams._fields))
 
-
-def sampling_problems(options: Mapping[str, float]) -> Iterator[str]:
+def sampling_problems(options: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence, beginning with NAME=VALUE, for each value that is out of range.
 
     Args:
-        options: values by name, with at least the fields of SamplingParams.
+        options: values by name, with at least the numbers of SamplingParams.
     """
     rules = {
         "max_new_tokens": (options["max_new_tokens"] >= 1, "at least 1"),

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from generation.sequence import context_start
+from generation.engine import InferenceEngine
+from generation.prepared_model import PreparedModel
+from generation.request import Request, context_start
 from generation.steps import check_no_nan
 from model import Transformer
 from textdata.tokenizer import Tokenizer
@@ -16,30 +18,27 @@ CHUNK = 256  # positions whose logits are in memory together
 
 
 @torch.inference_mode()
-def token_logprobs(model: Transformer, tokens: list[int]) -> torch.Tensor:
-    """The natural log-probability of each token after the first: (len(tokens) - 1,), float32.
+def token_logprobs(model: Transformer | PreparedModel, tokens: list[int]) -> list[float]:
+    """The natural log-probability of each token after the first.
 
     Each token has the context that an InferenceEngine would give it. Raises ValueError for NaN."""
-    device = model.tok_embeddings.weight.device
-    dtype = model.tok_embeddings.weight.dtype
-    max_seq_len = model.args.max_seq_len
-    ids = torch.tensor([tokens], device=device)  # (1, T)
-    logprobs = [torch.zeros(0, device=device)]
-    num_scored = 0
-    while num_scored < len(tokens) - 1:
-        start = context_start(num_scored + 1, max_seq_len)
-        end = min(start + max_seq_len, len(tokens) - 1)  # this context scores tokens up to end
-        cache = model.new_kv_cache(1, end - start, dtype)
-        for chunk_start in range(start, end, CHUNK):
-            chunk_end = min(chunk_start + CHUNK, end)
-            chunk = ids[:, chunk_start:chunk_end]
-            logits, _ = model(chunk, cache=cache, start_pos=chunk_start - start)
-            targets = ids[0, chunk_start + 1 : chunk_end + 1, None]
-            chunk_logprobs = logits[0].float().log_softmax(-1).gather(-1, targets)[:, 0]
-            check_no_nan(chunk_logprobs)
-            logprobs.append(chunk_logprobs[max(0, num_scored - chunk_start) :])
-        num_scored = end
-    return torch.cat(logprobs)
+    engine = InferenceEngine(model)
+    engine.batch.ensure_capacity(len(tokens))
+    logprobs: list[float] = []
+    while len(logprobs) < len(tokens) - 1:
+        start = context_start(len(logprobs) + 1, engine.max_seq_len)
+        end = min(start + engine.max_seq_len, len(tokens) - 1)
+        row = engine.batch.add(Request(tokens[start:end]))
+        while row.uncached:
+            position = start + len(row.cached) + 1  # of the first token that this chunk scores
+            chunk = row.uncached[:CHUNK]
+            logits = engine.model.output(engine.forward([row], [chunk])[0])  # (T, V)
+            check_no_nan(logits)
+            targets = torch.tensor(tokens[position : position + len(chunk)], device=engine.device)
+            scores = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+            logprobs += scores[max(0, len(logprobs) + 1 - position) :].tolist()
+        engine.batch.free(row)
+    return logprobs
 
 
 class TextScore(NamedTuple):
@@ -73,8 +72,8 @@ class TextScore(NamedTuple):
         }
 
 
-def score_text(model: Transformer, tokenizer: Tokenizer, text: str) -> TextScore:
+def score_text(model: Transformer | PreparedModel, tokenizer: Tokenizer, text: str) -> TextScore:
     """The log-probabilities of the tokens of a text after BOS. The text must not be empty."""
     ids = tokenizer.encode(text, bos=True)
-    logprobs = token_logprobs(model, ids).tolist()
+    logprobs = token_logprobs(model, ids)
     return TextScore(ids[1:], logprobs, len(text.encode()))

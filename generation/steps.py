@@ -1,101 +1,60 @@
 """
-One forward pass of the model over a KV cache, with a sampled token after each position.
+One forward pass of the model over the KV cache, with a sampled token after each position.
 
-The engine calls decode_step, or a compiled function with the same signature (see compile.py).
+decode_step is the function that the engine runs, uncompiled or compiled (see compile.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from generation.sampling import sample_untruncated
-from generation.sampling_params import TruncationParams
+from generation.sampling import SamplingTensors, sample_next
 from model import Transformer
 from ops.kv_cache import KVCache
 
-NUM_DRAFT_TOKENS = 7  # that a draft model proposes for one pass of the target model
-
 
 class StepInputs(NamedTuple):
-    """Inputs of a step. B: rows of the KV cache; T: tokens to read; N: tokens to generate."""
+    """Inputs of a step. B: rows of the KV cache, from the first on; T: tokens to read."""
 
-    tokens: torch.Tensor  # (B, T)
-    start_pos: torch.Tensor  # (B,) position of each row's first token; 0 for an unused row
+    tokens: Tensor  # (B, T) int64
+    start_pos: Tensor  # (B,) int64: position in the cache of each row's first token
+    positions: Tensor  # (B * T,) int64: position in the sequence of each token to sample
     kv_len: int  # positions in use in the longest row, these tokens included
-    seeds: torch.Tensor  # (B, N) int32, one for each token to generate; see sample_seed
+    sampling: SamplingTensors  # of B * T rows
 
 
 class StepOutput(NamedTuple):
-    """Outputs of a step. T is 1 except in a verification."""
+    """Outputs of a step."""
 
-    logits: torch.Tensor  # (B * T, V), of the last N generated tokens where T is 1
-    tokens: torch.Tensor  # (B, N) generated tokens; the last T of them may not be accepted
-    accepted: torch.Tensor  # (B * T,) whether the truncations accept them; see sample_untruncated
-
-
-# step(model, cache, inputs, truncation, stop_ids). A compiled step may generate several tokens; one
-# of stop_ids can then only be the last. All tokens but the last are accepted.
-DecodeStep = Callable[
-    [Transformer, KVCache, StepInputs, TruncationParams, tuple[int, ...]], StepOutput
-]
+    tokens: Tensor  # (B * T,) int64: the token sampled after each of the inputs
+    logits: Tensor  # (B * T, V)
 
 
-def decode_step(
-    model: Transformer,
-    cache: KVCache,
-    inputs: StepInputs,
-    truncation: TruncationParams,
-    stop_ids: tuple[int, ...] = (),
-    exact_kv_len: bool = True,
-) -> StepOutput:
-    """Run the model on tokens (B, T) and sample the token after each: N = T tokens per row.
-
-    Args:
-        stop_ids: not used here; see DecodeStep.
-        exact_kv_len: whether inputs.kv_len is exact. It may also be larger; rows are then masked.
-    """
-    tokens, start_pos, kv_len, seeds = inputs
-    x = model.forward_hidden(tokens, cache, start_pos, kv_len, exact_kv_len=exact_kv_len)
+def decode_step(model: Transformer, cache: KVCache, inputs: StepInputs) -> StepOutput:
+    """Run the model on tokens (B, T), which are added to the cache, and sample after each."""
+    start_pos: Tensor | int = inputs.start_pos
+    is_compiling = torch.compiler.is_compiling()
+    if len(inputs.tokens) == 1 and not is_compiling:
+        start_pos = int(inputs.start_pos)  # uncompiled code is faster without tensors of positions
+    x = model.forward_hidden(
+        inputs.tokens, cache, start_pos, inputs.kv_len, exact_kv_len=not is_compiling
+    )
     logits = model.output(x).flatten(0, 1)  # (B * T, V)
-    sample = sample_untruncated(logits, seeds[:, : tokens.shape[1]].flatten(), truncation)
-    return StepOutput(logits, sample.tokens.view(tokens.shape), sample.accepted)
+    return StepOutput(sample_next(logits, inputs.sampling, inputs.positions), logits)
 
 
-class DraftModel(NamedTuple):
-    """A small model for speculative decoding (arXiv 2211.17192).
-
-    It proposes num_tokens tokens. The target model verifies them in one pass. Both models sample
-    with the same Gumbel noise, so they nearly always agree."""
-
-    model: Transformer
-    decode_step: DecodeStep = decode_step  # runs the draft model; by default the eager step
-    verify: DecodeStep = decode_step  # runs the target model; by default the eager step
-    num_tokens: int = NUM_DRAFT_TOKENS
+# decode_step, or the same compiled; see compile.py
+DecodeStep = Callable[[Transformer, KVCache, StepInputs], StepOutput]
 
 
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model with the steps that run it. prepare_for_inference makes one.
-
-    Args:
-        decode_step: a compiled step; its batch size is fixed. None: the eager decode_step.
-        tokens_per_call: the most tokens that decode_step generates in one call.
-        draft: enables speculative decoding.
-        cache_dtype: dtype of the KV cache; None: the model's.
-    """
-
-    model: Transformer
-    decode_step: DecodeStep | None = None
-    tokens_per_call: int = 1
-    draft: DraftModel | None = None
-    cache_dtype: torch.dtype | None = None
-
-
-def check_no_nan(logits: torch.Tensor) -> None:
+def check_no_nan(logits: Tensor) -> None:
     """Raise ValueError if logits or log-probabilities contain NaN."""
     if logits.isnan().any():
-        raise ValueError(
-            "the model's logits are not numbers: its weights are damaged, or its training diverged"
-        )
+        raise ValueError(NAN_MESSAGE)
+
+
+NAN_MESSAGE = (
+    "the model's logits are not numbers: its weights are damaged, or its training diverged"
+)

@@ -5,55 +5,45 @@ Generation of text: each token's text as soon as it is certain, and stop strings
         print(chunk.prompt, chunk.text)
 """
 
+import dataclasses
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from generation.engine import InferenceEngine
-from generation.sampling import BannedStrings
+from generation.banned_strings import BannedStrings
+from generation.engine import InferenceEngine, NewToken
+from generation.prepared_model import PreparedModel
+from generation.request import Request
 from generation.sampling_params import SamplingParams
-from generation.sequence import SequenceState
-from generation.steps import PreparedModel
 from model import Transformer
 from textdata.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of a sequence that is being generated.
+    """The text of a completion, from its tokens.
 
     Text that may be the beginning of a stop string is pending until that is decided.
 
     Attributes:
-        sequence: the tokens, to be passed to an InferenceEngine.
-        prompt_text: the text of the sequence before generation, as the vocabulary spells it.
-        emitted: the text that push returned so far.
+        tokens: of the prompt.
+        prompt_text: the text of the prompt, as the vocabulary spells it.
+        emitted: the text of the completion that push returned so far.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: str,
-        sample_index: int = 0,
-        stop_strings: Collection[str] = (),
+        self, tokenizer: Tokenizer, tokens: list[int], stop_strings: Collection[str] = ()
     ) -> None:
-        prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
-        prompt_ids = tokenizer.encode(prompt, bos=True)
-        # Different prompts get different random draws.
-        self.sequence = SequenceState(prompt_ids, (prompt_hash << 32) + sample_index)
         self.tokenizer = tokenizer
+        self.tokens = tokens
         self.stop_strings = stop_strings
-        self.reset()
-
-    def reset(self) -> None:
-        """Make the current tokens the prompt; a new completion starts."""
         self.emitted = ""
         self.pending = ""
         self.stopped_by_string = False
         self._queue: deque[int | None] = deque()  # tokens for the detokenizer
         self._detokenizer = self.tokenizer.decode_stream(iter(self._queue.popleft, None))
-        self.prompt_text = self._detokenize(self.sequence.tokens)
+        self.prompt_text = self._detokenize(tokens)
 
     def _detokenize(self, tokens: Iterable[int | None]) -> str:
         """The text that these tokens add; None: no more tokens follow."""
@@ -66,7 +56,7 @@ class TextStream:
     def push(self, token: int | None) -> str:
         """Add a generated token, or None after the last; returns the text that is now certain.
 
-        If a stop string is complete, the sequence ends before it."""
+        If a stop string is complete, the text ends before it."""
         if not self.stopped_by_string:
             self.pending += self._detokenize([token])
         matches = []  # (end, start) of the stop strings in the text
@@ -78,7 +68,6 @@ class TextStream:
             _, length = min(matches)  # the first that is complete; of several, the longest
             rest = ""
             self.stopped_by_string = True
-            self.sequence.finish = "stop"
         else:
             partial = [partial_stop_length(self.pending, stop) for stop in self.stop_strings]
             length = len(self.pending) - (max(partial, default=0) if token is not None else 0)
@@ -96,21 +85,6 @@ class TextStream:
                 return tokens[:count]
         return tokens
 
-    def append_user_text(self, text: str) -> str:
-        """Append text that was not generated; returns it as the vocabulary spells it.
-
-        Generated tokens from a stop string on are removed first."""
-        sequence = self.sequence
-        if self.stopped_by_string:
-            sequence.tokens = self.tokenizer.encode(self.prompt_text + self.emitted, bos=True)
-            sequence.clear_cache()
-        before = self.tokenizer.decode(sequence.tokens)
-        if text:
-            space = "" if self.tokenizer.has_dummy_prefix or not before else " "
-            sequence.tokens += self.tokenizer.encode(space + text, bos=False)
-        self.reset()
-        return self.prompt_text[len(before) :]
-
 
 def partial_stop_length(text: str, stop: str) -> int:
     """The length of the longest end of text that is a proper prefix of the stop string."""
@@ -126,6 +100,7 @@ class TextChunk(NamedTuple):
     token: int | None  # None: the completion has ended
     text: str
     finish: str = ""  # finish reason, in the last chunk: "stop" or "length"
+    logprob: float | None = None  # of the token, if SamplingParams.logprobs asks for it
 
 
 @dataclass(frozen=True)
@@ -145,6 +120,14 @@ class GenerationConfig(SamplingParams):
                 "must not be 0 or contain an empty string"
             )
         super().__post_init__()
+
+    def sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
+        """The sampling parameters of the requests, with the tokenizer's stop tokens."""
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        options = {name: getattr(self, name) for name in names}
+        if self.bad_words:
+            options["banned_strings"] = BannedStrings(self.bad_words, tokenizer.token_bytes)
+        return SamplingParams(**options | {"stop_ids": tuple(tokenizer.stop_ids)})
 
 
 def check_strings(**arguments: Collection[str]) -> None:
@@ -172,21 +155,46 @@ def generate(
     """
     check_strings(prompts=prompts)
     config = GenerationConfig(**options)
-    streams: dict[SequenceState, tuple[int, int, TextStream]] = {}
+    params = config.sampling_params(tokenizer)
+    completions: dict[Request, Completion] = {}
     for index, prompt in enumerate(prompts):
+        tokens = tokenizer.encode(prompt, bos=True)
         for sample in range(config.num_samples):
-            stream = TextStream(tokenizer, prompt, sample, config.stop)
-            streams[stream.sequence] = (index, sample, stream)
-    banned_strings = None
-    if config.bad_words:
-        banned_strings = BannedStrings(config.bad_words, tokenizer.token_bytes)
-    batch_size = min(config.batch_size, max(1, len(streams)))
-    engine = InferenceEngine(model, config, batch_size, tokenizer.stop_ids, banned_strings)
-    for sequence, token in engine.generate(streams):
-        index, sample, stream = streams[sequence]
-        text = stream.push(token)
-        finish = "" if token is not None else sequence.finish
-        yield TextChunk(index, sample, token, text, finish)
+            request = Request(tokens, params, request_index(prompt, sample))
+            stream = TextStream(tokenizer, tokens, config.stop)
+            completions[request] = Completion(index, sample, stream)
+    batch_size = min(config.batch_size, max(1, len(completions)))
+    engine = InferenceEngine(model, batch_size)
+    for new_token in engine.generate(completions):
+        completion = completions[new_token.request]
+        yield from push_token(engine, completion, new_token)
+
+
+class Completion(NamedTuple):
+    """The text of one of the completions."""
+
+    prompt: int  # index of the prompt
+    sample: int  # index of the sample of that prompt
+    stream: TextStream
+
+
+def push_token(
+    engine: InferenceEngine, completion: Completion, new_token: NewToken
+) -> Iterator[TextChunk]:
+    """Yield the chunks for a new token: two if it completes a stop string."""
+    request, token, logprob, _ = new_token
+    prompt, sample, stream = completion
+    text = stream.push(token)
+    finish = "" if token is not None else request.finish_reason
+    yield TextChunk(prompt, sample, token, text, finish, logprob)
+    if token is not None and stream.stopped_by_string:
+        engine.cancel(request, "stop")
+        yield TextChunk(prompt, sample, None, "", "stop")
+
+
+def request_index(prompt: str, sample: int) -> int:
+    """The index of a request: different prompts and samples get different random draws."""
+    return (zlib.crc32(prompt.encode("utf-8", "surrogatepass")) << 32) + sample
 
 
 def serialize_streams(chunks: Iterable[TextChunk], num_samples: int) -> Iterator[TextChunk]:

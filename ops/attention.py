@@ -1,10 +1,11 @@
 """
-Causal attention on a CPU as plain matrix products, without most of the masked half.
+Attention by the fastest kernel for the shape and the device.
 
-The queries are split into blocks of rows. Each block multiplies only with the keys up to its own
-last position: two blocks skip 1/4 of the work, eight blocks 7/16. The attention weights of the
-blocks are saved for the backward pass, so nothing is recomputed. In bfloat16, at the sequence
-lengths of small models, this takes half the time of PyTorch's fused kernel.
+On a CPU, causal attention is plain matrix products, without most of the masked half. The queries
+are split into blocks of rows. Each block multiplies only with the keys up to its own last position:
+two blocks skip 1/4 of the work, eight blocks 7/16. The attention weights of the blocks are saved
+for the backward pass, so nothing is recomputed. In bfloat16, at the sequence lengths of small
+models, this takes half the time of PyTorch's fused kernel.
 
 Shapes: B batch, H heads, T time, S keys, G queries per key-value head, D head_dim.
 """
@@ -14,6 +15,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+# Up to this sequence length, blockwise attention is faster than PyTorch's fused kernel on a CPU.
+# Blockwise attention saves its weights for the backward pass, which takes much memory.
+BLOCKWISE_ATTENTION_MAX_LEN = 1024
 MIN_BLOCK_ROWS = 128  # smaller products are slow, and many blocks take long to compile
 MAX_BLOCKS = 8
 
@@ -22,6 +26,36 @@ def row_blocks(length: int) -> list[tuple[int, int]]:
     """The (start, stop) rows of each block."""
     rows = max(MIN_BLOCK_ROWS, -(-length // MAX_BLOCKS))
     return [(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+def dot_product_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """softmax(q @ k.T) @ v; the scores are not scaled.
+
+    q and the result are (B, n_heads, T, D), k and v (B, n_kv_heads, S, D). mask: see ForwardContext
+    in ops/kv_cache.py. dropout is the probability of zeroing an attention weight."""
+    length, kv_len = q.shape[2], k.shape[2]
+    queries_per_kv = q.shape[1] // k.shape[1]
+    if length == 1:  # the queries of a group become rows of one product: no copies of k and v
+        grouped = q.reshape(len(q), -1, queries_per_kv, q.shape[-1])
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
+            return single_query_attention(grouped, k, v, mask).reshape(q.shape)
+        grouped = F.scaled_dot_product_attention(grouped, k, v, mask, dropout, scale=1.0)
+        return grouped.reshape(q.shape)
+    if queries_per_kv > 1:
+        k = k.repeat_interleave(queries_per_kv, dim=1)  # (B, n_heads, S, D)
+        v = v.repeat_interleave(queries_per_kv, dim=1)
+    use_blocks = q.device.type == "cpu" and length == kv_len <= BLOCKWISE_ATTENTION_MAX_LEN
+    if use_blocks and mask is None:
+        return causal_attention(q, k, v, dropout)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0
+    )
 
 
 class CausalAttention(torch.autograd.Function):

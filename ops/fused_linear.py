@@ -14,8 +14,6 @@ def fused_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
 
     Training computes one product with the concatenated weights, which is faster than several.
     Inference keeps them apart: for a few tokens, concatenating the weights would cost more."""
-    if not isinstance(layers[0], nn.Linear):
-        return layers[0](x)  # generation/compile.py replaced the first layer by the fused ones
     if not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
     fused = F.linear(x, torch.cat([layer.weight for layer in layers]))

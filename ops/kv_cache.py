@@ -14,18 +14,29 @@ class KVCache:
     Positions past a row's own length are never attended to.
 
     Args:
-        shape: (batch_size, n_kv_heads, length, head_dim) of the keys and the values of each layer.
+        keys: one tensor (batch_size, n_kv_heads, length, head_dim) per layer.
+        values: the same.
     """
 
-    def __init__(
-        self,
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def new(
+        cls,
         n_layers: int,
         shape: tuple[int, int, int, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+    ) -> "KVCache":
+        """An empty cache whose keys and values have this shape in each layer."""
+        tensors = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * n_layers)]
+        return cls(tensors[:n_layers], tensors[n_layers:])
+
+    def first_rows(self, count: int) -> "KVCache":
+        """A view of the first rows."""
+        return KVCache([keys[:count] for keys in self.keys], [v[:count] for v in self.values])
 
     @property
     def batch_size(self) -> int:
@@ -42,6 +53,16 @@ class KVCache:
         padding = (0, 0, 0, length - self.length)
         self.keys = [F.pad(keys, padding) for keys in self.keys]
         self.values = [F.pad(values, padding) for values in self.values]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first length positions of a row to another row."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Swap the first length positions of two rows."""
+        for tensor in (*self.keys, *self.values):
+            tensor[[a, b], :, :length] = tensor[[b, a], :, :length]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows (N,), in this order; a row may occur several times."""
@@ -91,18 +112,17 @@ class ForwardContext(NamedTuple):
         assert self.cache is not None, "there is no cache in this forward pass"
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         batch, heads, length = k.shape[:3]
-        rows: slice | torch.Tensor = slice(batch)
+        rows: slice | torch.Tensor = slice(batch) if self.batch_idx is None else self.batch_idx
         if isinstance(self.start_pos, int):
-            if self.batch_idx is not None:
-                rows = self.batch_idx
             keys[rows, :, self.start_pos : self.kv_len] = k.type_as(keys)
             values[rows, :, self.start_pos : self.kv_len] = v.type_as(values)
             if not self.start_pos:
                 return k, v
         else:
             index = torch.arange(max(batch, heads, length), device=k.device)
+            row_index = index[:batch] if self.batch_idx is None else self.batch_idx
             positions = self.start_pos[:, None, None] + index[:length]  # (B, 1, T)
-            indices = (index[:batch, None, None], index[:heads, None], positions)
+            indices = (row_index[:, None, None], index[:heads, None], positions)
             keys.index_put_(indices, k.type_as(keys))
             values.index_put_(indices, v.type_as(values))
         return keys[rows, :, : self.kv_len].type_as(k), values[rows, :, : self.kv_len].type_as(v)

@@ -19,8 +19,7 @@ LIBRARY.define("packed_linear(Tensor x, Tensor weight, int out_features) -> Tens
 
 
 def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
-    """A parameter without gradient. A compiled step checks buffers for changes at each call, which
-    takes longer than some of the products; it does not check parameters."""
+    """A parameter without gradient."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
@@ -36,7 +35,7 @@ def int8_matvec(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.cat([(x * block.float()).sum(-1) for block in row_blocks])[None]
     # 16 values fill a vector register.
     divisors = [n for n in range(1, NUM_STREAMS + 1) if x.shape[-1] % (16 * n) == 0]
-    num_blocks = max(divisors, default=1)
+    num_blocks = max([1, *divisors])
     x_blocks = x.unflatten(-1, (num_blocks, -1)).unbind(-2)
     weight_blocks = weight.unflatten(-1, (num_blocks, -1)).unbind(-2)
     products = [a * b.float() for a, b in zip(x_blocks, weight_blocks, strict=True)]
@@ -58,32 +57,8 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         scale = weight.abs().amax(1) / 127  # (out,)
         quantized = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-        self.shape = quantized.shape
-        self.set_storage(frozen_parameter(quantized.flatten()), frozen_parameter(scale))
-
-    def set_storage(
-        self,
-        weights: nn.Parameter,
-        scales: nn.Parameter,
-        weight_offset: int = 0,
-        scale_offset: int = 0,
-    ) -> None:
-        """Read the weight and its scales from flat tensors, from these offsets on."""
-        self.weights = weights
-        self.scales = scales
-        self.weight_offset = weight_offset
-        self.scale_offset = scale_offset
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The quantized weight (out, in), int8."""
-        end = self.weight_offset + self.shape.numel()
-        return self.weights[self.weight_offset : end].view(self.shape)
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """The scales (out,), float32."""
-        return self.scales[self.scale_offset : self.scale_offset + self.shape[0]]
+        self.weight = frozen_parameter(quantized)  # (out, in)
+        self.scale = frozen_parameter(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., in) to (..., out), in the dtype of x."""
@@ -103,19 +78,24 @@ class Int8Linear(nn.Module):
         return (product * (scale * self.scale)).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def pack_weights(layers: list[Int8Linear]) -> None:
-    """Store the weights of all layers in one tensor and their scales in another.
+class DraftLinear(Int8Linear):
+    """An Int8Linear for one row on a CPU, for a draft model: faster, but less precise uncompiled.
 
-    Compiled code creates a handle for each input tensor at each call, which takes a noticeable part
-    of a small model's step. The layers must stay on their device afterwards."""
-    weights = frozen_parameter(torch.cat([layer.weights for layer in layers]))
-    scales = frozen_parameter(torch.cat([layer.scales for layer in layers]))
-    weight_offset = 0
-    scale_offset = 0
-    for layer in layers:
-        layer.set_storage(weights, scales, weight_offset, scale_offset)
-        weight_offset += layer.shape.numel()
-        scale_offset += layer.shape[0]
+    Uncompiled it is one operator of PyTorch's dynamic quantization."""
+
+    packed: torch.ScriptObject | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (1, ..., in) to (1, ..., out), float32."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.packed is None:
+            zero_points = torch.zeros_like(self.scale, dtype=torch.int64)
+            weight = torch._make_per_channel_quantized_tensor(
+                self.weight, self.scale.double(), zero_points, 0
+            )
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, False)
 
 
 def packed_dtypes() -> list[str]:
@@ -164,21 +144,3 @@ class CastLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., in) to (..., out), in the dtype of x."""
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
-
-
-class FusedLinear(nn.Module):
-    """One product in place of several with the same input.
-
-    Args:
-        layer: its weight is the concatenation of the weights of all.
-        sizes: the number of output features of each.
-    """
-
-    def __init__(self, layer: nn.Module, sizes: list[int]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.sizes = sizes
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Map x (..., in) to one output (..., size) for each of sizes."""
-        return self.layer(x).split(self.sizes, dim=-1)
