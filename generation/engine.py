@@ -119,7 +119,7 @@ class InferenceEngine:
             batch.ensure_capacity(length + NUM_DRAFT_TOKENS)
             self._constrain(batch.add(request))
         new_tokens: list[NewToken] = []
-        prefilling = [row for row in batch.active if len(row.uncached) > 1]
+        prefilling = [row for row in batch.active if row.needs_prefill]
         is_decoding = len(prefilling) < batch.num_active
         if prefilling:
             new_tokens += self.prefill(
