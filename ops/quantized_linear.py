@@ -5,6 +5,7 @@ Their weights have shape (out_features, in_features), as in nn.Linear. None has 
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
@@ -91,9 +92,10 @@ class DraftLinear(Int8Linear):
             return super().forward(x)
         if self.packed is None:
             zero_points = torch.zeros_like(self.scale, dtype=torch.int64)
-            weight = torch._make_per_channel_quantized_tensor(
-                self.weight, self.scale.double(), zero_points, 0
-            )
+            with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates such tensors
+                weight = torch._make_per_channel_quantized_tensor(
+                    self.weight, self.scale.double(), zero_points, 0
+                )
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
         return torch.ops.quantized.linear_dynamic(x, self.packed, False)
 
