@@ -68,7 +68,7 @@ def test_the_command_prints_the_prompt_and_its_completion(run_script, out_dir, m
     result = run_script("sample.py", f"--out_dir={out_dir}", *options, env=env)
     prompt = tokenizer.encode("Zoë saw", bos=True)
     stop_ids = {tokenizer.bos_id, tokenizer.eos_id}
-    tokens = generate_tokens(model, prompt, stop_ids, max_new_tokens=60, temperature=0)
+    tokens = generate_tokens(model, prompt, stop_ids=stop_ids, max_new_tokens=60, temperature=0)
     assert result.returncode == 0, result.stderr
     assert text_of(result.stdout) == tokenizer.decode([*prompt, *tokens]) + "\n"
     assert text_of(result.stdout).startswith("Zoë saw")
