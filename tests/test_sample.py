@@ -233,7 +233,7 @@ FAST_OPTIONS = [
 
 @pytest.mark.parametrize("option", FAST_OPTIONS)
 def test_fast_options_generate_too(option, run_sample, out_dir):
-    options = (f"--out_dir={out_dir}", "--start=Once", "--max_new_tokens=20", "--format=jsonl")
+    options = (f"--out_dir={out_dir}", "--start=Once", "--min_new_tokens=20", "--format=jsonl")
     (plain,) = records(run_sample(*options)[1])
     (fast,) = records(run_sample(*options, option)[1])
     assert plain["prompt"] == fast["prompt"] and len(fast["tokens"]) > 5
@@ -317,7 +317,7 @@ def test_bos_and_eos_end_a_sample(name, run_sample, tokenizer, tokenizer_path, t
 
 
 def test_logprobs_of_a_sample_are_those_of_the_model(run_sample, out_dir, model, tokenizer):
-    options = (f"--out_dir={out_dir}", "--start=Once", "--logprobs=True", "--max_new_tokens=60")
+    options = (f"--out_dir={out_dir}", "--start=Once", "--logprobs=True", "--min_new_tokens=40")
     (record,) = records(run_sample(*options, "--format=jsonl")[1])
     prompt_ids = tokenizer.encode("Once", bos=True)
     tokens = [*prompt_ids, *record["tokens"]][:32]  # one context
