@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
+from generation.sequence import SequenceState
 
 from generation.compile import CompiledDecodeStep, convert_weights, prepare_for_inference
 from generation.engine import InferenceEngine
 from generation.sampling_params import SamplingParams, TruncationParams
-from generation.sequence import SequenceState
 from generation.steps import DraftModel, PreparedModel, StepInputs, decode_step
 from tests import helpers
 from tests.helpers import generate_batch

@@ -3,8 +3,8 @@ import functools
 import pytest
 import torch
 
-from generation.scoring import CHUNK, token_logprobs
 from generation.request import context_start
+from generation.scoring import CHUNK, token_logprobs
 from tests import helpers
 
 V = helpers.GENERATION_MODEL["vocab_size"]
