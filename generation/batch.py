@@ -38,7 +38,7 @@ class Row:
 
     @property
     def needs_prefill(self) -> bool:
-        """Whether the tokens are computed by prefill, which also checks the first logits for NaN."""
+        """Whether prefill computes the tokens. It checks the logits of a new request for NaN."""
         is_new = self.request is not None and not self.request.num_generated
         return is_new or len(self.uncached) > 1
 

@@ -330,7 +330,7 @@ class InferenceEngine:
             return
         self.uncompiled_seconds += seconds
         self.uncompiled_tokens += num_tokens
-        if self.uncompiled_seconds < COMPILE_AFTER:
+        if self.uncompiled_seconds < COMPILE_AFTER or not self.uncompiled_tokens:
             return
         seconds_left = self._num_tokens_left() * self.uncompiled_seconds / self.uncompiled_tokens
         if seconds_left > WORTH_COMPILING:
