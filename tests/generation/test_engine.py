@@ -222,6 +222,17 @@ def test_short_prompts_are_prefilled_together(monkeypatch):
     assert shapes == [(3, 6)]
 
 
+def test_prompts_prefilled_together_stay_within_the_cache():
+    """The padding of a short one, after its cached prefix, was written past the end of it."""
+    model, params = random_model(max_seq_len=512), SamplingParams(1)
+    prefix, long = random_tokens(40, 110)
+    engine = InferenceEngine(model, 2)
+    run_requests_in(engine, [Request(prefix, params)])
+    requests = [Request(long, params), Request([*prefix, 1, 2], params)]
+    expected = [run_alone(model, request) for request in requests]
+    assert run_requests_in(engine, requests) == expected
+
+
 @pytest.mark.parametrize("num_running", [1, 2])
 def test_a_long_prompt_is_prefilled_while_others_are_decoded(num_running, monkeypatch):
     """In chunks, so that each of the others gets a token in every step."""
