@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from generation.streaming import TextStream, generate, request_index
+from generation.streaming import TextStream, generate, request_index, serialize_streams
+from tests.helpers import EXPORT_MODEL, random_model
 from textdata.tokenizer import Tokenizer
 
 
@@ -58,6 +59,52 @@ def test_a_stop_string_ends_the_text_in_any_tokenization(text, stops):
     for first, second in itertools.combinations(range(len(text) + 1), 2):
         texts = [text[:first], text[first:second], "", text[second:]]
         assert stream_tokens(texts, stops) == expected
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_streamed_text_is_the_whole_text(count, tokenizer):
+    """Past the context, of several samples at once, and with the same tokens as alone."""
+    model = random_model(EXPORT_MODEL, 0.3, max_seq_len=count // 2)
+    prompts = ["Once", "", "Zoë saw"]
+    options = dict(max_new_tokens=count, min_new_tokens=count // 2, num_samples=2, top_p=0.9)
+    results = []
+    for batch_size in (1, 4):
+        chunks = list(generate(model, tokenizer, prompts, batch_size=batch_size, **options))
+        keys = sorted({(chunk.prompt, chunk.sample) for chunk in chunks})
+        completions = [[c for c in chunks if (c.prompt, c.sample) == key] for key in keys]
+        for (prompt, _), completion in zip(keys, completions, strict=True):
+            ids = tokenizer.encode(prompts[prompt], bos=True)
+            tokens = [chunk.token for chunk in completion[:-1]]
+            whole = TextStream(tokenizer, ids).prompt_text + "".join(c.text for c in completion)
+            assert whole == tokenizer.decode([*ids, *tokens])
+            assert completion[-1].token is None
+            assert completion[-1].finish == ("length" if len(tokens) == count else "stop")
+        assert len(completions) == 6
+        results.append(completions)
+        assert list(serialize_streams(chunks, 2)) == [c for part in completions for c in part]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_stop_strings_and_banned_strings_of_generated_text(batch_size, tokenizer):
+    """A stop string ends one completion of a batch; the others continue as if alone."""
+    model = random_model(EXPORT_MODEL, 0.3)
+    options = dict(max_new_tokens=60, min_new_tokens=60, batch_size=batch_size)
+
+    def texts(**more) -> list[str]:
+        texts = ["", "", ""]
+        for chunk in generate(model, tokenizer, ["Once", "Tom", ""], **options | more):
+            texts[chunk.prompt] += chunk.text
+        return texts
+
+    unstopped = texts()
+    stop = unstopped[1][20:24]
+    expected = [text.split(stop)[0] for text in unstopped]
+    assert expected[1] != unstopped[1] and expected[0] == unstopped[0]
+    assert texts(stop=[stop]) == expected
+    banned = ["e", "an"]
+    assert all(any(string in text for string in banned) for text in unstopped)
+    assert not any(string in text for text in texts(bad_words=banned) for string in banned)
 
 
 def test_different_prompts_and_samples_have_different_random_draws():
