@@ -3,6 +3,7 @@ Compiled steps with all sampling options: the same tokens as uncompiled, from on
 """
 
 import functools
+import os
 import shutil
 import warnings
 from typing import NamedTuple
@@ -59,11 +60,13 @@ def model():
 
 @pytest.fixture(scope="module", autouse=True)
 def cache_home(tmp_path_factory):
-    """The folder of all packages of this file."""
+    """The folder of all packages of this file, which the workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as monkeypatch:
-        folder = tmp_path_factory.mktemp("cache")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "compiled"))
+        yield
 
 
 class CompiledModel(NamedTuple):
