@@ -171,7 +171,7 @@ class InferenceEngine:
         length = min(len(rows[0].uncached), limit)
         batch = rows[:1]
         for row in rows[1:]:
-            has_space = len(row.cached) + length <= self.max_seq_len
+            has_space = len(row.cached) + length < self.batch.cache.length
             is_small = len(row.uncached) <= length and (len(batch) + 1) * length <= limit
             if has_space and is_small:
                 batch.append(row)
@@ -227,18 +227,18 @@ class InferenceEngine:
         cache, sampling = self.batch.first_rows(num_rows)
         rows = self.batch.rows[:num_rows]
         is_active = [len(row.uncached) == 1 for row in rows]
+        decoding = [row for row, active in zip(rows, is_active, strict=True) if active]
         inputs = StepInputs(
             tokens=self._tensor([row.tokens[-1:] or [0] for row in rows]),
             start_pos=self._tensor([len(row.cached) for row in rows]),
             positions=self._tensor([len(row.tokens) for row in rows]),
-            kv_len=1 + max(len(row.cached) for row in rows),
+            kv_len=1 + max(len(row.cached) for row in decoding),
             sampling=sampling._replace(is_active=self._tensor(is_active)),
         )
         output = step(self.model, cache, inputs)
         tokens = output.tokens.tolist()
-        for index, row in enumerate(rows):
-            if is_active[index]:
-                row.cached += row.uncached
+        for row in decoding:
+            row.cached += row.uncached
         new_tokens: list[NewToken] = []
         for index, row in enumerate(rows):
             if is_active[index]:

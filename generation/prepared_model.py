@@ -102,7 +102,8 @@ def prepare_for_inference(
         if compile:
             print(f"cannot compile on {device.type}; continuing uncompiled", file=sys.stderr)
         compile = False
-    has_draft = device.type == "cpu" and dtype != "int8" and batch_size == 1
+    has_quantized = torch.backends.quantized.engine != "none"
+    has_draft = device.type == "cpu" and dtype != "int8" and batch_size == 1 and has_quantized
     rows = 1 + NUM_DRAFT_TOKENS if has_draft else batch_size
     converted = convert_weights(model, dtype, rows)
     weight_dtype = model.tok_embeddings.weight.dtype

@@ -81,8 +81,8 @@ def gumbel_noise(seeds: Tensor, count: int) -> Tensor:
     # Without the xor the compiler would multiply the loop index; its overflow is undefined in C++.
     index = torch.arange(count, dtype=torch.int32, device=seeds.device) ^ 0x2545F491
     bits = hash_int32(index * -1640531527 ^ seeds[:, None]) & 0x7FFFFFFF  # 2**32 / golden ratio
-    uniform = ((bits.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
-    return -(-torch.log1p(-uniform)).log()
+    negative_uniform = (bits.float() + 0.5) * (-(2**-31) * (1 - 2**-24))  # never 0 or -1
+    return -(-torch.log1p(negative_uniform)).log()
 
 
 def apply_penalties(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
