@@ -36,6 +36,12 @@ class Row:
         """The tokens of the request that are not in the cache."""
         return self.tokens[self.context_start + len(self.cached) :]
 
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether prefill computes the tokens. It checks the logits of a new request for NaN."""
+        is_new = self.request is not None and not self.request.num_generated
+        return is_new or len(self.uncached) > 1
+
     def move_context(self, max_seq_len: int) -> None:
         """Move the context of a request that outgrew it; all of it is then computed again."""
         start = context_start(len(self.tokens), max_seq_len)

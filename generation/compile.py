@@ -128,14 +128,18 @@ class StepCompiler:
     Args:
         model: from convert_weights.
         spec: of the steps; rows and length are replaced.
+        other: another compiler; if one of the two fails, neither starts another compilation, and
+            only the first failure is printed.
     """
 
-    def __init__(self, model: Transformer, spec: StepSpec) -> None:
+    def __init__(
+        self, model: Transformer, spec: StepSpec, other: "StepCompiler | None" = None
+    ) -> None:
         self.model = model
         self.spec = spec
         self.steps: dict[tuple[int, int], CompiledStep | None] = {}  # None: it failed
         self.workers: dict[tuple[int, int], Worker] = {}
-        self.failed = False
+        self.failures: list[str] = other.failures if other else []  # reasons
 
     def find(self, rows: int, length: int) -> CompiledStep | None:
         """The compiled step for these rows and this number of tokens, if there is one yet."""
@@ -164,7 +168,7 @@ class StepCompiler:
     def start(self, rows: int, length: int) -> None:
         """Start the compilation in another process, if the step is neither compiled nor failed."""
         key = (rows, length)
-        if self.find(rows, length) is None and key not in self.workers and not self.failed:
+        if self.find(rows, length) is None and key not in self.workers and not self.failures:
             self.workers[key] = Worker(self._spec(rows, length))
 
     def wait(self) -> None:
@@ -178,9 +182,9 @@ class StepCompiler:
 
     def _fail(self, key: tuple[int, int], reason: str) -> None:
         self.steps[key] = None
-        if not self.failed:
+        if not self.failures:
             print(f"cannot compile here ({reason}); continuing uncompiled", file=sys.stderr)
-        self.failed = True
+        self.failures.append(reason)
 
 
 class Worker:

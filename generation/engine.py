@@ -113,7 +113,7 @@ class InferenceEngine:
             batch.ensure_capacity(length + NUM_DRAFT_TOKENS)
             self._constrain(batch.add(request))
         new_tokens: list[NewToken] = []
-        prefilling = [row for row in batch.active if len(row.uncached) > 1]
+        prefilling = [row for row in batch.active if row.needs_prefill]
         is_decoding = len(prefilling) < batch.num_active
         if prefilling:
             new_tokens += self.prefill(
@@ -170,6 +170,7 @@ class InferenceEngine:
         Rows with fewer tokens than the first one join it."""
         length = min(len(rows[0].uncached), limit)
         batch = rows[:1]
+        max_length = min(self.max_seq_len, self.batch.cache.length)
         for row in rows[1:]:
             has_space = len(row.cached) + length < self.batch.cache.length
             is_small = len(row.uncached) <= length and (len(batch) + 1) * length <= limit

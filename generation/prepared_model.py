@@ -119,13 +119,13 @@ def prepare_for_inference(
         device=str(device),
         threads=torch.get_num_threads(),
     )
+    compiler = StepCompiler(converted, spec) if compile is not False else None
     draft = None
     if has_draft:
         draft_spec = dataclasses.replace(spec, dtype="draft", packed_rows=1, length=1)
         draft_model = convert_weights(model, draft_spec.dtype)
-        draft_compiler = StepCompiler(draft_model, draft_spec) if compile is not False else None
+        draft_compiler = StepCompiler(draft_model, draft_spec, compiler) if compiler else None
         draft = PreparedModel(draft_model, cache_dtype, draft_compiler)
-    compiler = StepCompiler(converted, spec) if compile is not False else None
     prepared = PreparedModel(converted, cache_dtype, compiler, draft)
     if compile:
         prepared.start_compiling(batch_size, batch_size)

@@ -4,7 +4,6 @@ What several test files share: options, small models and tokenizers, comparisons
 
 import json
 import random
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,9 @@ import torch
 from checkpoints.file import is_sharded_checkpoint, load_checkpoint, write_model_args
 from checkpoints.latest import load_latest
 from generation.engine import InferenceEngine
+from generation.prepared_model import PreparedModel
+from generation.request import Request
 from generation.sampling_params import SamplingParams
-from generation.sequence import SequenceState
-from generation.steps import PreparedModel
 from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
 from textdata.tokenizer import Llama3Tokenizer
@@ -175,18 +174,21 @@ def random_slices(text: str, count: int = 1000) -> list[str]:
 
 
 def generate_batch(
-    model: Transformer | PreparedModel,
-    prompts: list[list[int]],
-    batch_size: int,
-    stop_ids: Collection[int] = (),
-    **options,
+    model: Transformer | PreparedModel, prompts: list[list[int]], batch_size: int, **options
 ) -> list[list[int]]:
     """The tokens of each prompt and its completion. options: those of SamplingParams."""
-    sequences = [SequenceState(prompt, index) for index, prompt in enumerate(prompts)]
-    engine = InferenceEngine(model, SamplingParams(**options), batch_size, stop_ids)
-    for _ in engine.generate(sequences):
+    params = SamplingParams(**options)
+    requests = [Request(prompt, params, index) for index, prompt in enumerate(prompts)]
+    return run_requests(model, requests, batch_size)
+
+
+def run_requests(
+    model: Transformer | PreparedModel, requests: list[Request], batch_size: int
+) -> list[list[int]]:
+    """Run all requests to their ends in one engine; returns the tokens of each."""
+    for _ in InferenceEngine(model, batch_size).generate(requests):
         pass
-    return [sequence.tokens for sequence in sequences]
+    return [request.tokens for request in requests]
 
 
 # Checkpoints and runs

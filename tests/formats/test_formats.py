@@ -407,10 +407,8 @@ def test_sample_generates_the_same_text_from_every_format(target, run_script, to
     assert result.returncode == 0, result.stderr
     if target in EXACT:
         prompt = tokenizer.encode("Once", bos=True)
-        tokens = [
-            *prompt,
-            *generate_tokens(model, prompt, tokenizer.stop_ids, max_new_tokens=30, temperature=0),
-        ]
+        options = dict(stop_ids=tokenizer.stop_ids, max_new_tokens=30, temperature=0)
+        tokens = prompt + generate_tokens(model, prompt, **options)
         assert result.stdout.strip().endswith(tokenizer.decode(tokens).strip())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from generation.beam_search import BeamSearchParams, beam_search
-from generation.sequence import context_start
+from generation.request import context_start
 from tests import helpers
 from tests.helpers import to_transformers
 
@@ -202,9 +202,9 @@ def test_the_prompt_is_read_once_then_one_token_per_beam(model, monkeypatch):
     inputs, head_inputs, prompt = [], [], list(PROMPT)
     forward_hidden = model.forward_hidden
 
-    def spy(tokens, cache, start_pos):
+    def spy(tokens, cache, start_pos, **options):
         inputs.append((*tokens.shape, start_pos))
-        return forward_hidden(tokens, cache, start_pos)
+        return forward_hidden(tokens, cache, start_pos, **options)
 
     monkeypatch.setattr(model, "forward_hidden", spy)
     hook = model.output.register_forward_hook(

@@ -1,33 +1,52 @@
 import copy
+import dataclasses
 import functools
-import shutil
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from generation.compile import CompiledDecodeStep, convert_weights, prepare_for_inference
-from generation.engine import InferenceEngine
-from generation.sampling_params import SamplingParams, TruncationParams
-from generation.sequence import SequenceState
-from generation.steps import DraftModel, PreparedModel, StepInputs, decode_step
+from generation import compile as compile_module
+from generation import engine as engine_module
+from generation import prepared_model
+from generation.compile import StepSpec, cache_folder
+from generation.engine import InferenceEngine, generate_tokens
+from generation.inference_model import convert_weights
+from generation.prepared_model import PreparedModel, batch_buckets, prepare_for_inference
+from generation.request import Request
+from generation.sampling_params import SamplingParams
+from generation.steps import decode_step
 from tests import helpers
-from tests.helpers import generate_batch
+from tests.helpers import generate_batch, run_requests
+from tests.processes import ROOT
 
 V = helpers.GENERATION_MODEL["vocab_size"]
 random_model = functools.partial(helpers.random_model, helpers.GENERATION_MODEL, 0.3)
 
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here"
-)
+TOLERANCES = [
+    ("float32", 1e-4),
+    ("bfloat16", 0.2),
+    ("float16", 0.03),
+    ("int8", 0.3),
+    ("draft", 0.3),
+]
 
-TOLERANCES = [("float32", 1e-4), ("bfloat16", 0.2), ("float16", 0.03), ("int8", 0.3)]
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "cria"
 
 
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 def test_converted_logits_are_within_the_precision_of_the_dtype(dtype, tolerance):
     model = random_model()
     before = copy.deepcopy(model.state_dict())
-    tokens = torch.randint(V, (3, 16), generator=torch.Generator().manual_seed(0))
+    rows = 1 if dtype == "draft" else 3
+    tokens = torch.randint(V, (rows, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens)[0]
         logits = convert_weights(model, dtype)(tokens)[0]
@@ -36,12 +55,19 @@ def test_converted_logits_are_within_the_precision_of_the_dtype(dtype, tolerance
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# Speculative decoding
+
 OPTIONS = [
     dict(temperature=0),
     dict(),
     dict(top_k=10, top_p=0.8, min_new_tokens=20),
-    dict(repetition_penalty=1.2),
+    dict(min_p=0.1, repetition_penalty=1.2),
 ]
+
+
+def with_draft(model, draft_model=None) -> PreparedModel:
+    draft_model = draft_model or convert_weights(model, "draft")
+    return PreparedModel(model, draft=PreparedModel(draft_model))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -53,199 +79,296 @@ def test_speculative_decoding_changes_no_token(drafted_by, options):
     model, other = random_model(max_seq_len=64), random_model(max_seq_len=64)
     with torch.no_grad():
         other.layers[1].feed_forward.w2.weight.mul_(-1)
-    draft_model = other if drafted_by == "another model" else convert_weights(model, "int8")
-    prepared = PreparedModel(model, draft=DraftModel(draft_model, num_tokens=5))
-    params = SamplingParams(max_new_tokens=150, **options)
+    prepared = with_draft(model, other if drafted_by == "another model" else None)
     for stop_ids in ([], [V - 1, 3, 5]):
+        params = SamplingParams(max_new_tokens=100, stop_ids=stop_ids, **options)
         for prompt in ([1], list(range(50)), list(range(60)) * 2):
-            expected = generate_batch(model, [prompt], 1, stop_ids, max_new_tokens=150, **options)
-            sequence = SequenceState(prompt)
-            engine = InferenceEngine(prepared, params, 1, stop_ids)
-            list(engine.generate([sequence]))
-            assert sequence.tokens == expected[0]
-            sequence.tokens += [7, 8]
-            prompts = [sequence.tokens]
-            expected = generate_batch(model, prompts, 1, stop_ids, max_new_tokens=150, **options)
-            list(engine.generate([sequence]))  # the cache has rejected tokens
-            assert sequence.tokens == expected[0]
+            engine = InferenceEngine(prepared)
+            for _ in range(2):  # the cache has rejected tokens the second time
+                request = Request(prompt, params)
+                (expected,) = run_requests(model, [Request(prompt, params)], 1)
+                list(engine.generate([request]))
+                assert request.tokens == expected
+                prompt = [*expected, 7, 8]
 
 
-def test_several_sequences_may_be_drafted_at_once():
+def test_the_last_of_several_requests_is_drafted(monkeypatch):
     model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4], [5] * 30]
-    draft = DraftModel(convert_weights(model, "int8"), num_tokens=3)
+    counts = count_drafted_tokens(monkeypatch)
     options = dict(stop_ids=[V - 1], max_new_tokens=100)
-    drafted = generate_batch(PreparedModel(model, draft=draft), prompts, 2, **options)
+    drafted = generate_batch(with_draft(model), prompts, 2, **options)
     assert drafted == generate_batch(model, prompts, 1, **options)
+    assert counts
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    "dtype, batch_size", [pytest.param("int8", 1, marks=pytest.mark.slow), ("float32", 3)]
-)
-def test_a_compiled_step_has_the_same_logits(dtype, batch_size, capfd):
-    """The compiler's product of one row of 8-bit integers was garbage once."""
-    model = convert_weights(random_model(max_seq_len=64), dtype, batch_size)
-    steps = decode_step, CompiledDecodeStep()
-    tokens = torch.randint(V, (30, batch_size), generator=torch.Generator().manual_seed(0))
-    caches = [model.new_kv_cache(batch_size, 64) for _ in steps]
-    start_pos = torch.arange(batch_size)
-    seeds = torch.arange(batch_size, dtype=torch.int32)
-    params = TruncationParams(top_k=9)
-    with torch.inference_mode():
-        for index, row in enumerate(tokens):
-            inputs = StepInputs(
-                row[:, None], start_pos + index, index + batch_size, seeds[:, None] + index
-            )
-            eager, compiled = (
-                step(model, cache, inputs, params)
-                for step, cache in zip(steps, caches, strict=True)
-            )
-            error = (compiled.logits - eager.logits).abs().max() / eager.logits.std()
-            # A rounding to 8 bits may go the other way.
-            assert error < (0.1 if dtype == "int8" else 1e-4)
-            if error < 1e-4:
-                assert torch.equal(compiled.tokens, eager.tokens)
-                assert torch.equal(compiled.accepted, eager.accepted)
-    assert "cannot compile" not in capfd.readouterr().err
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_compiled_step_fits_other_caches_and_options(capfd):
-    """Code compiled for one length of cache must not run with another, or at the same kv_len."""
-    model = convert_weights(random_model(max_seq_len=128), "float32")
-    prepared = PreparedModel(model, CompiledDecodeStep())
-    cases = [([1], 20, 1.0), ([1] * 40, 50, 1.0), ([1], 20, 1.0), ([2], 20, 0.5)]
-    for prompt, count, temperature in cases:
-        options = dict(max_new_tokens=count, temperature=temperature)
-        compiled = generate_batch(prepared, [prompt], 1, **options)
-        assert compiled == generate_batch(model, [prompt], 1, **options)
-    assert "cannot compile" not in capfd.readouterr().err
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("truncation", [dict(top_k=9), dict(top_p=0.7), dict(min_p=0.1)], ids=str)
-def test_a_loop_with_truncation_can_be_compiled(truncation, capfd):
-    """An operation in place within the loop could not."""
-    model = random_model(max_seq_len=64)
-    step = CompiledDecodeStep(4)
-    prepared = PreparedModel(convert_weights(model, "float32"), step, tokens_per_call=4)
-    compiled = generate_batch(prepared, [[1]], 1, max_new_tokens=40, **truncation)
-    assert compiled == generate_batch(model, [[1]], 1, max_new_tokens=40, **truncation)
-    assert "cannot compile" not in capfd.readouterr().err
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.2, temperature=0.8)], ids=str)
-def test_compiled_float32_sequence_with_truncation_is_the_eager_one(options, capfd):
-    """A rejected draft token ended in a traceback: its tensor had the strides of a slice."""
-    model = random_model(max_seq_len=64)
-    prepared = prepare_for_inference(model, "float32", 1, compile=True)
-    compiled = generate_batch(prepared, [[1]], 1, max_new_tokens=60, **options)
-    assert "cannot compile" not in capfd.readouterr().err
-    eager = prepare_for_inference(model, "float32", 1)
-    assert compiled == generate_batch(eager, [[1]], 1, max_new_tokens=60, **options)
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_compiled_steps_generate_the_same_past_the_context(batch_size, capfd):
-    """A cache filled to the last position was an error of the compiler's."""
-    model, prompts = random_model(max_seq_len=32), [[1], [2, 3, 4]][:batch_size]
-    prepared = prepare_for_inference(model, "float32", batch_size, compile=True)
-    compiled = generate_batch(prepared, prompts, batch_size, max_new_tokens=70)
-    assert compiled == generate_batch(model, prompts, 1, max_new_tokens=70)
-    assert "cannot compile" not in capfd.readouterr().err
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_compiled_loop_ends_with_an_active_row_only():
-    """A stop token in an unused row must not end it."""
-    model, prompts = random_model(max_seq_len=64), [[1], [2, 3, 4]]
-    options, stop_ids = dict(max_new_tokens=60, seed=0), [41]
-    unstopped = generate_batch(model, prompts, 1, **options)[1]
-    compiled, calls = CompiledDecodeStep(8), []
-
-    def spy(model, cache, inputs, params, stop_ids=()):
-        output = compiled(model, cache, inputs, params, stop_ids)
-        is_stop = torch.isin(output.tokens, torch.tensor(stop_ids))
-        is_active = inputs.start_pos > 0
-        calls.append((inputs.seeds.shape[1], is_stop[is_active], is_stop[~is_active]))
-        return output
-
-    prepared = PreparedModel(model, spy, tokens_per_call=8)
-    sequences = generate_batch(prepared, prompts, 2, stop_ids, **options)
-    assert sequences == generate_batch(model, prompts, 1, stop_ids, **options)
-    assert len(sequences[0]) < 60 and sequences[1] == unstopped
-    for requested, is_stop, _ in calls:
-        assert not is_stop[:, :-1].any()
-        assert is_stop.shape[1] == requested or is_stop[:, -1].any()
-    assert any(is_stop.shape[1] < requested for requested, is_stop, _ in calls)
-    assert any(in_unused_row[:, :-1].any() for _, _, in_unused_row in calls)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_models_are_not_mistaken_for_one_another():
-    """PyTorch keeps what it compiled with the code of the step. Models shared it, and after some
-    more were compiled one was taken for another."""
-    import torch._dynamo
-
-    models = [random_model(vocab_size=size, max_seq_len=64) for size in (V, V + 40)]
-    prepared = [prepare_for_inference(model, "float32", compile=True) for model in models]
-    expected = [generate_batch(model, [[1]], 1, max_new_tokens=20) for model in models]
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for model, tokens in zip(prepared, expected, strict=True):
-            assert generate_batch(model, [[1]], 1, max_new_tokens=20) == tokens
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_int8_sequences_are_equal_in_batch_and_alone():
-    """Their keys and values are kept in 16 bits, in a batch and alone."""
-    model, results = random_model(max_seq_len=64), []
-    for batch_size in (1, 3):
-        prepared = prepare_for_inference(model, "int8", batch_size, compile=True)
-        engine = InferenceEngine(prepared, SamplingParams(100), batch_size)
-        sequences = [SequenceState([1, 2 + index], index) for index in range(3)]
-        list(engine.generate(sequences))
-        assert engine.cache.keys[0].dtype == torch.bfloat16
-        results.append([sequence.tokens for sequence in sequences])
-    assert results[0] == results[1]
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_draft_tokens_of_a_compiled_step_are_mostly_accepted(monkeypatch):
-    model, counts = random_model(max_seq_len=64), []
+def count_drafted_tokens(monkeypatch) -> list[int]:
+    """A list that will have the number of tokens of each speculative step."""
+    counts = []
     speculative_step = InferenceEngine.speculative_step
 
-    def spy(engine, draft):
-        new_tokens = speculative_step(engine, draft)
+    def spy(engine):
+        new_tokens = speculative_step(engine)
         counts.append(len(new_tokens))
         return new_tokens
 
     monkeypatch.setattr(InferenceEngine, "speculative_step", spy)
-    prepared = prepare_for_inference(model, compile=True)
-    drafted = generate_batch(prepared, [[1]], 1, max_new_tokens=200)
-    assert drafted == generate_batch(model, [[1]], 1, max_new_tokens=200)
+    return counts
+
+
+def test_draft_tokens_are_mostly_accepted(monkeypatch):
+    counts, model = count_drafted_tokens(monkeypatch), random_model(max_seq_len=64)
+    prepared = prepare_for_inference(model)
+    drafted = generate_tokens(prepared, [1], max_new_tokens=200)
+    assert drafted == generate_tokens(model, [1], max_new_tokens=200)
     assert sum(counts) / len(counts) > 4  # of 8
 
 
-def test_a_failed_compilation_falls_back_to_the_eager_step(monkeypatch, capsys):
-    def broken(function, **options):
-        def call(*arguments):
-            raise RuntimeError("no compiler")
+@pytest.mark.parametrize(
+    "dtype, batch_size, has_draft",
+    [("float32", 1, True), ("float32", 2, False), ("int8", 1, False)],
+)
+def test_a_single_sequence_in_floating_point_is_drafted(dtype, batch_size, has_draft):
+    prepared = prepare_for_inference(random_model(), dtype, batch_size)
+    assert (prepared.draft is not None) == has_draft
 
-        return call
 
-    monkeypatch.setattr(torch, "compile", broken)
-    model = convert_weights(random_model(), "int8")
-    prepared = PreparedModel(model, CompiledDecodeStep(8), tokens_per_call=8)
-    tokens = generate_batch(prepared, [[1]], 1, max_new_tokens=30)
-    assert tokens == generate_batch(model, [[1]], 1, max_new_tokens=30)
-    assert capsys.readouterr().err.count("cannot compile here (RuntimeError)") == 1
+# Compiled steps, without a compilation
+
+
+class FakeWorker:
+    """A Worker that does nothing until end is called."""
+
+    error_text = "no compiler"
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.has_ended = False
+        FakeWorker.instances.append(self)
+
+    def is_running(self):
+        return not self.has_ended
+
+    def wait(self):
+        self.has_ended = True
+
+    def error(self):
+        return self.error_text
+
+
+class FakeStep:
+    """A CompiledStep that runs uncompiled; `calls` has the number of rows of each call."""
+
+    def __init__(self, path, model, device):
+        self.calls = []
+
+    def __call__(self, model, cache, inputs):
+        self.calls.append(len(inputs.tokens))
+        return decode_step(model, cache, inputs)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The workers that were started; none of them compiles."""
+    FakeWorker.instances = []
+    monkeypatch.setattr(compile_module, "Worker", FakeWorker)
+    monkeypatch.setattr(compile_module, "CompiledStep", FakeStep)
+    return FakeWorker.instances
+
+
+def make_package(spec) -> None:
+    spec.path.parent.mkdir(parents=True, exist_ok=True)
+    spec.path.write_bytes(b"")
+
+
+@pytest.fixture
+def spec() -> StepSpec:
+    args = random_model().args
+    return StepSpec(args, "float32", 3, "float32", rows=3, length=1, device="cpu", threads=1)
+
+
+def test_compile_false_starts_nothing(workers):
+    generate_tokens(prepare_for_inference(random_model()), [1], max_new_tokens=20)
+    assert not workers
+
+
+def test_compile_true_starts_the_steps_of_target_and_draft(workers):
+    prepare_for_inference(random_model(), compile=True)
+    assert [(w.spec.dtype, w.spec.rows, w.spec.length) for w in workers] == [
+        ("float32", 1, 8),
+        ("draft", 1, 1),
+    ]
+
+
+def test_tokens_are_generated_uncompiled_until_a_step_is_compiled(workers):
+    model, prompts = random_model(), [[1], [2, 3], [4]]
+    prepared = prepare_for_inference(model, "float32", 3, compile=True)
+    (worker,) = workers
+    requests = [Request(prompt, SamplingParams(40), index) for index, prompt in enumerate(prompts)]
+    engine = InferenceEngine(prepared, 3)
+    for count, _ in enumerate(engine.generate(requests)):
+        if count == 30:
+            make_package(worker.spec)
+            worker.has_ended = True
+    assert [r.tokens for r in requests] == generate_batch(model, prompts, 1, max_new_tokens=40)
+    step = prepared.compiler.find(3, 1)
+    assert set(step.calls) == {3} and 20 < len(step.calls) < 35
+    assert len(workers) == 1
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_fewer_rows_use_a_step_of_more_rows(num_rows, workers):
+    prepared = prepare_for_inference(random_model(), "float32", 5, compile=None)
+    assert prepared.find_step(num_rows, 5) == (decode_step, num_rows)
+    bucket = 5 if num_rows > 1 else 1
+    prepared = prepare_for_inference(random_model(), "float32", 5, compile=None)
+    make_package(dataclasses.replace(prepared.compiler.spec, rows=bucket))
+    step, rows = prepared.find_step(num_rows, 5)
+    assert isinstance(step, FakeStep) and rows == bucket
+
+
+@pytest.mark.parametrize(
+    "batch_size, buckets", [(1, [1]), (3, [1, 3]), (4, [1, 4]), (100, [1, 4, 16, 64, 100])]
+)
+def test_buckets_end_with_the_batch_size(batch_size, buckets):
+    assert batch_buckets(batch_size) == buckets
+
+
+def test_compile_none_starts_when_much_is_left_to_generate(workers, monkeypatch):
+    prepared = prepare_for_inference(random_model(), "int8", compile=None)
+    generate_tokens(prepared, [1], max_new_tokens=200)
+    assert not workers
+    monkeypatch.setattr(engine_module, "COMPILE_AFTER", 0.01)
+    monkeypatch.setattr(engine_module, "WORTH_COMPILING", 1e6)
+    generate_tokens(prepared, [1], max_new_tokens=200)
+    assert not workers
+    monkeypatch.setattr(engine_module, "WORTH_COMPILING", 0.01)
+    generate_tokens(prepared, [1], max_new_tokens=200)
+    assert len(workers) == 1
+
+
+def test_a_long_prefill_without_new_tokens_is_no_error(workers, monkeypatch):
+    """The time per token is unknown then; the estimate divided by zero."""
+    monkeypatch.setattr(engine_module, "COMPILE_AFTER", 0.0)
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 8)
+    prepared = prepare_for_inference(random_model(max_seq_len=64), "int8", compile=None)
+    assert len(generate_tokens(prepared, [1] * 40, max_new_tokens=5)) == 5
+
+
+def test_a_second_engine_uses_the_steps_of_the_cache_folder(workers):
+    model = random_model()
+    first = prepare_for_inference(model, "int8", compile=True)
+    make_package(workers[0].spec)
+    first.wait_for_compilation()
+    second = prepare_for_inference(model, "int8", compile=True)
+    generate_tokens(second, [1], max_new_tokens=10)
+    assert len(workers) == 1 and len(second.compiler.find(1, 1).calls) == 9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(dtype="int8"),
+        dict(packed_rows=4),
+        dict(cache_dtype="bfloat16"),
+        dict(rows=4),
+        dict(length=2),
+        dict(device="cuda"),
+        dict(threads=2),
+        dict(args=random_model(dim=64).args),
+        dict(args=random_model(rope_theta=5e5).args),
+    ],
+    ids=str,
+)
+def test_packages_of_different_steps_have_different_files(change, spec, cache):
+    other = dataclasses.replace(spec, **change)
+    assert spec.path.parent == other.path.parent == cache == cache_folder()
+    assert spec.path != other.path
+    assert spec.path == dataclasses.replace(spec).path
+
+
+def test_packages_of_other_sources_have_different_files(spec, tmp_path, monkeypatch):
+    path = spec.path
+    (tmp_path / "generation").mkdir()
+    (tmp_path / "generation" / "engine.py").write_text("")
+    monkeypatch.setattr(compile_module, "ROOT", tmp_path)
+    assert spec.path != path
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_failed_compilation_is_one_line_and_changes_no_token(batch_size, workers, capfd):
+    """Of the draft model and the target model too."""
+    model, prompts = random_model(), [[1], [2, 3], [4]][:batch_size]
+    prepared = prepare_for_inference(model, "float32", batch_size, compile=True)
+    for worker in workers:
+        worker.has_ended = True
+    for _ in range(2):
+        tokens = generate_batch(prepared, prompts, batch_size, max_new_tokens=30)
+        assert tokens == generate_batch(model, prompts, 1, max_new_tokens=30)
+    captured = capfd.readouterr()
+    assert captured.err == "cannot compile here (no compiler); continuing uncompiled\n"
+    assert captured.out == ""
+    assert len(workers) == (2 if batch_size == 1 else 1)  # it is not tried again
+
+
+def test_a_damaged_package_is_removed_and_reported_in_one_line(spec, capfd):
+    model = random_model()
+    prepared = prepare_for_inference(model, "int8", compile=None)
+    spec = prepared.compiler.spec
+    spec.path.parent.mkdir(parents=True)
+    spec.path.write_bytes(b"PK damaged")
+    expected = generate_tokens(prepare_for_inference(model, "int8"), [1], max_new_tokens=20)
+    assert generate_tokens(prepared, [1], max_new_tokens=20) == expected
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("cannot compile here (")
+    assert errors[0].endswith("; continuing uncompiled")
+    assert not spec.path.exists()
+
+
+def test_other_devices_continue_uncompiled_with_one_line(capsys, monkeypatch):
+    model = random_model()
+    monkeypatch.setattr(prepared_model, "convert_weights", lambda model, dtype, rows: model)
+    prepared = prepare_for_inference(model.to("meta"), "float32", 2, compile=True)
+    assert prepared.compiler is None
+    assert capsys.readouterr().err == "cannot compile on meta; continuing uncompiled\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["compiler", "folder"])
+def test_without_a_compiler_or_folder_generation_goes_on(problem, cache, monkeypatch, capfd):
+    if problem == "compiler":
+        monkeypatch.setenv("CXX", "/nonexistent/g++")
+    else:
+        cache.write_text("a file")
+    model = random_model()
+    prepared = prepare_for_inference(model, "float32", 2, compile=True)
+    options = dict(max_new_tokens=30)
+    expected = generate_batch(model, [[1], [2]], 1, **options)
+    assert generate_batch(prepared, [[1], [2]], 2, **options) == expected
+    prepared.wait_for_compilation()
+    assert generate_batch(prepared, [[1], [2]], 2, **options) == expected
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("cannot compile here (")
+    if problem == "compiler":
+        assert not list(cache.glob("*"))
+
+
+START_COMPILING = """
+from tests.helpers import GENERATION_MODEL, random_model
+from generation.prepared_model import prepare_for_inference
+prepared = prepare_for_inference(random_model(GENERATION_MODEL), "int8", compile=True)
+print(prepared.compiler.workers[1, 1].process.pid)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_ends_with_the_process_that_started_it(cache):
+    result = subprocess.run(
+        [sys.executable, "-c", START_COMPILING],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(result.stdout), 0)
+    assert result.stderr == "" and not list(cache.rglob("*.pt2"))
