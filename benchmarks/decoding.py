@@ -98,10 +98,8 @@ class SampleBench:
 
     def validate(self) -> Iterator[str]:
         """Yield one sentence for each problem."""
-        unknown = [name for name in self.selected if name not in VARIANTS]
-        if unknown:
-            names = f"all, or some of {', '.join(VARIANTS)}"
-            yield f"--variants={self.variants}: {unknown[0] or 'an empty name'} is not one of {names}"
+        if not set(self.selected) <= set(VARIANTS):
+            yield f"--variants={self.variants}: must be all, or some of {', '.join(VARIANTS)}"
         yield from timing_problems(self)
         yield from native_problems(self.llama_bench, self.batches != (1,))
         yield from path_problems(self.json)
@@ -130,7 +128,7 @@ def row_params(case: str, row: int) -> SamplingParams:
 def prepare(
     args: ModelArgs, device: str, batch_size: int, dtype: str, compile: bool
 ) -> PreparedModel:
-    """A random model, with all of its steps compiled. Raises ValueError if it cannot be compiled."""
+    """A random model with its compiled steps. Raises ValueError if it cannot be compiled."""
     prepared = prepare_for_inference(random_model(args).to(device), dtype, batch_size, compile)
     prepared.wait_for_compilation()
     is_compiled = prepared.is_compiled(batch_size, batch_size)
@@ -167,6 +165,13 @@ def baseline_step(
     return baselines.transformers_decoding(args, device, batch_size, TOKENS)
 
 
+def variant(
+    name: str, build: Callable[..., Callable], arguments: dict, cases: tuple[str, ...] = ("",)
+) -> Variant:
+    """A Variant that the first turn, which is not counted, warms up."""
+    return Variant(name, build, arguments, warm_up=0, cases=cases)
+
+
 def llama_cpp_variants(
     llama_bench: str, device: str, batch: int, threads: int, folder: str
 ) -> Iterator[Measurable]:
@@ -176,7 +181,7 @@ def llama_cpp_variants(
         if batch == 1 and find_spec("xllamacpp"):
             arguments = {"path": path, "device": device, "threads": threads}
             arguments |= {"context": CONTEXT, "length": TOKENS}
-            yield Variant(f"llama.cpp {name} (wheel)", wheel_step, arguments, warm_up=1)
+            yield variant(f"llama.cpp {name} (wheel)", wheel_step, arguments)
         if llama_bench:
             title = f"llama.cpp {name} (native build)"
             native = NativeBuild(title, ("",), llama_bench, path, threads, batch, TOKENS)
@@ -198,20 +203,21 @@ def variants(
     compared: list[Measurable] = []
     selected = config.selected
     if "plain" in selected and batch == 1 and threads == 2:
-        compared.append(Variant("plain", baseline_step, {"baseline": "plain"} | shape, warm_up=1))
+        compared.append(variant("plain", baseline_step, {"baseline": "plain"} | shape))
     if "transformers" in selected and find_spec("transformers"):
         arguments = {"baseline": "transformers"} | shape
-        compared.append(Variant("transformers", baseline_step, arguments, warm_up=1))
+        compared.append(variant("transformers", baseline_step, arguments))
     if "llama.cpp" in selected and device == "cpu":
         compared += llama_cpp_variants(config.llama_bench, device, batch, threads, folder)
     cases = (*OPTION_SETS, DIFFERENT) if batch > 1 else tuple(OPTION_SETS)
     for name in CRIA_VARIANTS:
         dtype = name.split()[-1]
+        compile = name == dtype
         is_slow = dtype == "bfloat16" and pick_dtype("auto", device) != "bfloat16"
-        if name in selected and not is_slow:
-            arguments = shape | {"dtype": dtype, "compile": name == dtype}
-            # The first turn, which is not counted, warms it up.
-            compared.append(Variant(name, cria_step, arguments, warm_up=0, cases=cases))
+        is_unsupported = is_slow or (compile and device == "mps")
+        if name in selected and not is_unsupported:
+            arguments = shape | {"dtype": dtype, "compile": compile}
+            compared.append(variant(name, cria_step, arguments, cases))
     return compared
 
 
@@ -250,10 +256,11 @@ def decoding(
     with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
         write_files(args, folder, with_gguf and "llama.cpp" in config.selected)
         for threads in config.thread_counts(device):
-            settings = {"preset": preset, "threads": threads}
             if "sample.py" in config.selected and 1 in config.batches:
-                torch.set_num_threads(threads)  # compiled code depends on it
-                prepare(args, device, 1, "float32", compile=device != "mps")
+                if device != "mps":  # where nothing is compiled
+                    torch.set_num_threads(threads)  # which compiled code depends on
+                    prepare(args, device, 1, "float32", compile=True)
+                settings = {"preset": preset, "threads": threads}
                 yield list(measure_command(settings, folder, device, config.rounds))
         for batch, threads in itertools.product(config.batches, config.thread_counts(device)):
             compared = variants(config, args, device, batch, threads, folder)
@@ -272,7 +279,7 @@ def report(
     records = []
     for (name, case), measurement in measurements.items():
         rates = measurement.rates
-        record = {"variant": name, "options": case or TEMPERATURE_ONLY}
+        record: dict[str, Any] = {"variant": name, "options": case or TEMPERATURE_ONLY}
         record |= {"tokens_per_second": measurement.rate, "min": min(rates), "max": max(rates)}
         if name in CRIA_VARIANTS:
             record |= ratios(name, measurement, measurements)

@@ -64,10 +64,13 @@ def measure_command(
     """
     options = [*shlex.split(COMMAND)[2:], "--format=events", f"--device={device}"]
     command = [sys.executable, SCRIPT, f"--out_dir={folder}", *options]
-    times: dict[str, list[TokenTimes]] = {"nothing compiled": [], "compiled before": []}
     with tempfile.TemporaryDirectory(prefix="cria-bench-cache-") as empty_cache:
+        caches = {"nothing compiled": empty_cache, "compiled before": ""}
+        if device == "mps":
+            del caches["compiled before"]
+        times: dict[str, list[TokenTimes]] = {name: [] for name in caches}
         for _ in range(runs):
-            for name, cache in zip(times, (empty_cache, ""), strict=True):
+            for name, cache in caches.items():
                 times[name].append(run_sample_command(command, settings["threads"], cache))
     print(f"\n{settings['preset']}, threads: {settings['threads']}: {COMMAND}\n")
     print("| seconds from the start of the process | first token | last token | tokens |")
