@@ -170,7 +170,6 @@ class InferenceEngine:
         Rows with fewer tokens than the first one join it."""
         length = min(len(rows[0].uncached), limit)
         batch = rows[:1]
-        max_length = min(self.max_seq_len, self.batch.cache.length)
         for row in rows[1:]:
             has_space = len(row.cached) + length < self.batch.cache.length
             is_small = len(row.uncached) <= length and (len(batch) + 1) * length <= limit
