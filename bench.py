@@ -6,7 +6,8 @@ Measure what the README claims.
     python bench.py cost                         training as models, contexts and batches grow
     python bench.py save                         what checkpoints cost a run
     python bench.py data                         pretokenizing and reading batches
-    python bench.py sample                       decoding, and the time to the first token
+    python bench.py sample                       sample.py, and decoding with several options
+    python bench.py sample --preset=15M --batch=1 --variants=int8,llama.cpp
 
 Every variant runs in a separate process. The processes take turns, round after round, so that a
 machine that slows down affects all of them. The tables show medians, and ratios to the baseline of
@@ -225,7 +226,7 @@ def run_sample(config: decoding.SampleBench) -> None:
     device = pick_device(config.device)
     print(describe_machine(device))
     for name, package in decoding.PACKAGES.items():
-        if not find_spec(package):
+        if name.split()[0] in config.selected and not find_spec(package):
             print(f"note: {name} is left out, as {package} is not installed")
     sizes = [f"--vocab_size={decoding.VOCAB_SIZE}", f"--max_seq_len={decoding.CONTEXT}"]
     records = []

@@ -38,6 +38,7 @@ from generation.streaming import (
 )
 from model import Transformer
 from runtime.device import pick_device, pick_dtype
+from textdata.prompts import decode_utf8, read_prompts, read_text, split_list
 from textdata.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"  # between samples
@@ -67,8 +68,8 @@ class SampleConfig:
     stop: str = ""  # stop strings, separated by |; \n is a newline
     bad_words: str = ""  # banned strings, separated by |; no completion contains them
     temperature: float = 1.0  # sampling temperature; 0: greedy
-    # sample among the k most probable tokens; 0: no limit, the default because top_p cuts better:
-    # many tokens where many are plausible, few where the model is certain
+    # sample among the k most probable tokens; 0: no limit, because top_p cuts better: it leaves
+    # many tokens where many are plausible, and few where the model is certain
     top_k: int = 0
     top_p: float = 1.0  # sample among the most probable tokens with this total probability
     min_p: float = 0.0  # minimum probability of a token, relative to the most probable one
@@ -136,38 +137,6 @@ class SampleConfig:
             yield f"--format=events does not work with {options}: use --format=jsonl"
 
 
-def split_list(strings: str) -> list[str]:
-    """The strings of an option in which | separates them."""
-    return strings.replace("\\n", "\n").split("|") if strings else []
-
-
-def read_prompts(start: str) -> list[str]:
-    """The prompts that --start names. Raises ValueError if they are not UTF-8 or missing."""
-    if start == "-":
-        text = decode_utf8(sys.stdin.buffer.read(), "standard input") if sys.stdin else ""
-        if not text:
-            raise ValueError("--start=-: standard input is empty; give one prompt per line")
-        return text.removesuffix("\n").split("\n")
-    if start.startswith("FILE:"):
-        return [read_text(start.removeprefix("FILE:"), f"--start={start}")]
-    # The command line is UTF-8, whatever the locale is.
-    return [start.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
-
-
-def read_text(path: str, option: str) -> str:
-    """The text of a UTF-8 file. Raises ValueError, naming the option, if it is not UTF-8."""
-    with open(path, "rb") as file:
-        return decode_utf8(file.read(), option)
-
-
-def decode_utf8(content: bytes, option: str) -> str:
-    """Decode UTF-8, with \\n for each line end. Raises ValueError, naming the option."""
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: not UTF-8 text ({error.reason})") from error
-
-
 class GenerationSession:
     """A model prepared for the options of the command line, and what it generates."""
 
@@ -183,8 +152,7 @@ class GenerationSession:
         self.tokenizer = tokenizer
         self.num_tokens = 0  # generated so far
         self.batch_size = min(config.batch_size, num_sequences)
-        options = config.sampling_options | {"batch_size": self.batch_size}
-        self.options = GenerationConfig(**options)
+        self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
         self.params = self.options.sampling_params(tokenizer)
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         compile = False if config.score or config.num_beams > 1 else config.compile
@@ -193,9 +161,7 @@ class GenerationSession:
 
     def stream(self, prompts: list[str]) -> Iterator[TextChunk]:
         """Complete the prompts; yields chunks of all completions in turn, as they come."""
-        options = dataclasses.asdict(self.options)
-        chunks = generate(self.prepared, self.tokenizer, prompts, **options)
-        for chunk in chunks:
+        for chunk in generate(self.prepared, self.tokenizer, prompts, **vars(self.options)):
             self.num_tokens += chunk.token is not None
             yield chunk
 
@@ -397,6 +363,9 @@ def main(argv: list[str] | None = None) -> None:
         print_samples(session.stream(prompts), prompts, session)
     rate = session.num_tokens / (time.perf_counter() - start_time)
     print(f"\n{session.num_tokens} tokens, {rate:.0f} tokens/s on {device}", file=sys.stderr)
+    if config.compile and session.prepared.is_compiling:
+        print("compiling for later runs; Ctrl-C stops it", file=sys.stderr)
+        session.prepared.wait_for_compilation()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ attention, all logits at once, cross-entropy, AdamW, gradient clipping; float32 
 autocast on a GPU. It uses nothing of model.py but the hyperparameters.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -219,38 +217,5 @@ def transformers_decoding(
             max_new_tokens=length,
         )
         return tokens.numel() - batch_size
-
-    return step
-
-
-def llama_cpp_decoding(path: str, threads: int, context: int, length: int) -> Callable[[], int]:
-    """llama.cpp's server in this process with the GGUF file at path, asked over HTTP as by its
-    users. Raises ImportError if it is not installed."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx = context
-    params.n_parallel = 1
-    params.verbosity = -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
-    seeds = itertools.count()
-    session = requests.Session()
-    session.trust_env = False  # no proxy
-
-    def step() -> int:
-        request = {
-            "prompt": [BOS_ID],
-            "n_predict": length,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "samplers": ["temperature"],
-            "temperature": 1.0,
-            "seed": next(seeds),
-        }
-        response = session.post(f"{server.listening_address}/completion", json=request)
-        response.raise_for_status()
-        return response.json()["timings"]["predicted_n"]
 
     return step

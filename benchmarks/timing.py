@@ -11,7 +11,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
@@ -33,13 +33,18 @@ class TimingOptions(Protocol):
 
 
 class Variant(NamedTuple):
-    """One of the things to compare."""
+    """One of the things to compare: step(), which runs in its own processes."""
 
     name: str
-    build: Callable[..., Callable[[], int]]  # build(**arguments) returns step() -> units of work
+    build: Callable[..., Callable[..., int]]  # build(**arguments) returns step() -> units of work
     arguments: dict[str, Any]
     processes: int = 1
     warm_up: int = WARM_UP  # steps before the first turn
+    cases: tuple[str, ...] = ("",)  # each is measured separately: step(case), or step() for ""
+
+    def start(self) -> "VariantProcesses":
+        """Start its processes; returns when they are ready."""
+        return VariantProcesses(self)
 
 
 class Measurement(NamedTuple):
@@ -66,6 +71,26 @@ class Turn(NamedTuple):
         return self.units / self.seconds
 
 
+class Runner(Protocol):
+    """What measures the turns of a variant."""
+
+    def measure_turn(self, seconds: float, case: str) -> Turn: ...
+
+    def stop(self) -> None: ...
+
+
+class Measurable(Protocol):
+    """A Variant, or another program that can be measured like one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def cases(self) -> tuple[str, ...]: ...
+
+    def start(self) -> Runner: ...
+
+
 def worker_main(pipe: Connection, variant: Variant, rank: int, port: int) -> None:
     """The process of a variant: build it, then run as many steps as each message says."""
     sys.stdout = sys.stderr  # standard output is for the tables
@@ -85,16 +110,18 @@ def worker_main(pipe: Connection, variant: Variant, rank: int, port: int) -> Non
 
 
 def run_turns(pipe: Connection, variant: Variant) -> None:
-    """Send None when the variant is ready, then a Turn for each number of steps, until it is 0."""
+    """Send None when the variant is ready, then a Turn for each (number of steps, case)."""
     device = variant.arguments["device"]
     step = variant.build(**variant.arguments)
     for _ in range(variant.warm_up):
-        step()
+        step(*filter(None, variant.cases[:1]))
     pipe.send(None)
-    while steps := pipe.recv():
+    while message := pipe.recv():
+        steps, case = message
+        arguments = [case] if case else []
         synchronize(device)
         started = time.perf_counter()
-        units = sum(step() for _ in range(steps))
+        units = sum(step(*arguments) for _ in range(steps))
         synchronize(device)
         pipe.send(Turn(units, time.perf_counter() - started, peak_memory(device)))
 
@@ -163,10 +190,10 @@ class VariantProcesses:
                 messages[pipe] = message
         return [messages[pipe] for pipe in self.pipes]
 
-    def measure_turn(self, seconds: float) -> Turn:
+    def measure_turn(self, seconds: float, case: str = "") -> Turn:
         """Run one turn; the next one will take about so many seconds."""
         for pipe in self.pipes:
-            pipe.send(self.steps)
+            pipe.send((self.steps, case))
         turn = self.receive()[0]
         assert turn is not None, "a process answers each number of steps with a Turn"
         self.steps = max(1, round(self.steps * seconds / max(turn.seconds, 1e-9)))
@@ -176,7 +203,7 @@ class VariantProcesses:
         """End the processes."""
         for pipe in self.pipes:
             with contextlib.suppress(OSError):  # the process may have ended
-                pipe.send(0)
+                pipe.send(None)
             pipe.close()
 
 
@@ -197,19 +224,31 @@ def timing_problems(config: TimingOptions) -> Iterator[str]:
 
 def measure(variants: list[Variant], rounds: int, seconds: float) -> dict[str, Measurement]:
     """Measure every variant by name, with one turn per round of about so many seconds."""
-    processes: list[VariantProcesses] = []
+    measurements = measure_cases(variants, rounds, seconds)
+    return {name: measurement for (name, _), measurement in measurements.items()}
+
+
+def measure_cases(
+    variants: Sequence[Measurable], rounds: int, seconds: float
+) -> dict[tuple[str, str], Measurement]:
+    """Measure every case of every variant by (name, case), with one turn of each per round."""
+    runners: list[Runner] = []
+    keys = [(variant.name, case) for variant in variants for case in variant.cases]
     try:
         for variant in variants:
             print(f"  starting {variant.name} ...", file=sys.stderr, flush=True)
-            processes.append(VariantProcesses(variant))
-            processes[-1].measure_turn(seconds)  # finds the number of steps per turn
-        turns = [[each.measure_turn(seconds) for each in processes] for _ in range(rounds)]
+            runners.append(variant.start())
+            # This turn, which is not counted, finds the number of steps per turn.
+            runners[-1].measure_turn(seconds, variant.cases[0])
+        by_name = {variant.name: runner for variant, runner in zip(variants, runners, strict=True)}
+        turns = [
+            [by_name[name].measure_turn(seconds, case) for name, case in keys]
+            for _ in range(rounds)
+        ]
     finally:
-        for each in processes:
-            each.stop()
+        for runner in runners:
+            runner.stop()
     return {
-        variant.name: Measurement(
-            [turn.rate for turn in column], max(turn.peak_memory for turn in column)
-        )
-        for variant, column in zip(variants, zip(*turns, strict=True), strict=True)
+        key: Measurement([turn.rate for turn in column], max(turn.peak_memory for turn in column))
+        for key, column in zip(keys, zip(*turns, strict=True), strict=True)
     }

@@ -62,7 +62,7 @@ class StepSpec:
 
 def cache_folder() -> Path:
     """The folder of the compiled packages."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "cria"
 
 

@@ -7,7 +7,6 @@ step) or several for a single row (speculative decoding). The engine works on to
 turns them into text.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -26,8 +25,7 @@ from model import Transformer
 
 PREFILL_TOKENS = 256  # of one step while other rows are decoded, with padding
 MAX_PREFILL_TOKENS = 2048  # of one step otherwise
-COMPILE_AFTER = 15.0  # seconds of uncompiled steps before compilation starts
-WORTH_COMPILING = 60.0  # seconds for which uncompiled steps would go on
+COMPILE_AFTER = 15.0  # seconds of uncompiled steps; a shorter job ends before compilation does
 
 
 class NewToken(NamedTuple):
@@ -62,11 +60,7 @@ class InferenceEngine:
             1 + NUM_DRAFT_TOKENS, self.batch.vocab_size if self.prepared.draft else 0, self.device
         )
         self.draft_request: Request | None = None  # whose parameters are in draft_sampling
-        # Of the steps for which there was no compiled code.
-        self.uncompiled_seconds = 0.0
-        self.uncompiled_tokens = 0
-        self.num_finished = 0
-        self.num_finished_tokens = 0
+        self.uncompiled_seconds = 0.0  # in steps for which there was no compiled code
 
     # Requests
 
@@ -129,8 +123,10 @@ class InferenceEngine:
             new_tokens += self.speculative_step()
         elif is_decoding:
             new_tokens += self.decode()
-        if self.prepared.compiler:
-            self._start_compiling(time.perf_counter() - start_time, len(new_tokens))
+        if not self.prepared.is_compiled(batch.num_active, self.batch_size):
+            self.uncompiled_seconds += time.perf_counter() - start_time
+            if self.uncompiled_seconds > COMPILE_AFTER:
+                self.prepared.start_compiling(batch.num_active, self.batch_size)
         return new_tokens
 
     def _append(self, row: Row, token: int, logits: Tensor) -> list[NewToken]:
@@ -150,8 +146,6 @@ class InferenceEngine:
         if request.error:
             request.finish_reason = "error"
         if request.finish_reason:
-            self.num_finished += 1
-            self.num_finished_tokens += request.num_generated
             self.batch.free(row)
             new_tokens.append(NewToken(request, None))
         return new_tokens
@@ -176,9 +170,8 @@ class InferenceEngine:
         Rows with fewer tokens than the first one join it."""
         length = min(len(rows[0].uncached), limit)
         batch = rows[:1]
-        max_length = min(self.max_seq_len, self.batch.cache.length)
         for row in rows[1:]:
-            has_space = len(row.cached) + length <= max_length
+            has_space = len(row.cached) + length < self.batch.cache.length
             is_small = len(row.uncached) <= length and (len(batch) + 1) * length <= limit
             if has_space and is_small:
                 batch.append(row)
@@ -234,18 +227,18 @@ class InferenceEngine:
         cache, sampling = self.batch.first_rows(num_rows)
         rows = self.batch.rows[:num_rows]
         is_active = [len(row.uncached) == 1 for row in rows]
+        decoding = [row for row, active in zip(rows, is_active, strict=True) if active]
         inputs = StepInputs(
             tokens=self._tensor([row.tokens[-1:] or [0] for row in rows]),
             start_pos=self._tensor([len(row.cached) for row in rows]),
             positions=self._tensor([len(row.tokens) for row in rows]),
-            kv_len=1 + max(len(row.cached) for row in rows),
+            kv_len=1 + max(len(row.cached) for row in decoding),
             sampling=sampling._replace(is_active=self._tensor(is_active)),
         )
         output = step(self.model, cache, inputs)
         tokens = output.tokens.tolist()
-        for index, row in enumerate(rows):
-            if is_active[index]:
-                row.cached += row.uncached
+        for row in decoding:
+            row.cached += row.uncached
         new_tokens: list[NewToken] = []
         for index, row in enumerate(rows):
             if is_active[index]:
@@ -317,33 +310,6 @@ class InferenceEngine:
             sampling=SamplingTensors(*(t[index : index + count] for t in self.draft_sampling)),
         )
         return step(prepared.model, self.batch.first_rows(1)[0], inputs)
-
-    # Compilation
-
-    def _start_compiling(self, seconds: float, num_tokens: int) -> None:
-        """Start to compile the present kind of step, if that pays for what is left to generate.
-
-        Args:
-            seconds: time of a step.
-            num_tokens: that it generated.
-        """
-        if self.prepared.is_compiled(self.batch.num_active, self.batch_size):
-            return
-        self.uncompiled_seconds += seconds
-        self.uncompiled_tokens += num_tokens
-        if self.uncompiled_seconds < COMPILE_AFTER or not self.uncompiled_tokens:
-            return
-        seconds_left = self._num_tokens_left() * self.uncompiled_seconds / self.uncompiled_tokens
-        if seconds_left > WORTH_COMPILING:
-            self.prepared.start_compiling(self.batch.num_active, self.batch_size)
-
-    def _num_tokens_left(self) -> float:
-        """An estimate of the tokens to generate, by the mean length of the completions so far."""
-        mean = self.num_finished_tokens / self.num_finished if self.num_finished else math.inf
-        running = [row.request for row in self.batch.active if row.request]
-        requests = [*running, *self.waiting]
-        lengths = [min(mean, r.params.max_new_tokens) - r.num_generated for r in requests]
-        return sum(max(0.0, length) for length in lengths)
 
 
 def new_token(request: Request, token: int, logits: Tensor) -> NewToken:

@@ -48,10 +48,17 @@ class PreparedModel:
         return decode_step, rows
 
     def is_compiled(self, rows: int, batch_size: int) -> bool:
-        """Whether find_step returns the compiled step that is the fastest for these rows."""
+        """Whether find_step returns the compiled step that is the fastest for these rows, or none
+        may be compiled."""
         length = 1 + NUM_DRAFT_TOKENS if self.draft else 1
         bucket = next(bucket for bucket in batch_buckets(batch_size) if bucket >= rows)
-        return self.compiler is not None and self.compiler.find(bucket, length) is not None
+        return self.compiler is None or self.compiler.find(bucket, length) is not None
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a compilation goes on."""
+        is_draft_compiling = self.draft is not None and self.draft.is_compiling
+        return is_draft_compiling or (self.compiler is not None and bool(self.compiler.workers))
 
     def start_compiling(self, rows: int, batch_size: int) -> None:
         """Compile the steps for these rows in the background, if they are not compiled yet."""
@@ -63,9 +70,10 @@ class PreparedModel:
 
     def wait_for_compilation(self) -> None:
         """Wait until all compilations that were started have ended."""
-        for prepared in filter(None, (self, self.draft)):
-            if prepared.compiler:
-                prepared.compiler.wait()
+        if self.compiler:
+            self.compiler.wait()
+        if self.draft:
+            self.draft.wait_for_compilation()
 
 
 def batch_buckets(batch_size: int) -> list[int]:
@@ -94,7 +102,8 @@ def prepare_for_inference(
         if compile:
             print(f"cannot compile on {device.type}; continuing uncompiled", file=sys.stderr)
         compile = False
-    has_draft = device.type == "cpu" and dtype != "int8" and batch_size == 1
+    has_quantized = torch.backends.quantized.engine != "none"
+    has_draft = device.type == "cpu" and dtype != "int8" and batch_size == 1 and has_quantized
     rows = 1 + NUM_DRAFT_TOKENS if has_draft else batch_size
     converted = convert_weights(model, dtype, rows)
     weight_dtype = model.tok_embeddings.weight.dtype

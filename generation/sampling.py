@@ -81,8 +81,8 @@ def gumbel_noise(seeds: Tensor, count: int) -> Tensor:
     # Without the xor the compiler would multiply the loop index; its overflow is undefined in C++.
     index = torch.arange(count, dtype=torch.int32, device=seeds.device) ^ 0x2545F491
     bits = hash_int32(index * -1640531527 ^ seeds[:, None]) & 0x7FFFFFFF  # 2**32 / golden ratio
-    uniform = ((bits.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)  # never 0 or 1
-    return -(-torch.log1p(-uniform)).log()
+    negative_uniform = (bits.float() + 0.5) * (-(2**-31) * (1 - 2**-24))  # never 0 or -1
+    return -(-torch.log1p(negative_uniform)).log()
 
 
 def apply_penalties(logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class ResampleState(NamedTuple):
 def bisect_top_k(candidates: Candidates, top_k: Tensor, bounds: TopKBounds) -> TopKBounds:
     """Halve the interval from low to high."""
     middle = (bounds.low + bounds.high) / 2
-    is_above = candidates.logits > middle[:, None, None]
+    is_above = torch.sign(candidates.logits - middle[:, None, None]).clamp(0, 1)  # 1.0 or 0.0
     weight = (candidates.weights * is_above).sum(-1).sum(-1)
     count = is_above.sum(-1).sum(-1)
     is_low = count >= top_k
@@ -209,13 +209,18 @@ def check_and_redraw(
     from those that precede it. The token that is accepted has the truncated distribution, whatever
     was rejected before. The most likely token is always accepted."""
     logits, weights = candidates
-    tokens = torch.arange(logits[0].numel(), device=logits.device).view_as(logits[0])
-    is_above = logits > state.logit[:, None, None]  # (B, G, GROUP_SIZE)
-    is_tie = logits == state.logit[:, None, None]
-    precedes = is_above | is_tie & (tokens < state.token[:, None, None])
+    # 1: the token precedes, -1: it follows. Uncompiled, floats take a fifth of the time of bools.
+    order = torch.sign(logits - state.logit[:, None, None])  # (B, G, GROUP_SIZE); 0: a tie
+    group = torch.arange(logits.shape[1], device=logits.device)
+    index = torch.arange(GROUP_SIZE, device=logits.device)
+    group_order = torch.sign(state.token[:, None] // GROUP_SIZE - group).float()  # (B, G)
+    index_order = torch.sign(state.token[:, None] % GROUP_SIZE - index).float()  # (B, GROUP_SIZE)
+    tie_order = 2 * group_order[:, :, None] + index_order[:, None]
+    precedes = (4 * order + tie_order).clamp(0, 1)  # 1.0 or 0.0
     group_weights = (weights * precedes).sum(-1)  # (B, G)
     weight_before = group_weights.sum(-1)  # (B,)
-    is_rejected = (is_above.sum(-1).sum(-1) >= limits.top_k) | (state.logit < limits.min_logit)
+    num_above = order.clamp(0, 1).sum(-1).sum(-1)  # (B,)
+    is_rejected = (num_above >= limits.top_k) | (state.logit < limits.min_logit)
     is_open = ~state.is_accepted & ~is_rejected
 
     def is_undecided(*state: Tensor) -> Tensor:

@@ -113,6 +113,11 @@ class ForwardContext(NamedTuple):
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         batch, heads, length = k.shape[:3]
         rows: slice | torch.Tensor = slice(batch) if self.batch_idx is None else self.batch_idx
+        if isinstance(self.start_pos, int) and self.batch_idx is None:
+            keys, values = keys[:batch, :, : self.kv_len], values[:batch, :, : self.kv_len]
+            keys[:, :, self.start_pos :] = k
+            values[:, :, self.start_pos :] = v
+            return (k, v) if not self.start_pos else (keys.type_as(k), values.type_as(v))
         if isinstance(self.start_pos, int):
             keys[rows, :, self.start_pos : self.kv_len] = k.type_as(keys)
             values[rows, :, self.start_pos : self.kv_len] = v.type_as(values)

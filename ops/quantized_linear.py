@@ -91,13 +91,18 @@ class DraftLinear(Int8Linear):
         if torch.compiler.is_compiling():
             return super().forward(x)
         if self.packed is None:
-            zero_points = torch.zeros_like(self.scale, dtype=torch.int64)
-            with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates such tensors
-                weight = torch._make_per_channel_quantized_tensor(
-                    self.weight, self.scale.double(), zero_points, 0
-                )
-            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+            self.packed = self.pack()
         return torch.ops.quantized.linear_dynamic(x, self.packed, False)
+
+    def pack(self) -> torch.ScriptObject:
+        """The weight in the layout of the operator."""
+        zero_points = torch.zeros_like(self.scale, dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch 2.13 announces its removal
+            weight = torch._make_per_channel_quantized_tensor(
+                self.weight, self.scale.double(), zero_points, 0
+            )
+            return torch.ops.quantized.linear_prepack(weight, None)
 
 
 def packed_dtypes() -> list[str]:

@@ -67,6 +67,11 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Rotate each adjacent pair of x (B, T, heads, head_dim) by its position's angle, in float32.
 
     cos and sin are ([B,] T, head_dim/2). Pairs are interleaved, as in Meta's checkpoints."""
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # Half as many operations; the compiler does not support complex numbers.
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        rotation = torch.complex(cos, sin).unsqueeze(-2)  # ([B,] T, 1, head_dim/2)
+        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, head_dim/2)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # ([B,] T, 1, head_dim/2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)

@@ -12,22 +12,30 @@ import torch
 
 import bench
 from benchmarks import decoding as bench_sample
-from benchmarks import training, training_run
+from benchmarks import llama_cpp, sample_command, training, training_run
 from benchmarks.baselines import BaselineLlama
 from benchmarks.data import SAMPLE_CHARS, DataBench, limit_chars, load_texts
 from benchmarks.decoding import (
+    DIFFERENT,
+    OPTION_SETS,
+    README_OPTIONS,
+    TEMPERATURE_ONLY,
     TOKENS,
+    SampleBench,
     dummy_tokenizer,
     random_model,
     report,
-    seconds_to_first_token,
+    row_params,
     write_files,
 )
-from benchmarks.timing import Measurement, Variant, measure
+from benchmarks.llama_cpp import NativeBuild
+from benchmarks.sample_command import run_sample_command
+from benchmarks.timing import Measurement, Variant, measure, measure_cases
 from benchmarks.training import training_variants
 from checkpoints import manager
 from formats.registry import load_model
 from model import ModelArgs, Transformer
+from tests.processes import ROOT
 from textdata.tokenizer import train_sentencepiece
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, vocab_size=50, multiple_of=8, max_seq_len=24)
@@ -198,6 +206,8 @@ def test_the_data_benchmark_reports_what_it_measured(run_script, monkeypatch, tm
         (["sample", "--batch=3"], "--batch=3: must be one of all, 1, 4, 16, 64"),
         (["sample", "--rounds=0", "--seconds=0"], "--seconds=0: must be above 0"),
         (["sample", "--json=nowhere/x.json"], "there is no folder nowhere"),
+        (["sample", "--variants=int8,float8"], "--variants=int8,float8: must be all, or some of"),
+        (["sample", "--llama_bench=nowhere"], "there is no program nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -233,6 +243,25 @@ def test_variants_are_measured_in_turns():
     variants = [Variant(str(ms), sleeper, dict(device="cpu", milliseconds=ms)) for ms in (20, 80)]
     fast, slow = measure(variants, rounds=3, seconds=0.2).values()
     assert len(fast.rates) == len(slow.rates) == 3
+    assert fast.rate / slow.rate == pytest.approx(4, rel=0.3)
+
+
+def sleeper_of_cases(device: str):
+    """A variant whose cases are milliseconds."""
+
+    def step(case: str) -> int:
+        time.sleep(int(case) / 1000)
+        return 1
+
+    return step
+
+
+@pytest.mark.slow
+def test_the_cases_of_a_variant_are_measured_separately():
+    variant = Variant("sleeper", sleeper_of_cases, dict(device="cpu"), cases=("20", "80"))
+    measurements = measure_cases([variant], rounds=2, seconds=0.2)
+    fast, slow = measurements["sleeper", "20"], measurements["sleeper", "80"]
+    assert len(fast.rates) == len(slow.rates) == 2
     assert fast.rate / slow.rate == pytest.approx(4, rel=0.3)
 
 
@@ -289,26 +318,90 @@ def test_cria_generates_the_requested_number_of_tokens(dtype):
     step = bench_sample.cria_step(
         TINY, "cpu", torch.get_num_threads(), batch_size=3, dtype=dtype, compile=False
     )
-    assert [step(), step()] == [3 * TOKENS] * 2
+    assert [step("defaults"), step(DIFFERENT)] == [3 * TOKENS] * 2
 
 
-@pytest.mark.parametrize("dtype", bench_sample.FILES.values())
+def test_an_uncompiled_model_is_not_measured_as_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("generation.prepared_model.PreparedModel.start_compiling", lambda *_: None)
+    with pytest.raises(ValueError, match="it cannot be compiled here"):
+        bench_sample.prepare(TINY, "cpu", 1, "float32", compile=True)
+
+
+def test_rows_with_different_options_take_the_option_sets_in_turn():
+    params = [row_params(DIFFERENT, row) for row in range(7)]
+    assert params[:5] == [row_params(name, 0) for name in OPTION_SETS]
+    assert params[5:] == params[:2] != params[1:3]
+    readme = row_params("README's options", 3)
+    assert (readme.temperature, readme.top_p, readme.max_new_tokens) == (0.8, 0.9, TOKENS)
+
+
+def test_the_commands_have_the_options_of_the_readme():
+    options = " ".join(f"--{name}={value}" for name, value in README_OPTIONS.items())
+    assert options in sample_command.COMMAND
+    assert options in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", llama_cpp.GGUF_DTYPES.values())
 def test_llama_cpp_generates_the_requested_number_of_tokens(dtype, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is not installed")
-    write_files(TINY, str(tmp_path))
-    step = bench_sample.llama_cpp_step(str(tmp_path / f"{dtype}.gguf"), "cpu", threads=1)
+    write_files(TINY, str(tmp_path), with_gguf=True)
+    path = str(tmp_path / f"{dtype}.gguf")
+    step = llama_cpp.wheel_step(path, "cpu", 1, bench_sample.CONTEXT, TOKENS)
     assert [step(), step()] == [TOKENS] * 2
 
 
+def native_programs(folder, lines: list[str]) -> str:
+    """The path of a program in place of llama-bench, with one beside it; both run lines."""
+    for name in ("llama-bench", "llama-batched-bench"):
+        path = folder / name
+        path.write_text("\n".join([f"#!{sys.executable}", "import sys", *lines]))
+        path.chmod(0o755)
+    return str(folder / "llama-bench")
+
+
+LLAMA_BENCH_OUTPUT = '''print("""[
+  {"avg_ts": 1, "samples_ns": [ 250000000, 350000000 ]}
+]""")'''
+BATCHED_BENCH_OUTPUT = """print('', '{"pl": 4, "t_pp": 9.0, "t_tg": 0.3}', sep=chr(10))"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts are not programs")
+def test_the_rate_is_the_one_that_llama_bench_reports(tmp_path):
+    program = native_programs(tmp_path, [LLAMA_BENCH_OUTPUT])
+    native = NativeBuild("native", ("",), program, "model.gguf", 2, 1, TOKENS, repetitions=2)
+    assert " -m model.gguf -t 2 -p 0 -n 256 -r 2 -o json" in " ".join(native.command)
+    turn = native.measure_turn(seconds=1.2)
+    assert (turn.units, turn.seconds) == (2 * TOKENS, pytest.approx(0.6))
+    assert native.repetitions == 4  # for a turn of the requested length
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts are not programs")
+def test_several_streams_are_measured_with_llama_batched_bench(tmp_path):
+    program = native_programs(tmp_path, [BATCHED_BENCH_OUTPUT])
+    native = NativeBuild("native", ("",), program, "model.gguf", 2, 4, TOKENS)
+    assert native.command[0] == str(tmp_path / "llama-batched-bench")
+    (measurement,) = measure_cases([native], rounds=2, seconds=0.1).values()
+    assert measurement.rates == [pytest.approx(4 * TOKENS / 0.3)] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts are not programs")
+def test_a_native_build_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
+    program = native_programs(tmp_path, ["sys.exit('illegal instruction')"])
+    assert not list(bench_sample.llama_cpp_variants(program, "cpu", 1, 2, str(tmp_path)))
+    out = capsys.readouterr().out
+    assert "note: llama.cpp F32 (native build) is left out: llama-bench ended with" in out
+    assert "status 1: illegal instruction" in out
+
+
 def test_all_variants_use_the_same_random_model(tmp_path):
-    write_files(TINY, str(tmp_path))
-    model, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
-    torch.testing.assert_close(model.state_dict(), random_model(TINY).state_dict(), rtol=0, atol=0)
-    assert tokenizer.vocab_size == TINY.vocab_size
-    if (tmp_path / "float32.gguf").exists():  # where llama.cpp is installed
-        torch.testing.assert_close(
-            load_model(str(tmp_path / "float32.gguf"))[0].state_dict(), model.state_dict()
-        )
+    write_files(TINY, str(tmp_path), with_gguf=True)
+    expected = random_model(TINY).state_dict()
+    for name in ("ckpt.pt", "float32.gguf"):
+        model, tokenizer = load_model(str(tmp_path / name))
+        torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+        assert tokenizer.vocab_size == TINY.vocab_size
 
 
 def test_dummy_tokenizer_encodes_any_text():
@@ -329,73 +422,109 @@ def test_the_decoding_variants_that_are_compared(monkeypatch):
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: True)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "bfloat16")
 
-    def names(batch, threads, device="cpu"):
-        return {
-            variant.name
-            for variant in bench_sample.variants(TINY, device, batch, threads, "folder")
-        }
+    def names(batch, threads=2, device="cpu", **options):
+        config = SampleBench(**options)
+        compared = bench_sample.variants(config, TINY, device, batch, threads, "folder")
+        return {variant.name for variant in compared}
 
-    compiled, eager = (
-        {"float32", "bfloat16", "int8"},
-        {"float32, not compiled", "int8, not compiled"},
-    )
-    assert names(64, 1) == names(4, 2) == compiled
-    assert names(16, 2) == compiled | {"transformers"}
-    assert names(1, 1) == compiled | eager | {"transformers", "llama.cpp F32", "llama.cpp Q8_0"}
-    assert names(1, 2) == names(1, 1) | {"plain"}
-    assert names(1, 2, "cuda") == compiled | eager | {"transformers", "plain"}
+    cria = {"float32", "bfloat16", "int8", "uncompiled float32", "uncompiled int8"}
+    wheel = {"llama.cpp F32 (wheel)", "llama.cpp Q8_0 (wheel)"}
+    assert names(64) == names(4) == cria | {"transformers"}
+    assert names(1, threads=1) == cria | {"transformers"} | wheel
+    assert names(1) == cria | {"transformers", "plain"} | wheel
+    assert names(1, device="cuda") == cria | {"transformers", "plain"}
+    assert names(1, variants="int8, llama.cpp") == {"int8"} | wheel
+    monkeypatch.setattr(NativeBuild, "problem", lambda self: "")
+    native = {"llama.cpp F32 (native build)", "llama.cpp Q8_0 (native build)"}
+    assert names(16, variants="llama.cpp", llama_bench="llama-bench") == native
     monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
     monkeypatch.setattr(bench_sample, "pick_dtype", lambda name, device: "float32")
-    assert names(1, 2) == {"float32", "int8", "plain"} | eager
+    assert names(1) == cria - {"bfloat16"} | {"plain"}
+    assert names(1, device="mps") == {"plain", "uncompiled float32", "uncompiled int8"}
 
 
-def test_ratios_compare_with_llama_cpp_at_the_same_precision(capsys):
-    rates = {"plain": [1, 2, 4], "llama.cpp F32": [10, 20, 40], "llama.cpp Q8_0": [30, 30, 30]}
-    rates |= {"float32": [20, 40, 20], "bfloat16": [7, 7, 7], "int8, not compiled": [45, 60, 90]}
+def test_several_streams_are_also_measured_with_different_options(monkeypatch):
+    monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
+    for batch, cases in ((1, (*OPTION_SETS,)), (4, (*OPTION_SETS, DIFFERENT))):
+        config = SampleBench(variants="int8")
+        (variant,) = bench_sample.variants(config, TINY, "cpu", batch, 2, "folder")
+        assert variant.cases == cases
+
+
+def test_decoding_ratios_are_medians_within_a_round(capsys):
+    rates = {
+        ("transformers", ""): [1, 2, 4],
+        ("llama.cpp F32 (wheel)", ""): [1, 1, 1],
+        ("llama.cpp F32 (native build)", ""): [10, 20, 40],
+        ("llama.cpp Q8_0 (wheel)", ""): [30, 30, 30],
+        ("float32", "greedy"): [20, 40, 20],
+        ("float32", TEMPERATURE_ONLY): [10, 10, 20],
+        ("bfloat16", "greedy"): [7, 7, 7],
+        ("uncompiled int8", TEMPERATURE_ONLY): [45, 60, 90],
+    }
     where = dict(preset="15M", batch=1, threads=2)
-    records = report(where, {name: Measurement(figures, 0) for name, figures in rates.items()})
+    records = report(where, {key: Measurement(figures, 0) for key, figures in rates.items()})
     lines = capsys.readouterr().out.splitlines()
-    assert "| variant | tokens/s | spread | x plain | x llama.cpp |" in lines
-    assert "| float32 | 20 | 20 to 40 | 20.00 | 2.00 |" in lines
-    assert "| bfloat16 | 7 | 7 to 7 | 3.50 |  |" in lines
-    assert "| int8, not compiled | 60 | 45 to 90 | 30.00 | 2.00 |" in lines
-    assert records[-1] == where | dict(variant="int8, not compiled", tokens_per_second=60)
+    tables = "\n".join(lines).split("\n\n")
+    assert tables[0] == "\n15M: 256 tokens, streams: 1, threads: 2"
+    assert tables[1].splitlines()[0] == "| tokens/s | greedy | temperature only |"
+    assert "| float32 | 20 | 10 |" in tables[1] and "| transformers |  | 2 |" in tables[1]
+    assert tables[2].splitlines()[0] == "| x transformers | greedy | temperature only |"
+    assert tables[2].splitlines()[2:] == [
+        "| float32 | 20.00 | 5.00 |",
+        "| bfloat16 | 3.50 |  |",
+        "| uncompiled int8 |  | 30.00 |",
+    ]
+    assert tables[3].splitlines()[2:] == [
+        "| float32 | 2.00 | 0.50 |",
+        "| uncompiled int8 |  | 2.00 |",
+    ]
+    assert tables[4].splitlines()[2] == "| float32 | 2.00 | 1.00 |"
+    assert records[-1] == where | dict(
+        variant="uncompiled int8",
+        options=TEMPERATURE_ONLY,
+        tokens_per_second=60,
+        min=45,
+        max=90,
+        ratio_to_transformers=30,
+        ratio_to_llama_cpp=2,
+        ratio_to_temperature_only=1,
+    )
 
 
 @pytest.mark.slow
 def test_the_sampling_tables_and_records(run_script, monkeypatch, tmp_path):
-    path, variants = tmp_path / "bench.json", bench_sample.variants
-    chosen = ("plain", "float32, not compiled")  # each takes seconds to start
-    monkeypatch.setattr(
-        bench_sample, "variants", lambda *args: [v for v in variants(*args) if v.name in chosen]
-    )
-    monkeypatch.setattr(bench_sample, "RUNS", 1)
+    path = tmp_path / "bench.json"
     monkeypatch.setattr(bench_sample, "VOCAB_SIZE", 300)
     monkeypatch.setitem(training_run.PRESETS, "15M", ["--dim=32", "--n_layers=2", "--n_heads=4"])
     monkeypatch.setattr(bench, "find_spec", lambda package: None)
-    options = (
-        "--preset=15M",
-        "--batch=1",
-        "--threads=2",
-        "--rounds=2",
-        "--seconds=0.01",
-        "--device=cpu",
-    )
-    options += (f"--json={path}",)
+    monkeypatch.setattr(bench_sample, "find_spec", lambda package: None)
+    monkeypatch.setattr(bench_sample, "prepare", uncompiled(bench_sample.prepare))
+    chosen = ("plain", "uncompiled float32")  # each takes seconds to start
+    options = [f"--variants=sample.py,transformers,llama.cpp,{','.join(chosen)}", "--preset=15M"]
+    options += ["--batch=1", "--rounds=1", "--seconds=0.01", "--device=cpu", f"--json={path}"]
     status, out, error = run_script("bench.py", "sample", *options, timeout=300)
     assert status == 0, error
-    assert (
-        out.startswith("cpu: ")
-        and "note: llama.cpp is left out, as xllamacpp is not installed" in out
-    )
-    *records, first = json.loads(path.read_text())
-    assert [record["variant"] for record in records] == [*chosen]
-    for record in [*records, first]:
+    assert out.startswith("cpu: ")
+    assert "note: llama.cpp (wheel) is left out, as xllamacpp is not installed" in out
+    first, second, *records = json.loads(path.read_text())
+    expected = [
+        ("plain", TEMPERATURE_ONLY),
+        *(("uncompiled float32", name) for name in OPTION_SETS),
+    ]
+    assert [(record["variant"], record["options"]) for record in records] == expected
+    for record in [first, second, *records]:
         assert (record["preset"], record["batch"], record["threads"]) == ("15M", 1, 2)
-    for record in records:
-        assert f"| {record['variant']} | {record['tokens_per_second']:,.0f} |" in out
-    assert first["variant"] == "first token" and f"| 2 | {first['seconds']:.2f} |" in out
-    assert 0.5 < first["seconds"] < 120
+    assert f"| plain |  |  |  |  | {records[0]['tokens_per_second']:,.0f} |" in out
+    assert first["variant"] == "sample.py, nothing compiled"
+    times = (first["seconds_to_first"], first["seconds_to_last"])
+    assert 0.5 < times[0] < times[1] < 120
+    assert f"| nothing compiled | {times[0]:.2f} | {times[1]:.2f} | {first['num_tokens']} |" in out
+
+
+def uncompiled(prepare):
+    """bench_sample.prepare without compilation, which takes a minute."""
+    return lambda *args, compile: prepare(*args, compile=False)
 
 
 def test_saving_is_measured_with_the_checkpoints(run_script, monkeypatch, tmp_path):
@@ -431,12 +560,21 @@ def event(token: int | None) -> str:
     return f"print('{json.dumps(dict(prompt=0, sample=0, token=token, text=''))}', flush=True)"
 
 
-def test_the_time_ends_at_the_first_token():
-    lines = ["import time", event(None), "time.sleep(0.5)", event(7), "time.sleep(60)"]
-    assert 0.5 < seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1) < 30
+def test_the_times_of_the_first_and_the_last_token():
+    lines = ["import time", event(None), "time.sleep(0.5)", event(7), "time.sleep(0.5)", event(8)]
+    lines += [event(None), "time.sleep(0.5)"]
+    times = run_sample_command([sys.executable, "-c", "\n".join(lines)], threads=1)
+    assert 0.5 < times.first < times.last - 0.4 < 30
+    assert times.num_tokens == 2
 
 
-def test_output_without_a_first_token_is_an_error():
-    for lines in ([event(None)], ["raise SystemExit('no tokenizer')"]):
-        with pytest.raises(ValueError, match="no first token"):
-            seconds_to_first_token([sys.executable, "-c", "\n".join(lines)], threads=1)
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (event(None), "sample.py, status 0: no token"),
+        ("raise SystemExit('no tokenizer')", "sample.py, status 1: no tokenizer"),
+    ],
+)
+def test_a_command_without_tokens_is_an_error(line, message):
+    with pytest.raises(ValueError, match=message):
+        run_sample_command([sys.executable, "-c", line], threads=1)
