@@ -30,7 +30,15 @@ from ops.kv_cache import KVCache
 from ops.rope import RopeScaling
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["model.py", "ops/*.py", "generation/*.py"]  # what compiled code is made from
+# The files that a compiled step is made from; a change of one makes new packages.
+SOURCES = [
+    ROOT / "model.py",
+    *sorted((ROOT / "ops").glob("*.py")),
+    *(
+        ROOT / "generation" / f"{name}.py"
+        for name in ("compile", "inference_model", "sampling", "steps")
+    ),
+]
 INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
@@ -54,9 +62,8 @@ class StepSpec:
     def path(self) -> Path:
         """The file of the compiled package."""
         digest = hashlib.sha256(repr((self, torch.__version__, cpu_features())).encode())
-        for pattern in SOURCES:
-            for path in sorted(ROOT.glob(pattern)):
-                digest.update(path.read_bytes())
+        for path in SOURCES:
+            digest.update(path.read_bytes())
         return cache_folder() / f"{digest.hexdigest()[:32]}.pt2"
 
 
@@ -169,7 +176,10 @@ class StepCompiler:
         """Start the compilation in another process, if the step is neither compiled nor failed."""
         key = (rows, length)
         if self.find(rows, length) is None and key not in self.workers and not self.failures:
-            self.workers[key] = Worker(self._spec(rows, length))
+            try:
+                self.workers[key] = Worker(self._spec(rows, length))
+            except OSError as error:
+                self._fail(key, str(error))
 
     def wait(self) -> None:
         """Wait for all compilations."""

@@ -110,7 +110,7 @@ def prepare_for_inference(
     is_16_bit = device.type == "cpu" and dtype != "float32" and not has_draft
     cache_dtype = torch.bfloat16 if is_16_bit else weight_dtype
     spec = StepSpec(
-        args=model.args,
+        args=dataclasses.replace(model.args, dropout=0.0),
         dtype=dtype,
         packed_rows=rows,
         cache_dtype=str(cache_dtype).removeprefix("torch."),
