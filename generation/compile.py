@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     ROOT / "model.py",
     *sorted((ROOT / "ops").glob("*.py")),
-    *(
-        ROOT / "generation" / f"{name}.py"
-        for name in ("compile", "inference_model", "sampling", "steps")
-    ),
+    ROOT / "generation" / "compile.py",
+    ROOT / "generation" / "inference_model.py",
+    ROOT / "generation" / "sampling.py",
+    ROOT / "generation" / "steps.py",
 ]
 INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
