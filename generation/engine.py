@@ -91,16 +91,20 @@ class InferenceEngine:
         for request in requests:
             self.add(request)
         try:
-            while self.has_requests:
-                for new_token in self.step():
-                    if new_token.request.error:
-                        raise ValueError(new_token.request.error)
-                    if not new_token.request.is_cancelled:
-                        yield new_token
+            for new_token in self._run():
+                if new_token.request.error:
+                    raise ValueError(new_token.request.error)
+                if not new_token.request.is_cancelled:
+                    yield new_token
         finally:
             for request in requests:
                 if not request.finish_reason:
                     self.cancel(request)
+
+    def _run(self) -> Iterator[NewToken]:
+        """The new tokens of all requests until they have ended."""
+        while self.has_requests:
+            yield from self.step()
 
     @torch.inference_mode()
     def step(self) -> list[NewToken]:

@@ -137,6 +137,13 @@ def draw_token(candidates: Candidates, group_weights: Tensor, before: Draw, seed
     return Draw(tokens.gather(1, chosen)[:, 0], logits.gather(1, chosen)[:, 0])
 
 
+def most_likely(logits: Tensor, group_max: Tensor) -> Tensor:
+    """The token (B,) with the largest of logits (B, G, GROUP_SIZE); group_max is (B, G)."""
+    group = group_max.argmax(-1)  # (B,)
+    selected = group[:, None, None].expand(-1, -1, GROUP_SIZE)
+    return group * GROUP_SIZE + logits.gather(1, selected)[:, 0].argmax(-1)
+
+
 def while_loop(
     condition: Callable[..., Tensor], body: Callable[..., tuple], state: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
@@ -272,10 +279,7 @@ def sample_next(logits: Tensor, params: SamplingTensors, positions: Tensor) -> T
     seeds = hash_int32(params.key ^ (positions.int() * -1640531527))
     end = Draw(torch.full_like(positions, vocab_size), torch.full_like(max_logit, -torch.inf))
     draw = draw_token(candidates, group_weights, end, seeds)
-    best_group = group_max.argmax(-1)
-    in_best_group = logits.gather(1, best_group[:, None, None].expand(-1, -1, GROUP_SIZE))[:, 0]
-    best = best_group * GROUP_SIZE + in_best_group.argmax(-1)
-    token = torch.where(params.is_greedy, best, draw.token)
+    token = torch.where(params.is_greedy, most_likely(logits, group_max), draw.token)
     # 2. Draw again where a truncation rejects the token.
     has_top_k = params.top_k > 0
     has_top_p = params.top_p < 1
