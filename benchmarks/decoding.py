@@ -255,11 +255,9 @@ def decoding(
     with_gguf = bool(config.llama_bench or find_spec("xllamacpp"))
     with tempfile.TemporaryDirectory(prefix="cria-bench-") as folder:
         write_files(args, folder, with_gguf and "llama.cpp" in config.selected)
-        for threads in config.thread_counts(device):
-            if "sample.py" in config.selected and 1 in config.batches:
-                if device != "mps":  # where nothing is compiled
-                    torch.set_num_threads(threads)  # which compiled code depends on
-                    prepare(args, device, 1, "float32", compile=True)
+        if "sample.py" in config.selected and 1 in config.batches:
+            for threads in config.thread_counts(device):
+                compile_for_command(args, device, threads)
                 settings = {"preset": preset, "threads": threads}
                 yield list(measure_command(settings, folder, device, config.rounds))
         for batch, threads in itertools.product(config.batches, config.thread_counts(device)):
@@ -268,6 +266,12 @@ def decoding(
                 measurements = measure_cases(compared, config.rounds, config.seconds)
                 settings = {"preset": preset, "batch": batch, "threads": threads}
                 yield report(settings, measurements)
+
+
+def compile_for_command(args: ModelArgs, device: str, threads: int) -> None:
+    """Compile what sample.py uses, except on MPS, where nothing is compiled."""
+    torch.set_num_threads(threads)  # which compiled code depends on
+    prepare(args, device, 1, "float32", compile=device != "mps")
 
 
 def report(

@@ -84,7 +84,7 @@ class NativeBuild:
         if self.streams == 1:
             options += ["-p", "0", "-n", str(self.length), "-r", str(self.repetitions)]
             return [self.llama_bench, *options, "-o", "json"]
-        context = str(self.streams * (1 + self.length))
+        context = str(self.streams * 2 * max(256, self.length))  # in all; a multiple of 256 in each
         lengths = ",".join([str(self.length)] * self.repetitions)
         options += ["-c", context, "-npp", "1", "-ntg", lengths, "-npl", str(self.streams)]
         return [batched_bench(self.llama_bench), *options, "--output-format", "jsonl"]
