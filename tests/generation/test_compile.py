@@ -233,25 +233,21 @@ def test_buckets_end_with_the_batch_size(batch_size, buckets):
     assert batch_buckets(batch_size) == buckets
 
 
-def test_compile_none_starts_when_much_is_left_to_generate(workers, monkeypatch):
+def test_compile_none_starts_after_many_seconds_of_uncompiled_steps(workers, monkeypatch):
+    """Those of all jobs count."""
     prepared = prepare_for_inference(random_model(), "int8", compile=None)
-    generate_tokens(prepared, [1], max_new_tokens=200)
-    assert not workers
-    monkeypatch.setattr(engine_module, "COMPILE_AFTER", 0.01)
-    monkeypatch.setattr(engine_module, "WORTH_COMPILING", 1e6)
-    generate_tokens(prepared, [1], max_new_tokens=200)
-    assert not workers
-    monkeypatch.setattr(engine_module, "WORTH_COMPILING", 0.01)
-    generate_tokens(prepared, [1], max_new_tokens=200)
-    assert len(workers) == 1
-
-
-def test_a_long_prefill_without_new_tokens_is_no_error(workers, monkeypatch):
-    """The time per token is unknown then; the estimate divided by zero."""
-    monkeypatch.setattr(engine_module, "COMPILE_AFTER", 0.0)
-    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 8)
-    prepared = prepare_for_inference(random_model(max_seq_len=64), "int8", compile=None)
-    assert len(generate_tokens(prepared, [1] * 40, max_new_tokens=5)) == 5
+    engine = InferenceEngine(prepared)
+    list(engine.generate([Request([1], SamplingParams(50))]))
+    assert not workers and 0 < engine.uncompiled_seconds < engine_module.COMPILE_AFTER
+    monkeypatch.setattr(engine_module, "COMPILE_AFTER", engine.uncompiled_seconds)
+    list(engine.generate([Request([1], SamplingParams(50))]))
+    assert [(worker.spec.dtype, worker.spec.rows) for worker in workers] == [("int8", 1)]
+    workers[0].has_ended = True
+    make_package(workers[0].spec)
+    seconds = engine.uncompiled_seconds
+    list(engine.generate([Request([1], SamplingParams(50))]))
+    assert engine.uncompiled_seconds == seconds and len(workers) == 1
+    assert prepared.compiler.find(1, 1).calls
 
 
 def test_a_second_engine_uses_the_steps_of_the_cache_folder(workers):
