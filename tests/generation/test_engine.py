@@ -301,11 +301,11 @@ def test_a_cancelled_request_frees_its_row_at_once():
 def test_a_free_row_with_a_full_context_is_no_error():
     """A step with a fixed number of rows computes it too, at a position after its tokens."""
     model = random_model(max_seq_len=16)
-    running = Request([1], SamplingParams(40))
+    running = [Request([1], SamplingParams(40), index) for index in range(2)]
     full = Request(list(range(16)), SamplingParams(5, stop_ids=range(V)))
-    expected = run_alone(model, running)
-    tokens = run_requests(PREPARE["fixed batch size"](model), [running, full], 2)
-    assert tokens == [expected, list(range(16))] and full.finish_reason == "stop"
+    expected = [run_alone(model, request) for request in running]
+    tokens = run_requests(PREPARE["fixed batch size"](model), [*running, full], 3)
+    assert tokens == [*expected, list(range(16))] and full.finish_reason == "stop"
 
 
 def test_a_request_without_tokens_left_does_not_disturb_others():
