@@ -68,8 +68,7 @@ class SampleConfig:
     stop: str = ""  # stop strings, separated by |; \n is a newline
     bad_words: str = ""  # banned strings, separated by |; no completion contains them
     temperature: float = 1.0  # sampling temperature; 0: greedy
-    # sample among the k most probable tokens; 0: no limit, because top_p cuts better: it leaves
-    # many tokens where many are plausible, and few where the model is certain
+    # sample among the k most probable tokens; 0: no limit, because top_p adapts to the model
     top_k: int = 0
     top_p: float = 1.0  # sample among the most probable tokens with this total probability
     min_p: float = 0.0  # minimum probability of a token, relative to the most probable one
@@ -83,8 +82,7 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     # int8: 8-bit weights and, on a CPU, 8-bit activations: faster, with hardly any loss of quality
     quantize: Literal["none", "int8"] = "none"
-    # faster decoding by compilation, in the background, which takes about a minute the first time;
-    # None: if the job is long or the compiled code exists; True: from the start; False: never
+    # compile the decode step in the background; None: after 15 seconds; True: at once; False: never
     compile: bool | None = None
 
     @property

@@ -115,7 +115,7 @@ class CompiledStep:
     """A compiled decode_step with the weights of a model. Raises RuntimeError if it cannot load."""
 
     def __init__(self, path: Path, model: Transformer, device: torch.device) -> None:
-        # The class behind torch._inductor.aoti_load_package, whose import takes two seconds.
+        # What torch._inductor.aoti_load_package uses; importing that takes two seconds.
         index = -1 if device.index is None else device.index
         self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
         constants = StepModule(model).constants()

@@ -34,7 +34,7 @@ class NewToken(NamedTuple):
     request: Request
     token: int | None  # None: the request has ended, see its finish_reason
     logprob: float | None = None  # natural log-probability in the model's own distribution
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # the most probable tokens, with theirs
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # of the most probable tokens
 
 
 class InferenceEngine:
@@ -302,7 +302,7 @@ class InferenceEngine:
     def _draft_step(
         self, prepared: PreparedModel, row: Row, tokens: list[int], index: int
     ) -> StepOutput:
-        """Run a step on tokens of a row, of which the first is number index of those to verify."""
+        """Run a step on tokens of a row, from number index on of the tokens to verify."""
         count = len(tokens)
         position = len(row.tokens) + index
         step, _ = prepared.find_step(1, 1, count)

@@ -28,7 +28,7 @@ class Request:
 
     Attributes:
         finish_reason: "stop", "length", "cancelled" or "error"; empty until the request ends.
-        error: what is wrong, for finish_reason "error".
+        error: a message, for finish_reason "error".
     """
 
     def __init__(

@@ -492,7 +492,7 @@ def test_names_in_contributing_exist():
     text = "\n".join(read(path) for path in FILES)
     is_name = re.compile(r"(?!NAME\b)([A-Z]\w*(\.\w+)?|_?[a-z]+_\w+)(\([\w, ]*\))?")
     codes = set(filter(is_name.fullmatch, inline_code(read_document("CONTRIBUTING.md"))))
-    assert {"FORMAT_BY_SUFFIX", "SamplingParams.truncation", "sample_next"} <= codes
+    assert {"FORMAT_BY_SUFFIX", "Batch._set_sampling", "sample_next"} <= codes
     names = {code.partition("(")[0] for code in codes if not hasattr(builtins, code)}
     assert not [name for name in names if not defines(text, name)]
 

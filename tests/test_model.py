@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
+import ops.attention as attention_module
 from model import ModelArgs, Transformer, flops_per_token
 from tests import helpers
 from tests.helpers import to_transformers
@@ -24,7 +24,7 @@ def random_tokens(*shape) -> torch.Tensor:
 @pytest.fixture(params=[512, 0], ids=["blockwise", "fused"])
 def attention(request, monkeypatch):
     """Both ways to compute attention on a CPU."""
-    monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", request.param)
+    monkeypatch.setattr(attention_module, "BLOCKWISE_ATTENTION_MAX_LEN", request.param)
 
 
 @pytest.mark.parametrize("rope_theta", [10000.0, 500000.0])
@@ -88,7 +88,7 @@ def test_a_used_cache_gives_the_logits_of_a_new_one():
 def test_blockwise_and_fused_attention_have_the_same_gradients(monkeypatch):
     tokens, gradients = random_tokens(2, 41), []
     for longest in (512, 0):
-        monkeypatch.setattr(model_module, "BLOCKWISE_ATTENTION_MAX_LEN", longest)
+        monkeypatch.setattr(attention_module, "BLOCKWISE_ATTENTION_MAX_LEN", longest)
         model = random_model(n_kv_heads=2)
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -284,9 +284,8 @@ def test_packages_of_different_steps_have_different_files(change, spec, cache):
 
 def test_packages_of_other_sources_have_different_files(spec, tmp_path, monkeypatch):
     path = spec.path
-    (tmp_path / "generation").mkdir()
-    (tmp_path / "generation" / "engine.py").write_text("")
-    monkeypatch.setattr(compile_module, "ROOT", tmp_path)
+    (tmp_path / "model.py").write_text("")
+    monkeypatch.setattr(compile_module, "SOURCES", [tmp_path / "model.py"])
     assert spec.path != path
 
 
