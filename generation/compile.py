@@ -24,7 +24,7 @@ from torch import Tensor
 
 from generation.inference_model import convert_weights
 from generation.sampling import SamplingTensors
-from generation.steps import StepInputs, StepOutput, decode_step
+from generation.steps import StepInputs, StepOutput, decode_loop, decode_step
 from model import ModelArgs, Transformer
 from ops.kv_cache import KVCache
 from ops.rope import RopeScaling
@@ -95,12 +95,14 @@ class StepModule(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Map the tensors of StepInputs and KVCache to those of StepOutput.
 
-        step: tokens, start_pos, positions and a tensor (kv_len, 0): its size, which may vary
-        without another compilation, is kv_len."""
-        tokens, start_pos, positions, kv_len_carrier = step
+        step: tokens, start_pos, positions, the number of tokens to generate, and a tensor
+        (kv_len, 0): its size, which may vary without another compilation, is kv_len."""
+        tokens, start_pos, positions, num_tokens, kv_len_carrier = step
         kv_len = kv_len_carrier.shape[0]
         inputs = StepInputs(tokens, start_pos, positions, kv_len, SamplingTensors(*sampling))
-        return tuple(decode_step(self.model, KVCache(*cache), inputs))
+        if tokens.shape[1] > 1:
+            return tuple(decode_step(self.model, KVCache(*cache), inputs))
+        return tuple(decode_loop(self.model, KVCache(*cache), inputs, num_tokens))
 
     def constants(self) -> dict[str, Tensor]:
         """The weights and buffers by name."""
@@ -122,11 +124,18 @@ class CompiledStep:
         self.constants = {name: constants[name] for name in self.loader.get_constant_fqns()}
         self.loader.load_constants(self.constants, False, True, True)  # they stay the model's
 
-    def __call__(self, model: Transformer, cache: KVCache, inputs: StepInputs) -> StepOutput:
-        """As decode_step. The shapes must be those of the StepSpec."""
-        tokens, start_pos, positions, kv_len, sampling = inputs
-        step = [tokens, start_pos, positions, torch.empty(kv_len, 0, device=tokens.device)]
-        return StepOutput(*self.loader.run([*step, *cache.keys, *cache.values, *sampling]))
+    def __call__(
+        self, model: Transformer, cache: KVCache, inputs: StepInputs, num_tokens: int = 1
+    ) -> StepOutput:
+        """As decode_step or, if T is 1, decode_loop. The shapes must be those of the StepSpec."""
+        device = inputs.tokens.device
+        step = [
+            *inputs[:3],  # tokens, start_pos, positions
+            torch.tensor(num_tokens, device=device),
+            torch.empty(inputs.kv_len + num_tokens - 1, 0, device=device),
+        ]
+        outputs = self.loader.run([*step, *cache.keys, *cache.values, *inputs.sampling])
+        return StepOutput(*outputs)
 
 
 class StepCompiler:
@@ -247,13 +256,14 @@ def compile_step(spec: StepSpec) -> None:
         torch.zeros(spec.rows, spec.length, dtype=torch.int64, device=device),
         torch.zeros(spec.rows, dtype=torch.int64, device=device),
         torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        torch.ones((), dtype=torch.int64, device=device),
         torch.empty(cache_length - 1, 0, device=device),
     )
     sampling = SamplingTensors.new(num_tokens, spec.args.vocab_size, device)
     layers = range(spec.args.n_layers)
     dynamic_cache = [{2: torch.export.Dim.DYNAMIC} for _ in layers]
     dynamic_shapes = (
-        (None, None, None, {0: torch.export.Dim.DYNAMIC}),
+        (None, None, None, None, {0: torch.export.Dim.DYNAMIC}),
         (dynamic_cache, dynamic_cache),
         (None,) * len(sampling),
     )

@@ -20,11 +20,12 @@ from generation.prepared_model import NUM_DRAFT_TOKENS, PreparedModel
 from generation.request import Request
 from generation.sampling import SamplingTensors, sample_next
 from generation.sampling_params import SamplingParams
-from generation.steps import NAN_MESSAGE, StepInputs, StepOutput
+from generation.steps import MAX_LOOP_TOKENS, NAN_MESSAGE, StepInputs, uncompiled_step
 from model import Transformer
 
 PREFILL_TOKENS = 256  # of one step while other rows are decoded, with padding
 MAX_PREFILL_TOKENS = 2048  # of one step otherwise
+MAX_LOOP_WORK = 2**29  # parameters times tokens of one call, for streaming without pauses
 COMPILE_AFTER = 15.0  # seconds of uncompiled steps; a shorter job ends before compilation does
 
 
@@ -52,6 +53,7 @@ class InferenceEngine:
         self.model = self.prepared.model
         self.device = self.model.tok_embeddings.weight.device
         self.max_seq_len = self.model.args.max_seq_len
+        self.num_parameters = self.model.num_parameters()
         self.batch_size = batch_size
         self.waiting: deque[Request] = deque()
         self.batch = Batch(self.model, batch_size, self.prepared.cache_dtype)
@@ -239,15 +241,28 @@ class InferenceEngine:
             kv_len=1 + max(len(row.cached) for row in decoding),
             sampling=sampling._replace(is_active=self._tensor(is_active)),
         )
-        output = step(self.model, cache, inputs)
-        tokens = output.tokens.tolist()
-        for row in decoding:
-            row.cached += row.uncached
+        count = 1 if step is uncompiled_step else self._num_loop_tokens(decoding)
+        output = step(self.model, cache, inputs, count)
         new_tokens: list[NewToken] = []
-        for index, row in enumerate(rows):
-            if is_active[index]:
-                new_tokens += self._append(row, tokens[index], output.logits[index])
+        for column in output.tokens[:, :count].t().tolist():
+            if not all(row.request for row in decoding):
+                break  # the loop has ended with a stop token
+            for row in decoding:
+                row.cached += row.uncached
+            for index, row in enumerate(rows):
+                if is_active[index]:
+                    new_tokens += self._append(row, column[index], output.logits[index])
         return new_tokens
+
+    def _num_loop_tokens(self, rows: list[Row]) -> int:
+        """How many tokens of these rows one call of a compiled step may generate."""
+        requests = [row.request for row in rows if row.request]
+        if len(rows) < self.batch.num_active or any(r.needs_each_token for r in requests):
+            return 1
+        work = self.num_parameters * len(rows)
+        remaining = min(r.params.max_new_tokens - r.num_generated for r in requests)
+        space = self.max_seq_len - max(len(row.cached) for row in rows)
+        return max(1, min(MAX_LOOP_TOKENS, MAX_LOOP_WORK // work, remaining, space))
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
@@ -268,23 +283,29 @@ class InferenceEngine:
         row = self.batch.rows[0]
         request = row.request
         assert draft and request, "_can_draft is false"
+        cache, _ = self.batch.first_rows(1)
         # 1. Draft. Row i of the sampling tensors is for the token after tokens[i].
         self._set_draft_sampling(request)
         tokens = [request.tokens[-1]]
+        step, _ = draft.find_step(1, 1)
+        is_loop = step is not uncompiled_step and not request.has_constraints
         while len(tokens) <= NUM_DRAFT_TOKENS:
             index = len(tokens) - 1
             if request.has_constraints:
                 context = request.tokens + tokens[1:]
                 update_constraints(self.draft_sampling, index, request, context)
-            tokens += self._draft_step(draft, row, tokens[-1:], index).tokens.tolist()
+            count = NUM_DRAFT_TOKENS - index if is_loop else 1
+            inputs = self._draft_inputs(row, tokens[-1:], index)
+            tokens += step(draft.model, cache, inputs, count).tokens[0, :count].tolist()
         if request.has_constraints:
             context = request.tokens + tokens[1:]
             update_constraints(self.draft_sampling, NUM_DRAFT_TOKENS, request, context)
         # 2. Verify.
-        output = self._draft_step(self.prepared, row, tokens, 0)
+        step, _ = self.prepared.find_step(1, 1, len(tokens))
+        output = step(self.model, cache, self._draft_inputs(row, tokens, 0), 1)
         # 3. Append the tokens that agree, and the target model's token after them.
         new_tokens: list[NewToken] = []
-        for index, token in enumerate(output.tokens.tolist()):
+        for index, token in enumerate(output.tokens[0].tolist()):
             row.cached += row.uncached
             new_tokens += self._append(row, token, output.logits[index])
             if request.finish_reason or tokens[index + 1 : index + 2] != [token]:
@@ -299,21 +320,17 @@ class InferenceEngine:
                 tensor.copy_(source[:1].expand_as(tensor))
             self.draft_sampling.is_active.fill_(True)
 
-    def _draft_step(
-        self, prepared: PreparedModel, row: Row, tokens: list[int], index: int
-    ) -> StepOutput:
-        """Run a step on tokens of a row, from number index on of the tokens to verify."""
-        count = len(tokens)
-        position = len(row.tokens) + index
-        step, _ = prepared.find_step(1, 1, count)
-        inputs = StepInputs(
+    def _draft_inputs(self, row: Row, tokens: list[int], index: int) -> StepInputs:
+        """The inputs for tokens of a row, from number index on of the tokens to verify."""
+        end = index + len(tokens)
+        position = len(row.tokens)
+        return StepInputs(
             tokens=self._tensor([tokens]),
             start_pos=self._tensor([len(row.cached) + index]),
-            positions=torch.arange(position, position + count, device=self.device),
-            kv_len=len(row.cached) + index + count,
-            sampling=SamplingTensors(*(t[index : index + count] for t in self.draft_sampling)),
+            positions=torch.arange(position + index, position + end, device=self.device),
+            kv_len=len(row.cached) + end,
+            sampling=SamplingTensors(*(tensor[index:end] for tensor in self.draft_sampling)),
         )
-        return step(prepared.model, self.batch.first_rows(1)[0], inputs)
 
 
 def new_token(request: Request, token: int, logits: Tensor) -> NewToken:

@@ -10,7 +10,7 @@ import torch
 
 from generation.compile import StepCompiler, StepSpec
 from generation.inference_model import convert_weights
-from generation.steps import DecodeStep, decode_step
+from generation.steps import DecodeStep, uncompiled_step
 from model import Transformer
 
 NUM_DRAFT_TOKENS = 7  # that the draft model proposes for one pass of the target model
@@ -45,7 +45,7 @@ class PreparedModel:
             for bucket in batch_buckets(batch_size):
                 if bucket >= rows and (step := self.compiler.find(bucket, length)):
                     return step, bucket
-        return decode_step, rows
+        return uncompiled_step, rows
 
     def is_compiled(self, rows: int, batch_size: int) -> bool:
         """Whether find_step returns the compiled step that is the fastest for these rows, or none

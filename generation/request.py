@@ -55,6 +55,11 @@ class Request:
         return self.params.repetition_penalty != 1 or self.params.banned_strings is not None
 
     @property
+    def needs_each_token(self) -> bool:
+        """Whether something must be done for each token before the next one can be generated."""
+        return self.has_constraints or self.params.logprobs is not None
+
+    @property
     def completion(self) -> list[int]:
         """The new tokens so far."""
         return self.tokens[self.prompt_length :]

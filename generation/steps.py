@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from generation.sampling import SamplingTensors, sample_next
+from generation.sampling import SamplingTensors, sample_next, while_loop
 from model import Transformer
 from ops.kv_cache import KVCache
+
+MAX_LOOP_TOKENS = 8  # of each row, in one call of a compiled step
 
 
 class StepInputs(NamedTuple):
@@ -28,8 +30,8 @@ class StepInputs(NamedTuple):
 class StepOutput(NamedTuple):
     """Outputs of a step."""
 
-    tokens: Tensor  # (B * T,) int64: the token sampled after each of the inputs
-    logits: Tensor  # (B * T, V)
+    tokens: Tensor  # (B, N) int64: decode_step samples a token after each of the inputs, N = T
+    logits: Tensor  # (B * T, V), of the last T tokens
 
 
 def decode_step(model: Transformer, cache: KVCache, inputs: StepInputs) -> StepOutput:
@@ -42,11 +44,53 @@ def decode_step(model: Transformer, cache: KVCache, inputs: StepInputs) -> StepO
         inputs.tokens, cache, start_pos, inputs.kv_len, exact_kv_len=not is_compiling
     )
     logits = model.output(x).flatten(0, 1)  # (B * T, V)
-    return StepOutput(sample_next(logits, inputs.sampling, inputs.positions), logits)
+    tokens = sample_next(logits, inputs.sampling, inputs.positions)
+    return StepOutput(tokens.view_as(inputs.tokens), logits)
 
 
-# decode_step, or the same compiled; see compile.py
-DecodeStep = Callable[[Transformer, KVCache, StepInputs], StepOutput]
+def decode_loop(
+    model: Transformer, cache: KVCache, inputs: StepInputs, num_tokens: Tensor
+) -> StepOutput:
+    """decode_step for num_tokens () int64 tokens of each row; the result has MAX_LOOP_TOKENS.
+
+    The loop ends after a stop token of an active row; further tokens of the result are 0. It is
+    compiled, because a call of compiled code takes a tenth of a small model's step. T is 1."""
+    sampling = inputs.sampling
+    index = torch.arange(MAX_LOOP_TOKENS, device=inputs.tokens.device)
+
+    def continues(count: Tensor, token: Tensor, *_: Tensor) -> Tensor:
+        is_end = sampling.is_active & sampling.is_stop.gather(1, token)[:, 0] & (count > 0)
+        return (count < num_tokens) & ~is_end.any()
+
+    def body(count: Tensor, token: Tensor, tokens: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        offset = count * sampling.is_active  # an inactive row does not advance
+        step_inputs = inputs._replace(
+            tokens=token, start_pos=inputs.start_pos + offset, positions=inputs.positions + offset
+        )
+        output = decode_step(model, cache, step_inputs)
+        tokens = torch.where(index == count, output.tokens, tokens)
+        return count + 1, output.tokens, tokens, output.logits
+
+    count = torch.zeros((), dtype=torch.int64, device=index.device)
+    tokens = torch.zeros(
+        len(inputs.tokens), MAX_LOOP_TOKENS, dtype=torch.int64, device=index.device
+    )
+    logits = torch.zeros(sampling.bias.shape, device=index.device)
+    state = (count, inputs.tokens.clone(), tokens, logits)
+    _, _, tokens, logits = while_loop(continues, body, state)
+    return StepOutput(tokens, logits)
+
+
+# decode_step, or decode_loop compiled; the last argument is the number of tokens. See compile.py.
+DecodeStep = Callable[[Transformer, KVCache, StepInputs, int], StepOutput]
+
+
+def uncompiled_step(
+    model: Transformer, cache: KVCache, inputs: StepInputs, num_tokens: int = 1
+) -> StepOutput:
+    """decode_step as a DecodeStep, for one token."""
+    assert num_tokens == 1, "only compiled steps generate several tokens"
+    return decode_step(model, cache, inputs)
 
 
 def check_no_nan(logits: Tensor) -> None:

@@ -155,15 +155,25 @@ def test_dropout_acts_in_training_only(attention):
 
 
 def test_dropout_reaches_the_weights_of_attention(attention):
-    layer = random_model(dropout=0.5).layers[0].attention
-    q, k, v = torch.randn(
-        3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)
-    )  # each (B, n_heads, T, head_dim)
-    assert torch.equal(layer.dot_product_attention(q, k, v), layer.dot_product_attention(q, k, v))
-    layer.train()
-    assert not torch.allclose(
-        layer.dot_product_attention(q, k, v), layer.dot_product_attention(q, k, v), atol=1e-2
-    )
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 20, 8, generator=generator)  # each (B, n_heads, T, head_dim)
+    attend = attention_module.dot_product_attention
+    assert torch.equal(attend(q, k, v), attend(q, k, v))
+    assert not torch.allclose(attend(q, k, v, None, 0.5), attend(q, k, v, None, 0.5), atol=1e-2)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_attention_has_dropout_in_training_only(is_training, monkeypatch):
+    probabilities = []
+    attend = attention_module.dot_product_attention
+
+    def spy(q, k, v, mask, dropout):
+        probabilities.append(dropout)
+        return attend(q, k, v, mask, dropout)
+
+    monkeypatch.setattr("model.dot_product_attention", spy)
+    random_model(dropout=0.5).train(is_training)(random_tokens(1, 5))
+    assert set(probabilities) == {0.5 if is_training else 0.0}
 
 
 @pytest.mark.parametrize("n_layers", [1, 3, 8])
