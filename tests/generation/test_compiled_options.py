@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from generation import compile as compile_module
-from generation import prepared_model
+from generation import engine, prepared_model
 from generation.banned_strings import BannedStrings
 from generation.compile import CompiledStep
 from generation.engine import InferenceEngine
 from generation.prepared_model import PreparedModel, prepare_for_inference
 from generation.request import Request
 from generation.sampling_params import SamplingParams
-from generation.steps import decode_step
+from generation.steps import uncompiled_step
 from generation.streaming import generate
 from model import Transformer
 from tests import helpers
@@ -106,16 +106,17 @@ class StepCounts:
         self.uncompiled = 0
         call = CompiledStep.__call__
 
-        def compiled_step(step, model, cache, inputs):
+        def compiled_step(step, model, cache, inputs, num_tokens):
             self.compiled += 1
-            return call(step, model, cache, inputs)
+            return call(step, model, cache, inputs, num_tokens)
 
-        def uncompiled_step(model, cache, inputs):
+        def counted_step(model, cache, inputs, num_tokens):
             self.uncompiled += 1
-            return decode_step(model, cache, inputs)
+            return uncompiled_step(model, cache, inputs, num_tokens)
 
         monkeypatch.setattr(CompiledStep, "__call__", compiled_step)
-        monkeypatch.setattr(prepared_model, "decode_step", uncompiled_step)
+        monkeypatch.setattr(prepared_model, "uncompiled_step", counted_step)
+        monkeypatch.setattr(engine, "uncompiled_step", counted_step)
 
 
 @pytest.fixture

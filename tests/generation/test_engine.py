@@ -12,7 +12,7 @@ from generation.inference_model import convert_weights
 from generation.prepared_model import PreparedModel
 from generation.request import Request, context_start
 from generation.sampling_params import SamplingParams
-from generation.steps import decode_step
+from generation.steps import decode_loop, decode_step
 from tests import helpers
 from tests.helpers import generate_batch, run_requests
 
@@ -22,24 +22,34 @@ GREEDY = dict(temperature=0)
 TOKEN_BYTES = [b"%c" % (40 + token) for token in range(V)]
 
 
+def several_tokens_step(model, cache, inputs, num_tokens):
+    """As a CompiledStep: several tokens per call, and the positions are not exact."""
+    if inputs.tokens.shape[1] > 1:
+        return decode_step(model, cache, inputs)
+    inputs = inputs._replace(kv_len=inputs.kv_len + num_tokens - 1)
+    return decode_loop(model, cache, inputs, torch.tensor(num_tokens))
+
+
 class StepsOfAllRows:
     """As a StepCompiler that has a step for each number of rows; it computes free rows too."""
 
     def find(self, rows, length):
-        return decode_step
+        return several_tokens_step
 
     def start(self, rows, length):
         pass
 
 
-def prepare_with_draft(model):
-    return PreparedModel(model, draft=PreparedModel(convert_weights(model, "draft")))
+def prepare_with_draft(model, compiler=None):
+    draft = PreparedModel(convert_weights(model, "draft"), compiler=compiler)
+    return PreparedModel(model, draft=draft, compiler=compiler)
 
 
 PREPARE = {
     "uncompiled": PreparedModel,
     "fixed batch size": lambda model: PreparedModel(model, compiler=StepsOfAllRows()),
     "draft model": prepare_with_draft,
+    "draft model, several tokens": lambda model: prepare_with_draft(model, StepsOfAllRows()),
 }
 all_steps = pytest.mark.parametrize("prepare", PREPARE.values(), ids=PREPARE)
 
