@@ -25,6 +25,7 @@ class Row:
         self.request: Request | None = None
         self.context_start = 0
         self.cached: list[int] = []
+        self.freed_at = 0  # the number of requests that had ended before
 
     @property
     def tokens(self) -> list[int]:
@@ -64,10 +65,12 @@ class Batch:
         self.vocab_size = model.args.vocab_size
         self.rows = [Row() for _ in range(batch_size)]
         self.num_active = 0
+        self.num_freed = 0
         self.cache = model.new_kv_cache(batch_size, 1, cache_dtype)
         device = model.tok_embeddings.weight.device
         self.sampling = SamplingTensors.new(batch_size, self.vocab_size, device)
-        self.views: dict[int, tuple[KVCache, SamplingTensors]] = {}  # see first_rows
+        # See first_rows. Cleared where the tensors of the cache are replaced.
+        self.views: dict[int, tuple[KVCache, SamplingTensors]] = {}
 
     @property
     def active(self) -> list[Row]:
@@ -100,16 +103,17 @@ class Batch:
         lengths = [shared_prefix_length(row.cached, tokens) for row in self.rows]
         source = max(range(len(lengths)), key=lengths.__getitem__)
         shared = lengths[source] if lengths[source] >= MIN_SHARED_PREFIX else 0
-        # Of the free rows, the last has been free for the longest time.
-        chosen = source if shared and source >= self.num_active else len(self.rows) - 1
+        free = range(self.num_active, len(self.rows))
+        oldest = min(free, key=lambda index: self.rows[index].freed_at)
+        chosen = source if shared and source >= self.num_active else oldest
         row = self.rows[chosen]
         if source != chosen:
             self.cache.copy_row(source, chosen, shared)
-        row.request = request
         row.context_start = start
         row.cached = tokens[:shared]
         self._move_row(row, self.num_active)
         self._set_sampling(self.num_active, request)
+        row.request = request
         self.num_active += 1
         return row
 
@@ -117,6 +121,8 @@ class Batch:
     def free(self, row: Row) -> None:
         """Take the request out of a row. The last active row moves to its index."""
         row.request = None
+        self.num_freed += 1
+        row.freed_at = self.num_freed
         # A step writes to the position after the cached ones, in free rows too.
         del row.cached[self.max_seq_len - 1 :]
         self.num_active -= 1
@@ -124,7 +130,7 @@ class Batch:
 
     @torch.inference_mode()
     def fork(self, parents: list[int], requests: list[Request]) -> None:
-        """Replace the requests by others, each with the cached tokens of a row of parents."""
+        """Replace all requests. Request i continues from the cached tokens of row parents[i]."""
         unused = [0] * (len(self.rows) - len(parents))
         device = self.sampling.key.device
         self.cache.select_rows(torch.tensor(parents + unused, device=device))

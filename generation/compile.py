@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from generation.inference_model import convert_weights
 from generation.sampling import SamplingTensors
-from generation.steps import StepInputs, StepOutput, decode_loop, decode_step
+from generation.steps import MAX_LOOP_TOKENS, StepInputs, StepOutput, decode_loop, decode_step
 from model import ModelArgs, Transformer
 from ops.kv_cache import KVCache
 from ops.rope import RopeScaling
@@ -59,6 +61,12 @@ class StepSpec:
     threads: int
 
     @property
+    def max_tokens(self) -> int:
+        """The tokens that a call may generate. A loop with packed weights cannot be compiled."""
+        can_loop = self.length == 1 and self.dtype in ("int8", "draft")
+        return MAX_LOOP_TOKENS if can_loop else 1
+
+    @property
     def path(self) -> Path:
         """The file of the compiled package."""
         digest = hashlib.sha256(repr((self, torch.__version__, cpu_features())).encode())
@@ -69,7 +77,11 @@ class StepSpec:
 
 def cache_folder() -> Path:
     """The folder of the compiled packages."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: ignore it
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # there is no home directory
+        base = tempfile.gettempdir()
     return Path(base) / "cria"
 
 
@@ -83,9 +95,10 @@ def cpu_features() -> str:
 class StepModule(nn.Module):
     """decode_step with tensors as its only arguments, as torch.export requires."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, max_tokens: int) -> None:
         super().__init__()
         self.model = model
+        self.max_tokens = max_tokens
 
     def forward(
         self,
@@ -100,7 +113,7 @@ class StepModule(nn.Module):
         tokens, start_pos, positions, num_tokens, kv_len_carrier = step
         kv_len = kv_len_carrier.shape[0]
         inputs = StepInputs(tokens, start_pos, positions, kv_len, SamplingTensors(*sampling))
-        if tokens.shape[1] > 1:
+        if self.max_tokens == 1:
             return tuple(decode_step(self.model, KVCache(*cache), inputs))
         return tuple(decode_loop(self.model, KVCache(*cache), inputs, num_tokens))
 
@@ -114,27 +127,38 @@ class StepModule(nn.Module):
 
 
 class CompiledStep:
-    """A compiled decode_step with the weights of a model. Raises RuntimeError if it cannot load."""
+    """A compiled step with the weights of a model. Raises RuntimeError if it cannot be loaded.
 
-    def __init__(self, path: Path, model: Transformer, device: torch.device) -> None:
+    If a call fails, on_failure is called with the reason, and the step runs uncompiled."""
+
+    def __init__(
+        self, spec: StepSpec, model: Transformer, on_failure: Callable[[str], None]
+    ) -> None:
+        self.on_failure = on_failure
+        device = model.tok_embeddings.weight.device
+        self.max_tokens = spec.max_tokens
         # What torch._inductor.aoti_load_package uses; importing that takes two seconds.
         index = -1 if device.index is None else device.index
-        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
-        constants = StepModule(model).constants()
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(spec.path), "model", True, 1, index)
+        constants = StepModule(model, spec.max_tokens).constants()
         self.constants = {name: constants[name] for name in self.loader.get_constant_fqns()}
         self.loader.load_constants(self.constants, False, True, True)  # they stay the model's
 
     def __call__(
         self, model: Transformer, cache: KVCache, inputs: StepInputs, num_tokens: int = 1
     ) -> StepOutput:
-        """As decode_step or, if T is 1, decode_loop. The shapes must be those of the StepSpec."""
+        """As decode_step or decode_loop. The shapes must be those of the StepSpec."""
         device = inputs.tokens.device
         step = [
             *inputs[:3],  # tokens, start_pos, positions
             torch.tensor(num_tokens, device=device),
             torch.empty(inputs.kv_len + num_tokens - 1, 0, device=device),
         ]
-        outputs = self.loader.run([*step, *cache.keys, *cache.values, *inputs.sampling])
+        try:
+            outputs = self.loader.run([*step, *cache.keys, *cache.values, *inputs.sampling])
+        except RuntimeError as error:  # the same cache positions are written again
+            self.on_failure(str(error))
+            return decode_step(model, cache, inputs)
         return StepOutput(*outputs)
 
 
@@ -165,20 +189,21 @@ class StepCompiler:
             return self.steps[key]
         if worker is not None and worker.is_running():
             return None
-        path = self._spec(*key).path
+        spec = self._spec(*key)
+        self.steps[key] = None
+        is_compiled = os.path.exists(spec.path)
         if worker is not None:
             del self.workers[key]
-            if not path.exists():
-                self._fail(key, worker.error())
-                return None
-        self.steps[key] = None
-        if path.exists():
+            worker.close()
+            if not is_compiled:
+                self._fail(worker.error)
+        if is_compiled:
             try:
-                device = self.model.tok_embeddings.weight.device
-                self.steps[key] = CompiledStep(path, self.model, device)
+                self.steps[key] = CompiledStep(spec, self.model, self._fail)
             except (RuntimeError, KeyError) as error:
-                path.unlink(missing_ok=True)  # it is damaged
-                self._fail(key, str(error))
+                with contextlib.suppress(OSError):
+                    spec.path.unlink()  # it is damaged
+                self._fail(str(error))
         return self.steps[key]
 
     def start(self, rows: int, length: int) -> None:
@@ -188,7 +213,7 @@ class StepCompiler:
             try:
                 self.workers[key] = Worker(self._spec(rows, length))
             except OSError as error:
-                self._fail(key, str(error))
+                self._fail(str(error))
 
     def wait(self) -> None:
         """Wait for all compilations."""
@@ -199,27 +224,34 @@ class StepCompiler:
     def _spec(self, rows: int, length: int) -> StepSpec:
         return dataclasses.replace(self.spec, rows=rows, length=length)
 
-    def _fail(self, key: tuple[int, int], reason: str) -> None:
-        self.steps[key] = None
+    def _fail(self, reason: str) -> None:
+        """Continue uncompiled; the first failure is printed."""
+        self.steps = dict.fromkeys(self.steps)
         if not self.failures:
             print(f"cannot compile here ({reason}); continuing uncompiled", file=sys.stderr)
         self.failures.append(reason)
 
 
 class Worker:
-    """A process that compiles one step. It ends with this process."""
+    """A process that compiles one step. It ends with this process.
+
+    Raises OSError if the cache folder cannot be written."""
 
     def __init__(self, spec: StepSpec) -> None:
+        spec.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = tempfile.TemporaryDirectory(dir=spec.path.parent)
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        arguments = [json.dumps(dataclasses.asdict(spec)), self.folder.name, str(spec.path)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "generation.compile", json.dumps(dataclasses.asdict(spec))],
+            [sys.executable, "-m", "generation.compile", *arguments],
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends when this process ends, see end_with_parent
             stdout=self.log,
             stderr=self.log,
-            start_new_session=True,  # Ctrl-C is not for the compiler; kill reaches its children
+            start_new_session=True,  # Ctrl-C is not for the compiler; close reaches its children
         )
-        atexit.register(self.kill)
+        atexit.register(self.close)
+        self.error = ""  # the last line that the process printed
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -227,22 +259,25 @@ class Worker:
     def wait(self) -> None:
         self.process.wait()
 
-    def kill(self) -> None:
-        """End the process and the compilers that it runs."""
+    def close(self) -> None:
+        """End the process and the compilers that it runs, and remove its files."""
+        atexit.unregister(self.close)
         if self.is_running():
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def error(self) -> str:
-        """The last line that the process printed."""
+        if self.process.stdin:
+            self.process.stdin.close()
         self.log.seek(0)
         lines = self.log.read().strip().splitlines()
-        return lines[-1] if lines else f"the compiler ended with status {self.process.returncode}"
+        status = f"the compiler ended with status {self.process.returncode}"
+        self.error = lines[-1] if lines else status
+        self.log.close()
+        self.folder.cleanup()
 
 
-def compile_step(spec: StepSpec) -> None:
-    """Compile a step and put the package into the cache folder."""
+def compile_step(spec: StepSpec, folder: str) -> str:
+    """Compile a step; returns the path of the package, which is in the folder."""
     import torch._inductor
 
     device = torch.device(spec.device)
@@ -269,27 +304,34 @@ def compile_step(spec: StepSpec) -> None:
     )
     with torch.no_grad():
         program = torch.export.export(
-            StepModule(model),
+            StepModule(model, spec.max_tokens),
             (step, (cache.keys, cache.values), tuple(sampling)),
             dynamic_shapes=dynamic_shapes,
         )
-        spec.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=spec.path.parent) as folder:
-            package = torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=os.path.join(folder, "step.pt2"),
-                inductor_configs=INDUCTOR_OPTIONS,
-            )
-            os.replace(package, spec.path)
+        return torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=os.path.join(folder, "step.pt2"),
+            inductor_configs=INDUCTOR_OPTIONS,
+        )
+
+
+def end_with_parent() -> None:
+    """End this process and its compilers when standard input is closed."""
+    sys.stdin.read()
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def main() -> None:
-    """Compile the step whose StepSpec is the first argument, in JSON."""
+    """Compile a step. Arguments: its StepSpec in JSON, a folder for temporary files, and the path
+    of the package."""
+    options, folder, path = sys.argv[1:]
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.nice(10)  # decoding goes on meanwhile
-    options = json.loads(sys.argv[1])
-    if options["args"]["rope_scaling"]:
-        options["args"]["rope_scaling"] = RopeScaling(**options["args"]["rope_scaling"])
-    compile_step(StepSpec(**options | {"args": ModelArgs(**options["args"])}))
+    fields = json.loads(options)
+    if fields["args"]["rope_scaling"]:
+        fields["args"]["rope_scaling"] = RopeScaling(**fields["args"]["rope_scaling"])
+    spec = StepSpec(**fields | {"args": ModelArgs(**fields["args"])})
+    os.replace(compile_step(spec, folder), path)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from generation.prepared_model import NUM_DRAFT_TOKENS, PreparedModel
 from generation.request import Request
 from generation.sampling import SamplingTensors, sample_next
 from generation.sampling_params import SamplingParams
-from generation.steps import MAX_LOOP_TOKENS, NAN_MESSAGE, StepInputs, uncompiled_step
+from generation.steps import NAN_MESSAGE, StepInputs
 from model import Transformer
 
 PREFILL_TOKENS = 256  # of one step while other rows are decoded, with padding
@@ -67,7 +67,10 @@ class InferenceEngine:
     # Requests
 
     def add(self, request: Request) -> None:
-        """Let a request wait for a free row."""
+        """Let a request wait for a free row. Raises ValueError for a token that is not in the
+        vocabulary."""
+        if not 0 <= min(request.tokens) <= max(request.tokens) < self.batch.vocab_size:
+            raise ValueError(f"the prompt has tokens outside 0 to {self.batch.vocab_size - 1}")
         self.waiting.append(request)
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
@@ -94,10 +97,12 @@ class InferenceEngine:
             self.add(request)
         try:
             for new_token in self._run():
-                if new_token.request.error:
-                    raise ValueError(new_token.request.error)
-                if not new_token.request.is_cancelled:
-                    yield new_token
+                request = new_token.request
+                if request.is_cancelled:
+                    continue
+                if new_token.token is None and request.error:
+                    raise ValueError(request.error)
+                yield new_token
         finally:
             for request in requests:
                 if not request.finish_reason:
@@ -129,9 +134,10 @@ class InferenceEngine:
             new_tokens += self.speculative_step()
         elif is_decoding:
             new_tokens += self.decode()
-        if not self.prepared.is_compiled(batch.num_active, self.batch_size):
+        if is_decoding and not self.prepared.is_compiled(batch.num_active, self.batch_size):
             self.uncompiled_seconds += time.perf_counter() - start_time
-            if self.uncompiled_seconds > COMPILE_AFTER:
+            if self.uncompiled_seconds > COMPILE_AFTER and batch.num_active:
+                self.uncompiled_seconds = 0.0
                 self.prepared.start_compiling(batch.num_active, self.batch_size)
         return new_tokens
 
@@ -146,9 +152,10 @@ class InferenceEngine:
             new_tokens.append(new_token(request, token, logits))
             request.tokens.append(token)
             row.move_context(self.max_seq_len)
-            self._constrain(row)
             if request.num_generated == request.params.max_new_tokens:
                 request.finish_reason = "length"
+            else:
+                self._constrain(row)
         if request.error:
             request.finish_reason = "error"
         if request.finish_reason:
@@ -171,9 +178,9 @@ class InferenceEngine:
 
     def prefill(self, rows: list[Row], limit: int) -> list[NewToken]:
         """Run the model on the next uncached tokens of these rows, at most limit with padding, and
-        sample a token for each row that has no others.
+        sample a token for each row whose prompt is then complete.
 
-        Rows with fewer tokens than the first one join it."""
+        Rows with at most as many tokens as the first one join it."""
         length = min(len(rows[0].uncached), limit)
         batch = rows[:1]
         for row in rows[1:]:
@@ -229,9 +236,9 @@ class InferenceEngine:
     def decode(self) -> list[NewToken]:
         """Generate a token for each row that has one uncached token."""
         num_active = self.batch.num_active
-        step, num_rows = self.prepared.find_step(num_active, self.batch_size)
-        cache, sampling = self.batch.first_rows(num_rows)
-        rows = self.batch.rows[:num_rows]
+        step = self.prepared.find_step(num_active, self.batch_size)
+        cache, sampling = self.batch.first_rows(step.num_rows)
+        rows = self.batch.rows[: step.num_rows]
         is_active = [len(row.uncached) == 1 for row in rows]
         decoding = [row for row, active in zip(rows, is_active, strict=True) if active]
         inputs = StepInputs(
@@ -241,8 +248,8 @@ class InferenceEngine:
             kv_len=1 + max(len(row.cached) for row in decoding),
             sampling=sampling._replace(is_active=self._tensor(is_active)),
         )
-        count = 1 if step is uncompiled_step else self._num_loop_tokens(decoding)
-        output = step(self.model, cache, inputs, count)
+        count = min(step.max_tokens, self._num_loop_tokens(decoding))
+        output = step.run(self.model, cache, inputs, count)
         new_tokens: list[NewToken] = []
         for column in output.tokens[:, :count].t().tolist():
             if not all(row.request for row in decoding):
@@ -262,7 +269,7 @@ class InferenceEngine:
         work = self.num_parameters * len(rows)
         remaining = min(r.params.max_new_tokens - r.num_generated for r in requests)
         space = self.max_seq_len - max(len(row.cached) for row in rows)
-        return max(1, min(MAX_LOOP_TOKENS, MAX_LOOP_WORK // work, remaining, space))
+        return max(1, min(MAX_LOOP_WORK // work, remaining, space))
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
@@ -287,22 +294,22 @@ class InferenceEngine:
         # 1. Draft. Row i of the sampling tensors is for the token after tokens[i].
         self._set_draft_sampling(request)
         tokens = [request.tokens[-1]]
-        step, _ = draft.find_step(1, 1)
-        is_loop = step is not uncompiled_step and not request.has_constraints
+        step = draft.find_step(1, 1)
+        max_tokens = 1 if request.has_constraints else step.max_tokens
         while len(tokens) <= NUM_DRAFT_TOKENS:
             index = len(tokens) - 1
             if request.has_constraints:
                 context = request.tokens + tokens[1:]
                 update_constraints(self.draft_sampling, index, request, context)
-            count = NUM_DRAFT_TOKENS - index if is_loop else 1
+            count = min(max_tokens, NUM_DRAFT_TOKENS - index)
             inputs = self._draft_inputs(row, tokens[-1:], index)
-            tokens += step(draft.model, cache, inputs, count).tokens[0, :count].tolist()
+            tokens += step.run(draft.model, cache, inputs, count).tokens[0, :count].tolist()
         if request.has_constraints:
             context = request.tokens + tokens[1:]
             update_constraints(self.draft_sampling, NUM_DRAFT_TOKENS, request, context)
         # 2. Verify.
-        step, _ = self.prepared.find_step(1, 1, len(tokens))
-        output = step(self.model, cache, self._draft_inputs(row, tokens, 0), 1)
+        step = self.prepared.find_step(1, 1, len(tokens))
+        output = step.run(self.model, cache, self._draft_inputs(row, tokens, 0), 1)
         # 3. Append the tokens that agree, and the target model's token after them.
         new_tokens: list[NewToken] = []
         for index, token in enumerate(output.tokens[0].tolist()):

@@ -5,6 +5,7 @@ A model prepared for an InferenceEngine: converted matrices, compiled steps, a d
 import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,13 +18,21 @@ NUM_DRAFT_TOKENS = 7  # that the draft model proposes for one pass of the target
 BATCH_BUCKETS = (1, 4, 16, 64, 256)  # numbers of rows that steps are compiled for
 
 
+class Step(NamedTuple):
+    """A step that an engine can run."""
+
+    run: DecodeStep
+    num_rows: int  # that it computes
+    max_tokens: int  # that it can generate in a call
+
+
 @dataclass(frozen=True)
 class PreparedModel:
     """A model with what runs it. prepare_for_inference makes one.
 
     Args:
         cache_dtype: dtype of the KV cache; None: the model's.
-        compiler: finds compiled steps; None: none is used.
+        compiler: finds compiled steps; None: steps are not compiled.
         draft: a small model for speculative decoding (arXiv 2211.17192) of one sequence. It
             proposes NUM_DRAFT_TOKENS tokens, which the model verifies in one pass. Both sample with
             the same Gumbel noise, so they nearly always agree.
@@ -34,8 +43,8 @@ class PreparedModel:
     compiler: StepCompiler | None = None
     draft: "PreparedModel | None" = None
 
-    def find_step(self, rows: int, batch_size: int, length: int = 1) -> tuple[DecodeStep, int]:
-        """The fastest step for these rows that exists now, and how many rows it computes.
+    def find_step(self, rows: int, batch_size: int, length: int = 1) -> Step:
+        """A compiled step for these rows, or for up to four times as many; else the uncompiled one.
 
         Args:
             batch_size: of the engine.
@@ -43,16 +52,20 @@ class PreparedModel:
         """
         if self.compiler:
             for bucket in batch_buckets(batch_size):
-                if bucket >= rows and (step := self.compiler.find(bucket, length)):
-                    return step, bucket
-        return uncompiled_step, rows
+                if not rows <= bucket <= 4 * rows:
+                    continue
+                if step := self.compiler.find(bucket, length):
+                    return Step(step, bucket, step.max_tokens)
+        return Step(uncompiled_step, rows, 1)
 
     def is_compiled(self, rows: int, batch_size: int) -> bool:
-        """Whether find_step returns the compiled step that is the fastest for these rows, or none
-        may be compiled."""
+        """Whether no further compilation would make steps of these rows faster."""
+        if self.compiler is None or self.compiler.failures:
+            return True
         length = 1 + NUM_DRAFT_TOKENS if self.draft else 1
-        bucket = next(bucket for bucket in batch_buckets(batch_size) if bucket >= rows)
-        return self.compiler is None or self.compiler.find(bucket, length) is not None
+        is_draft_compiled = self.draft is None or self.draft.is_compiled(1, 1)
+        bucket = smallest_bucket(rows, batch_size)
+        return is_draft_compiled and self.compiler.find(bucket, length) is not None
 
     @property
     def is_compiling(self) -> bool:
@@ -62,7 +75,7 @@ class PreparedModel:
 
     def start_compiling(self, rows: int, batch_size: int) -> None:
         """Compile the steps for these rows in the background, if they are not compiled yet."""
-        bucket = next(bucket for bucket in batch_buckets(batch_size) if bucket >= rows)
+        bucket = smallest_bucket(rows, batch_size)
         if self.compiler:
             self.compiler.start(bucket, 1 + NUM_DRAFT_TOKENS if self.draft else 1)
         if self.draft:
@@ -81,6 +94,11 @@ def batch_buckets(batch_size: int) -> list[int]:
     return [*(size for size in BATCH_BUCKETS if size < batch_size), batch_size]
 
 
+def smallest_bucket(rows: int, batch_size: int) -> int:
+    """The smallest of batch_buckets that has space for these rows."""
+    return next(bucket for bucket in batch_buckets(batch_size) if bucket >= rows)
+
+
 def prepare_for_inference(
     model: Transformer,
     dtype: str = "float32",
@@ -94,8 +112,8 @@ def prepare_for_inference(
 
     Args:
         dtype: of the matrices: int8, float32, bfloat16 or float16.
-        compile: True compiles in the background from the start, None when a job is long enough;
-            both use what an earlier run compiled. False never does.
+        compile: True compiles in the background from the start, None after COMPILE_AFTER seconds
+            (engine.py); both use what an earlier run compiled. False never does.
     """
     device = model.tok_embeddings.weight.device
     if device.type not in ("cpu", "cuda"):

@@ -240,7 +240,9 @@ def check_and_redraw(
         return bisect_top_k(candidates, limits.top_k, TopKBounds(*state))
 
     bounds = TopKBounds(*while_loop(is_undecided, bisect, state[4:]))
+    # Nothing precedes the most likely token, even if top_p is so small that float32 makes it 0.
     is_rejected = is_rejected | (weight_before >= limits.top_p * bounds.max_weight)
+    is_rejected = is_rejected & (weight_before > 0)
     is_accepted = state.is_accepted | ~is_rejected
     if not torch.compiler.is_compiling() and is_accepted.all():
         return ResampleState(state.tries, state.token, state.logit, is_accepted, *bounds)

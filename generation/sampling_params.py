@@ -44,8 +44,8 @@ def sampling_problems(options: Mapping[str, Any]) -> Iterator[str]:
             0 <= options["min_new_tokens"] <= options["max_new_tokens"],
             "from 0 to max_new_tokens",
         ),
-        "temperature": (options["temperature"] >= 0, "0 or more"),
-        "top_k": (options["top_k"] >= 0, "0 or more"),
+        "temperature": (0 <= options["temperature"] <= 1e4, "at least 0 and at most 10000"),
+        "top_k": (0 <= options["top_k"] < 2**31, "0 or more"),
         "top_p": (0 < options["top_p"] <= 1, "above 0 and at most 1"),
         "min_p": (0 <= options["min_p"] <= 1, "at least 0 and at most 1"),
         "repetition_penalty": (

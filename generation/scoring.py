@@ -38,6 +38,7 @@ def token_logprobs(model: Transformer | PreparedModel, tokens: list[int]) -> lis
             scores = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
             logprobs += scores[max(0, len(logprobs) + 1 - position) :].tolist()
         engine.batch.free(row)
+        row.cached = []  # all tokens of the next context are computed, since all are scored
     return logprobs
 
 

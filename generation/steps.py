@@ -1,7 +1,7 @@
 """
 One forward pass of the model over the KV cache, with a sampled token after each position.
 
-decode_step is the function that the engine runs, uncompiled or compiled (see compile.py).
+The engine runs decode_step uncompiled; compiled, decode_step or decode_loop (see compile.py).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class StepInputs(NamedTuple):
     tokens: Tensor  # (B, T) int64
     start_pos: Tensor  # (B,) int64: position in the cache of each row's first token
     positions: Tensor  # (B * T,) int64: position in the sequence of each token to sample
-    kv_len: int  # positions in use in the longest row, these tokens included
+    kv_len: int  # at least 1 + the last position of each active row
     sampling: SamplingTensors  # of B * T rows
 
 
@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
     """Outputs of a step."""
 
     tokens: Tensor  # (B, N) int64: decode_step samples a token after each of the inputs, N = T
-    logits: Tensor  # (B * T, V), of the last T tokens
+    logits: Tensor  # (B * T, V) float32, of the last T tokens of each row
 
 
 def decode_step(model: Transformer, cache: KVCache, inputs: StepInputs) -> StepOutput:
@@ -43,7 +43,7 @@ def decode_step(model: Transformer, cache: KVCache, inputs: StepInputs) -> StepO
     x = model.forward_hidden(
         inputs.tokens, cache, start_pos, inputs.kv_len, exact_kv_len=not is_compiling
     )
-    logits = model.output(x).flatten(0, 1)  # (B * T, V)
+    logits = model.output(x).flatten(0, 1).float()  # (B * T, V)
     tokens = sample_next(logits, inputs.sampling, inputs.positions)
     return StepOutput(tokens.view_as(inputs.tokens), logits)
 

@@ -27,7 +27,6 @@ class TextStream:
     Text that may be the beginning of a stop string is pending until that is decided.
 
     Attributes:
-        tokens: of the prompt.
         prompt_text: the text of the prompt, as the vocabulary spells it.
         emitted: the text of the completion that push returned so far.
     """
@@ -36,7 +35,6 @@ class TextStream:
         self, tokenizer: Tokenizer, tokens: list[int], stop_strings: Collection[str] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        self.tokens = tokens
         self.stop_strings = stop_strings
         self.emitted = ""
         self.pending = ""
@@ -127,7 +125,7 @@ class GenerationConfig(SamplingParams):
         options = {name: getattr(self, name) for name in names}
         if self.bad_words:
             options["banned_strings"] = BannedStrings(self.bad_words, tokenizer.token_bytes)
-        return SamplingParams(**options | {"stop_ids": tuple(tokenizer.stop_ids)})
+        return SamplingParams(**options | {"stop_ids": {*self.stop_ids, *tokenizer.stop_ids}})
 
 
 def check_strings(**arguments: Collection[str]) -> None:

@@ -39,11 +39,6 @@ class KVCache:
         return KVCache([keys[:count] for keys in self.keys], [v[:count] for v in self.values])
 
     @property
-    def batch_size(self) -> int:
-        """The number of rows."""
-        return len(self.keys[0])
-
-    @property
     def length(self) -> int:
         """The number of positions that each row can hold."""
         return self.keys[0].shape[2]

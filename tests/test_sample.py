@@ -451,7 +451,7 @@ INVALID_OPTIONS = [  # options and the message, with status 2
     ("--compile=True --num_beams=2", "--compile is for sampling"),
     ("--quantize=int8 --dtype=bfloat16", "--quantize=int8 and --dtype both set the dtype"),
     ("--format=events --logprobs=True", "--format=events does not work with"),
-    ("--temperature=-1", "--temperature=-1: must be 0 or more"),
+    ("--temperature=-1", "--temperature=-1: must be at least 0 and at most 10000"),
     ("--temperature=nan", "--temperature=nan: must be a number"),
     ("--top_k=-1", "--top_k=-1: must be 0 or more"),
     ("--top_p=0", "--top_p=0: must be above 0 and at most 1"),

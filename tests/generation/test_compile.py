@@ -14,7 +14,12 @@ from generation import prepared_model
 from generation.compile import StepSpec, cache_folder
 from generation.engine import InferenceEngine, generate_tokens
 from generation.inference_model import convert_weights
-from generation.prepared_model import PreparedModel, batch_buckets, prepare_for_inference
+from generation.prepared_model import (
+    PreparedModel,
+    Step,
+    batch_buckets,
+    prepare_for_inference,
+)
 from generation.request import Request
 from generation.sampling_params import SamplingParams
 from generation.steps import decode_loop, uncompiled_step
@@ -138,7 +143,7 @@ def test_a_single_sequence_in_floating_point_is_drafted(dtype, batch_size, has_d
 class FakeWorker:
     """A Worker that does nothing until end is called."""
 
-    error_text = "no compiler"
+    error = "no compiler"
 
     def __init__(self, spec):
         self.spec = spec
@@ -151,15 +156,18 @@ class FakeWorker:
     def wait(self):
         self.has_ended = True
 
-    def error(self):
-        return self.error_text
+    def close(self):
+        pass
 
 
 class FakeStep:
     """A CompiledStep that runs uncompiled; `calls` has the number of rows of each call."""
 
-    def __init__(self, path, model, device):
+    max_tokens = 8
+
+    def __init__(self, spec, model, on_failure):
         self.calls = []
+        self.spec = spec
 
     def __call__(self, model, cache, inputs, num_tokens):
         self.calls.append(len(inputs.tokens))
@@ -221,12 +229,12 @@ def test_tokens_are_generated_uncompiled_until_a_step_is_compiled(workers):
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
 def test_fewer_rows_use_a_step_of_more_rows(num_rows, workers):
     prepared = prepare_for_inference(random_model(), "float32", 5, compile=None)
-    assert prepared.find_step(num_rows, 5) == (uncompiled_step, num_rows)
+    assert prepared.find_step(num_rows, 5) == Step(uncompiled_step, num_rows, 1)
     bucket = 5 if num_rows > 1 else 1
     prepared = prepare_for_inference(random_model(), "float32", 5, compile=None)
     make_package(dataclasses.replace(prepared.compiler.spec, rows=bucket))
-    step, rows = prepared.find_step(num_rows, 5)
-    assert isinstance(step, FakeStep) and rows == bucket
+    step = prepared.find_step(num_rows, 5)
+    assert isinstance(step.run, FakeStep) and step.num_rows == bucket
 
 
 @pytest.mark.parametrize(

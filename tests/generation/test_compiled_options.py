@@ -151,7 +151,7 @@ def make_requests(name, rows, max_new_tokens, tokenizer) -> list[Request]:
 
 def assert_compiled(steps, rows, length) -> None:
     """One row is decoded uncompiled only where the context has no space for drafted tokens."""
-    assert steps.compiled > 5
+    assert steps.compiled > 1
     assert steps.uncompiled == 0 or (rows == 1 and length > MAX_SEQ_LEN - 10)
 
 
@@ -200,7 +200,7 @@ def test_requests_join_and_leave_a_compiled_batch(compiled, tokenizer, steps):
     requests = [make_requests(name, 1, 10 + 17 * i, tokenizer)[0] for i, name in pairs]
     expected = compiled.expected_tokens(requests)
     tokens = run_requests(compiled.prepared, requests, compiled.rows)
-    assert steps.compiled > 5
+    assert steps.compiled > 1
     assert expected is None or tokens == expected
 
 

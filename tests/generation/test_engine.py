@@ -30,8 +30,13 @@ def several_tokens_step(model, cache, inputs, num_tokens):
     return decode_loop(model, cache, inputs, torch.tensor(num_tokens))
 
 
+several_tokens_step.max_tokens = 8
+
+
 class StepsOfAllRows:
     """As a StepCompiler that has a step for each number of rows; it computes free rows too."""
+
+    failures = ()
 
     def find(self, rows, length):
         return several_tokens_step
@@ -364,6 +369,19 @@ def test_logprobs_are_those_of_the_model(prepare):
         assert [token for token, _ in new.top_logprobs] == top.indices.tolist()
         top_logprobs = [logprob for _, logprob in new.top_logprobs]
         assert top_logprobs == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("token", [-1, V])
+def test_a_token_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(ValueError, match=f"outside 0 to {V - 1}"):
+        generate_tokens(random_model(), [1, token])
+
+
+def test_a_top_p_that_float32_rounds_to_0_is_greedy():
+    """Sampling did not end."""
+    model, options = random_model(), dict(max_new_tokens=20)
+    expected = generate_tokens(model, [1], **options, temperature=0)
+    assert generate_tokens(model, [1], **options, top_p=1e-50) == expected
 
 
 def test_an_empty_prompt_is_refused():
