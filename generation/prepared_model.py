@@ -44,7 +44,7 @@ class PreparedModel:
     draft: "PreparedModel | None" = None
 
     def find_step(self, rows: int, batch_size: int, length: int = 1) -> Step:
-        """A compiled step for these rows, or for up to four times as many; else the uncompiled one.
+        """A compiled step for these rows, or for up to 16 times as many; else the uncompiled one.
 
         Args:
             batch_size: of the engine.
@@ -52,7 +52,7 @@ class PreparedModel:
         """
         if self.compiler:
             for bucket in batch_buckets(batch_size):
-                if not rows <= bucket <= 4 * rows:
+                if not rows <= bucket <= 16 * rows:
                     continue
                 if step := self.compiler.find(bucket, length):
                     return Step(step, bucket, step.max_tokens)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from generation import compile as compile_module
-from generation import engine, prepared_model
+from generation import prepared_model
 from generation.banned_strings import BannedStrings
 from generation.compile import CompiledStep
 from generation.engine import InferenceEngine
@@ -116,7 +116,6 @@ class StepCounts:
 
         monkeypatch.setattr(CompiledStep, "__call__", compiled_step)
         monkeypatch.setattr(prepared_model, "uncompiled_step", counted_step)
-        monkeypatch.setattr(engine, "uncompiled_step", counted_step)
 
 
 @pytest.fixture
