@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,8 +63,9 @@ class StepSpec:
 
     @property
     def max_tokens(self) -> int:
-        """The tokens that a call may generate. A loop with packed weights cannot be compiled."""
-        can_loop = self.length == 1 and self.dtype in ("int8", "draft")
+        """The tokens that a call may generate. PyTorch cannot compile the loop with packed weights
+        or several rows, where a call takes a small part of the time anyway."""
+        can_loop = self.rows == self.length == 1 and self.dtype in ("int8", "draft")
         return MAX_LOOP_TOKENS if can_loop else 1
 
     @property
@@ -251,7 +253,7 @@ class Worker:
             start_new_session=True,  # Ctrl-C is not for the compiler; close reaches its children
         )
         atexit.register(self.close)
-        self.error = ""  # the last line that the process printed
+        self.error = ""  # the exception that ended the process
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -269,9 +271,10 @@ class Worker:
         if self.process.stdin:
             self.process.stdin.close()
         self.log.seek(0)
-        lines = self.log.read().strip().splitlines()
+        lines = self.log.read().splitlines()
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         status = f"the compiler ended with status {self.process.returncode}"
-        self.error = lines[-1] if lines else status
+        self.error = errors[-1][:200] if errors else status
         self.log.close()
         self.folder.cleanup()
 
