@@ -200,7 +200,7 @@ ERRORS = [
     ((*SAMPLE, "--tokenizer=bad.model"), "bad.model: neither"),
     ((*SAMPLE, "--start=FILE:nowhere.txt"), "nowhere.txt: No such file or directory"),
     ((*SAMPLE, "--start=FILE:latin1.txt"), "not UTF-8 text"),
-    ((*SAMPLE, "--temperature=-1"), "--temperature=-1: must be 0 or more"),
+    ((*SAMPLE, "--temperature=-1"), "--temperature=-1: must be at least 0 and at most 10000"),
     ((*SAMPLE, "--top_p=0"), "--top_p=0: must be above 0"),
     ((*SAMPLE, "--max_new_tokens=0"), "must be at least 1"),
 ]
