@@ -153,8 +153,11 @@ class GenerationSession:
         self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
         self.params = self.options.sampling_params(tokenizer)
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
-        compile = False if config.score or config.num_beams > 1 else config.compile
-        self.prepared = prepare_for_inference(model.to(device), dtype, self.batch_size, compile)
+        is_sampling = not config.score and config.num_beams == 1
+        compile = config.compile if is_sampling else False
+        self.prepared = prepare_for_inference(
+            model.to(device), dtype, self.batch_size, compile, draft=is_sampling
+        )
         self.model = self.prepared.model
 
     def stream(self, prompts: list[str]) -> Iterator[TextChunk]:

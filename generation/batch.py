@@ -5,6 +5,9 @@ Rows with a request come first. A free row keeps what it has in the cache, so th
 that begins with the same tokens (the next turn of a conversation) does not compute them again.
 """
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -107,7 +110,7 @@ class Batch:
         oldest = min(free, key=lambda index: self.rows[index].freed_at)
         chosen = source if shared and source >= self.num_active else oldest
         row = self.rows[chosen]
-        if source != chosen:
+        if shared and source != chosen:
             self.cache.copy_row(source, chosen, shared)
         row.context_start = start
         row.cached = tokens[:shared]
@@ -170,10 +173,8 @@ class Batch:
 
 def shared_prefix_length(a: list[int], b: list[int]) -> int:
     """The number of equal tokens at the beginning of two lists."""
-    if a[:MIN_SHARED_PREFIX] != b[:MIN_SHARED_PREFIX]:
-        return 0
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((index for index, (x, y) in pairs if x != y), min(len(a), len(b)))
+    is_equal = map(operator.eq, a, b)  # it ends with the shorter list
+    return sum(itertools.takewhile(bool, is_equal))
 
 
 def update_constraints(

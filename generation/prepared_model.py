@@ -99,11 +99,25 @@ def smallest_bucket(rows: int, batch_size: int) -> int:
     return next(bucket for bucket in batch_buckets(batch_size) if bucket >= rows)
 
 
+def can_draft(device: torch.device, dtype: str) -> bool:
+    """Whether a model with 8-bit matrices is faster than one with this dtype, and exists here."""
+    has_quantized = torch.backends.quantized.engine != "none"
+    return device.type == "cpu" and dtype != "int8" and has_quantized
+
+
+def prepared_cache_dtype(model: Transformer, dtype: str, has_draft: bool) -> torch.dtype:
+    """The dtype of the KV cache; see prepare_for_inference for the dtype of the matrices."""
+    weight = model.tok_embeddings.weight
+    has_bfloat16_cache = weight.device.type == "cpu" and dtype != "float32" and not has_draft
+    return torch.bfloat16 if has_bfloat16_cache else weight.dtype
+
+
 def prepare_for_inference(
     model: Transformer,
     dtype: str = "float32",
     batch_size: int = 1,
     compile: bool | None = False,
+    draft: bool = True,
 ) -> PreparedModel:
     """Prepare a model for an InferenceEngine with this batch size.
 
@@ -114,19 +128,17 @@ def prepare_for_inference(
         dtype: of the matrices: int8, float32, bfloat16 or float16.
         compile: True compiles in the background from the start, None after COMPILE_AFTER seconds
             (engine.py); both use what an earlier run compiled. False never does.
+        draft: False leaves out the draft model, for scoring and beam search.
     """
     device = model.tok_embeddings.weight.device
     if device.type not in ("cpu", "cuda"):
         if compile:
             print(f"cannot compile on {device.type}; continuing uncompiled", file=sys.stderr)
         compile = False
-    has_quantized = torch.backends.quantized.engine != "none"
-    has_draft = device.type == "cpu" and dtype != "int8" and batch_size == 1 and has_quantized
+    has_draft = draft and batch_size == 1 and can_draft(device, dtype)
     rows = 1 + NUM_DRAFT_TOKENS if has_draft else batch_size
     converted = convert_weights(model, dtype, rows)
-    weight_dtype = model.tok_embeddings.weight.dtype
-    is_16_bit = device.type == "cpu" and dtype != "float32" and not has_draft
-    cache_dtype = torch.bfloat16 if is_16_bit else weight_dtype
+    cache_dtype = prepared_cache_dtype(model, dtype, has_draft)
     spec = StepSpec(
         args=dataclasses.replace(model.args, dropout=0.0),
         dtype=dtype,
@@ -138,13 +150,13 @@ def prepare_for_inference(
         threads=torch.get_num_threads(),
     )
     compiler = StepCompiler(converted, spec) if compile is not False else None
-    draft = None
+    draft_prepared = None
     if has_draft:
         draft_spec = dataclasses.replace(spec, dtype="draft", packed_rows=1, length=1)
         draft_model = convert_weights(model, draft_spec.dtype)
         draft_compiler = StepCompiler(draft_model, draft_spec, compiler) if compiler else None
-        draft = PreparedModel(draft_model, cache_dtype, draft_compiler)
-    prepared = PreparedModel(converted, cache_dtype, compiler, draft)
+        draft_prepared = PreparedModel(draft_model, cache_dtype, draft_compiler)
+    prepared = PreparedModel(converted, cache_dtype, compiler, draft_prepared)
     if compile:
         prepared.start_compiling(batch_size, batch_size)
     return prepared

@@ -4,7 +4,7 @@ Sampling of the next token: a pure function; every row has its own sampling para
 A sample is an argmax (the Gumbel-max trick): with Gumbel noise added to the logits, each token has
 the largest sum with exactly its probability (arXiv 1411.0030, section 2). The noise is a hash of
 seed, position and token, so a sample does not depend on the batch or the device. Truncation is
-exact rejection sampling without sorting (FlashInfer, arXiv 2501.01005).
+exact rejection sampling without sorting, as in FlashInfer's sampling kernels.
 
 Shapes: B rows, V vocabulary, G groups of GROUP_SIZE tokens.
 """
