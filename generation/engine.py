@@ -113,9 +113,13 @@ class InferenceEngine:
         while self.has_requests:
             yield from self.step()
 
-    @torch.inference_mode()
     def step(self) -> list[NewToken]:
         """Run all requests for one step; returns their new tokens, in order."""
+        with self.prepared.cores_shared():
+            return self._step()
+
+    @torch.inference_mode()
+    def _step(self) -> list[NewToken]:
         start_time = time.perf_counter()
         batch = self.batch
         while self.waiting and batch.num_active < self.batch_size:

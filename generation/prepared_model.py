@@ -2,8 +2,10 @@
 A model prepared for an InferenceEngine: converted matrices, compiled steps, a draft model.
 """
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,6 +74,20 @@ class PreparedModel:
         """Whether a compilation goes on."""
         is_draft_compiling = self.draft is not None and self.draft.is_compiling
         return is_draft_compiling or (self.compiler is not None and bool(self.compiler.workers))
+
+    @contextlib.contextmanager
+    def cores_shared(self) -> Iterator[None]:
+        """While a compilation goes on, leave a core to it: threads that wait for each other would
+        otherwise be stopped again and again, and decoding would take ten times as long."""
+        if not self.is_compiling or self.compiler is None:
+            yield
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self.compiler.spec.threads - 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def start_compiling(self, rows: int, batch_size: int) -> None:
         """Compile the steps for these rows in the background, if they are not compiled yet."""

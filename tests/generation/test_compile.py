@@ -226,6 +226,22 @@ def test_tokens_are_generated_uncompiled_until_a_step_is_compiled(workers):
     assert len(workers) == 1
 
 
+def test_a_core_is_left_to_the_compiler_while_it_runs(workers, monkeypatch):
+    """With as many threads as cores, decoding took ten times as long meanwhile."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    prepared = prepare_for_inference(random_model(), "int8", compile=True)
+    generate_tokens(prepared, [1], max_new_tokens=3)
+    assert counts == [3, 4] * (len(counts) // 2) and counts
+    make_package(workers[0].spec)
+    workers[0].has_ended = True
+    prepared.wait_for_compilation()
+    counts.clear()
+    generate_tokens(prepared, [1], max_new_tokens=3)
+    assert not counts
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
 def test_fewer_rows_use_a_step_of_more_rows(num_rows, workers):
     prepared = prepare_for_inference(random_model(), "float32", 5, compile=None)

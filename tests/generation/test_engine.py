@@ -37,6 +37,7 @@ class StepsOfAllRows:
     """As a StepCompiler that has a step for each number of rows; it computes free rows too."""
 
     failures = ()
+    workers = ()
 
     def find(self, rows, length):
         return several_tokens_step
