@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NUM_STREAMS = 4  # parts of a matrix that int8_matvec reads at once
+NUM_STREAMS = 8  # parts of a matrix that int8_matvec reads at once
 SMALL_MATRIX = 2**19  # weights; a smaller matrix fits in the processor's cache
 
 # A custom operator, because torch.compile accepts oneDNN's operator only with constant weights.
@@ -27,23 +27,12 @@ def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
 def int8_matvec(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Multiply a float32 row x (1, in) with the transpose of an int8 weight (out, in): (1, out).
 
-    The product is written as elementwise operations on several parts, which the compiler fuses
-    into one loop. A large matrix is split by its rows, so that memory is read as several streams;
-    one stream takes half as long again because the processor prefetches only a short distance. A
-    small matrix is split by its columns, so that no concatenation is needed."""
-    if weight.numel() >= SMALL_MATRIX:
-        row_blocks = weight.unflatten(0, (math.gcd(NUM_STREAMS, len(weight)), -1))
-        return torch.cat([(x * block.float()).sum(-1) for block in row_blocks])[None]
-    # 16 values fill a vector register.
-    divisors = [n for n in range(1, NUM_STREAMS + 1) if x.shape[-1] % (16 * n) == 0]
-    num_blocks = max([1, *divisors])
-    x_blocks = x.unflatten(-1, (num_blocks, -1)).unbind(-2)
-    weight_blocks = weight.unflatten(-1, (num_blocks, -1)).unbind(-2)
-    products = [a * b.float() for a, b in zip(x_blocks, weight_blocks, strict=True)]
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
-    return total.sum(-1)[None]
+    The product is written as elementwise operations and a sum, which the compiler fuses into one
+    loop. A large matrix is split by its rows, so that memory is read as several streams; one stream
+    takes half as long again because the processor prefetches only a short distance."""
+    num_streams = math.gcd(NUM_STREAMS, len(weight)) if weight.numel() >= SMALL_MATRIX else 1
+    row_blocks = weight.unflatten(0, (num_streams, -1))
+    return torch.cat([(x * block.float()).sum(-1) for block in row_blocks])[None]
 
 
 class Int8Linear(nn.Module):
