@@ -188,7 +188,7 @@ def extract(archive: str, folder: str) -> None:
             if unpacked > limit:
                 raise tarfile.ReadError(f"it unpacks to more than {limit >> 20} MiB")
             tar.extract(member, folder, filter="data")
-            tar.members.clear()  # tarfile remembers every member
+            tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
             bar.update(file.tell() - bar.n)
         if not num_files:
             raise tarfile.ReadError("it holds no files")
