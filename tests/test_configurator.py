@@ -598,7 +598,7 @@ LARGE = {
     "a sum": "+".join("1" * 20_000),
     "signs": "-" * 100_000 + "1",
     "parentheses": "(" * 20_000 + "1" + ")" * 20_000,
-    "conditions": "1 if 1 else " * 2_000 + "1",
+    "conditions": "0 if 0 else " * 2_000 + "1",
     "calls": "f(" * 90 + ")" * 90,
 }
 
