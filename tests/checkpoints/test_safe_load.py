@@ -78,12 +78,10 @@ def test_the_size_counts_every_reference(structure):
         check_pickle(b"\x80\x02](" + text_of(100) * 50 + b"e.", 5000)
 
 
-@pytest.mark.parametrize(
-    "pickle", [b"\x80\x02h\x05.", b"\x80\x02e.", b"\x80\x02a.", b"\x80\x02K\x01K\x02a."]
-)
+@pytest.mark.parametrize("pickle", [b"h\x05.", b"e.", b"a.", b"K\x01K\x02a."])
 def test_a_damaged_pickle_is_refused(pickle):
     with pytest.raises((ValueError, LookupError)):
-        check_pickle(pickle, 1 << 20)
+        check_pickle(b"\x80\x02" + pickle, 1 << 20)
 
 
 def bomb(path: str) -> None:
@@ -129,7 +127,7 @@ def test_records_may_not_overlap(path):
 
 @pytest.mark.parametrize("change", ["expanded", "longer", "sparse"])
 def test_a_tensor_larger_than_its_record_is_refused(path, change):
-    """A stride of 0 makes a tensor of any size from one value; a false size reads foreign memory."""
+    """A stride of 0 makes a tensor of any size; a false size reads foreign memory."""
     checkpoint = make_checkpoint(random_model(CHECKPOINT_MODEL))
     weight = checkpoint["model"]["norm.weight"]
     if change == "expanded":
@@ -180,6 +178,6 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     """Opening a pipe without a writer hung."""
     os.mkfifo(tmp_path / name)
     (tmp_path / ".metadata").write_bytes(b"")
-    with pytest.raises(ValueError, match="pipe|not a file"):
+    with pytest.raises(ValueError, match=r"pipe|not a file"):
         load_checkpoint(str(tmp_path / name))
     assert read_step(str(tmp_path / name)) == -1

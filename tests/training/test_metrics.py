@@ -1,7 +1,12 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from training.metrics import MetricsLogger, read_records
 
 DRAW = """
 from training.metrics import MetricsLogger
