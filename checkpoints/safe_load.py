@@ -132,6 +132,7 @@ def check_pickle(content: bytes, limit: int, allowed: re.Pattern | None = DATA_G
     stack: list[Node | int | None] = []  # None: a mark
     memo: dict[int, Node | int] = {}
     nodes: list[Node] = []
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name in PUT:
             memo[len(memo) if argument is None else argument] = top_of(stack)
