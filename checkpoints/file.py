@@ -15,7 +15,9 @@ import math
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -40,6 +42,8 @@ UNREADABLE = (
     OverflowError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    struct.error,
+    zlib.error,
 )
 # An OSError with one of these numbers says nothing about the content of the file.
 TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
