@@ -90,10 +90,15 @@ def read_records(path: str) -> dict[int, zipfile.ZipInfo]:
             if total > size:
                 raise ValueError("its records overlap")
             if not re.search(r"/data/[^/]+$", record.filename):
-                content = archive.read(record)  # verifies the checksum
-                if record.filename.lower().endswith(".pkl"):  # PyTorch ignores the case
-                    check_pickle(content, max(MIN_OBJECT_LIMIT, size // BYTES_PER_OBJECT))
+                check_small_record(archive, record, max(MIN_OBJECT_LIMIT, size // BYTES_PER_OBJECT))
     return records
+
+
+def check_small_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, limit: int) -> None:
+    """Verify the checksum of a record that is no tensor's; check it if it is a pickle."""
+    content = archive.read(record)  # verifies the checksum
+    if record.filename.lower().endswith(".pkl"):  # PyTorch ignores the case
+        check_pickle(content, limit)
 
 
 # The pickle

@@ -156,5 +156,5 @@ def is_number(value: object) -> bool:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """A number, or None for NaN, Inf, and what is too large for a float."""
+    """A number, or None for NaN, Inf and numbers too large for a float."""
     return value if value is not None and abs(value) < sys.float_info.max else None
