@@ -212,9 +212,13 @@ def describe_load_error(error: BaseException) -> str:
     """Why torch.load failed, on one line, without its advice to trust the file."""
     text = str(error) or "it is empty"
     if "Weights only load failed" not in text:
-        return text.splitlines()[0][:100]
+        return clip(text.splitlines()[0])
     unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
-    return f"it holds more than data: {unsafe[1]}" if unsafe else "its pickle is not a state dict"
+    return (
+        f"it holds more than data: {clip(unsafe[1])}"
+        if unsafe
+        else "its pickle is not a state dict"
+    )
 
 
 def check_checkpoint(content: Any, path: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def read_shards(path: str) -> list[dict[str, LazyTensor]]:
     for name in names:
         shard = read_torch_file(os.path.join(path, name))
         if not isinstance(shard, dict) or not all(
-            isinstance(tensor, LazyTensor) for tensor in shard.values()
+            isinstance(key, str) and isinstance(tensor, LazyTensor) for key, tensor in shard.items()
         ):
             raise ValueError(f"{path}: {name} is not a state dict")
         shards.append(shard)

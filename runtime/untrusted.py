@@ -31,5 +31,8 @@ def describe_keys(mapping: dict) -> str:
 
 
 def clip(text: str, max_length: int = MAX_LENGTH) -> str:
-    """A text cut to a length; an ellipsis shows the cut."""
-    return text if len(text) <= max_length else f"{text[:max_length]}…"
+    """A text on one line, cut to a length. An ellipsis shows the cut; � replaces characters that
+    cannot be printed."""
+    cut = text[:max_length]
+    printable = "".join(character if character.isprintable() else "�" for character in cut)
+    return printable if len(text) <= max_length else f"{printable}…"

@@ -4,9 +4,32 @@ import json
 import os
 
 import pytest
+import torch
 
 from formats.registry import open_model
 from tests.tools.fuzz_readers import write_small_model
+
+
+@pytest.mark.parametrize("key", [5, (1, 2), None])
+@pytest.mark.parametrize(
+    "target, name", [("meta", "consolidated.00.pth"), ("hf", "pytorch_model.bin")]
+)
+def test_a_weight_whose_name_is_no_text_is_refused(tmp_path, target, name, key):
+    """It was an AttributeError."""
+    path = str(tmp_path / "model")
+    write_small_model(path, target, tie_embeddings=False)
+    if target == "hf":
+        os.remove(os.path.join(path, "model.safetensors"))
+    torch.save(
+        {
+            "tok_embeddings.weight": torch.ones(2, 2),
+            "output.weight": torch.ones(2, 2),
+            key: torch.ones(2),
+        },
+        os.path.join(path, name),
+    )
+    with pytest.raises(ValueError, match="not a state dict"):
+        open_model(path)
 
 
 def nested(depth: int) -> str:

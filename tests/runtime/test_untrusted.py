@@ -38,3 +38,4 @@ def test_long_texts_and_many_keys_are_cut():
     assert len(describe_value("x" * 10**6)) < 110
     assert describe_keys({n: SHARED for n in range(9)}) == "0, 1, 2, 3, 4, …"
     assert describe_keys({"a": 1}) == "'a'" and clip("abc", 2) == "ab…"
+    assert clip("a\nb\x7f") == "a�b�"
