@@ -4,7 +4,9 @@ One typed, frozen configuration from a dataclass, config files and the command l
     python train.py config/stories15M.py --batch_size=8 --compile=False
 
 Arguments are read from left to right; later values win. A config file holds plain assignments with
-arithmetic and earlier names. Names that start with an underscore are local to the file.
+arithmetic and earlier names. Names that start with an underscore are local to the file. An option
+with a list, --stop=A --stop=B, collects the values of the command line; the first one replaces a
+config file's list, and an empty one removes the earlier ones.
 
 The dataclass is the only list of options. The comment after a field is its --help, or the comment
 line above it; a line that ends with a comma or a semicolon continues. Another comment line above
@@ -15,7 +17,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import math
@@ -24,7 +25,7 @@ import sys
 import textwrap
 import tokenize
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -40,31 +41,15 @@ from typing import (
 
 import tyro
 
+from runtime.config_file import did_you_mean, read_config_file
+from runtime.untrusted import describe_value
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
 COMMAND_LINE = "command line"
-
-# The syntax allowed in a config file's expressions: no calls, no attributes, no imports.
-ALLOWED_NODES = (
-    ast.Expression,
-    ast.Constant,
-    ast.Name,
-    ast.Load,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.IfExp,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.JoinedStr,
-    ast.FormattedValue,
-)
 
 
 class Assignment(NamedTuple):
@@ -80,7 +65,7 @@ class Assignment(NamedTuple):
 
     def __str__(self) -> str:
         if self.from_file:
-            return f"{self.source}: {self.key} = {self.value!r}"
+            return f"{self.source}: {self.key} = {describe_value(self.value)}"
         return f"--{self.key}={self.value}"
 
 
@@ -121,7 +106,9 @@ def configure(
             problems.append(f"{item}: there is no such option{did_you_mean(item.key, fields)}")
             continue
         try:
-            values[field] = parse(field_types[field], item.value, item.from_file)
+            value = parse(field_types[field], item.value, item.from_file)
+            is_repeated = is_list(field_types[field]) and overrides.get(field) == item.source
+            values[field] = values[field] + value if is_repeated and value else value
             overrides[field] = item.source
         except ValueError as error:
             problems.append(f"{item}: must be {error}")
@@ -145,7 +132,8 @@ def restore_options(config: Config, saved: dict[str, Any], source: str) -> Confi
             values[name] = parse(field_types[name], value, from_file=True)
         except ValueError as error:
             raise ValueError(
-                f"{source}: its option {name} is {value!r}, not {error}; give --{name}"
+                f"{source}: its option {name} is {describe_value(value)}, not {error}; "
+                f"give --{name}"
             ) from None
     return dataclasses.replace(config, **values)
 
@@ -216,7 +204,8 @@ def help_text(config_class: type[Config], positional: tuple[str, ...], program: 
         comment = comments[field.name]
         if comment.group:
             group = parser.add_argument_group(comment.group)
-        default = "''" if field.default == "" else field.default
+        defaults: dict[object, str] = {"": "''", (): "none"}
+        default = defaults.get(field.default, field.default)
         group.add_argument(
             f"--{field.name.removesuffix('_')}",
             metavar=metavar(field_types[field.name]),
@@ -285,63 +274,41 @@ def read_arguments(argv: list[str], positional: tuple[str, ...]) -> Iterator[Ass
         elif equals:
             yield f"{argument}: write options as --{argument}"
         else:
-            yield from read_config_file(argument)
+            for item in read_config_file(argument):
+                yield item if isinstance(item, str) else Assignment(*item)
 
 
-def read_config_file(path: str) -> Iterator[Assignment | str]:
-    """Yield every assignment in a config file, and a message (str) for every problem."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            statements = ast.parse(file.read()).body
-    except SyntaxError as error:
-        yield f"{path}:{error.lineno}: not a line of Python: {error.msg}"
-        return
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        yield f"{path}: cannot read this config file: {reason}"
-        return
-    variables: dict[str, Any] = {}
-    for statement in statements:
-        line = f"{path}:{statement.lineno}"
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        if not (
-            isinstance(statement, ast.Assign)
-            and len(statement.targets) == 1
-            and isinstance(target := statement.targets[0], ast.Name)
-        ):
-            yield f"{line}: a config file holds plain assignments only: name = value"
-            continue
-        try:
-            variables[target.id] = evaluate(statement.value, variables)
-        except (ValueError, ArithmeticError, TypeError) as error:
-            yield f"{line}: cannot work out {target.id}: {error}"
-            continue
-        if not target.id.startswith("_"):
-            yield Assignment(target.id, variables[target.id], line)
-
-
-def evaluate(expression: ast.expr, variables: dict[str, Any]) -> Any:
-    """The value of an expression of constants, operators and variables. Raises ValueError for any
-    other syntax and for an unknown name."""
-    for node in ast.walk(expression):
-        if not isinstance(node, ALLOWED_NODES):
-            raise ValueError(
-                f"{ast.unparse(node)!r} is more than arithmetic with constants and earlier names"
-            )
-        if isinstance(node, ast.Name) and node.id not in variables:
-            raise ValueError(f"{node.id} is not set above{did_you_mean(node.id, variables)}")
-    code = compile(ast.Expression(expression), "<config>", "eval")
-    return eval(code, {"__builtins__": {}}, variables)
+def is_list(field_type: Any) -> bool:
+    """Whether an option may be given several times: tuple[str, ...]."""
+    return get_origin(field_type) is tuple
 
 
 def parse(field_type: Any, value: Any, from_file: bool) -> Any:
     """Convert value to field_type. Text from the command line is parsed by tyro. A value from a
-    file must already have the type, except that an int is accepted for a float. Raises ValueError
-    with the values that are allowed."""
-    text = value if isinstance(value, str) else repr(value)
+    file must already have the type, except that an int is accepted for a float. Of a list, the
+    command line has one item, or none if it is empty; a file has one item or a list. Raises
+    ValueError with the values that are allowed."""
+    if is_list(field_type):
+        item_type = get_args(field_type)[0]
+        items = value if from_file and isinstance(value, list | tuple) else [value]
+        is_empty = not from_file and value == ""
+        return () if is_empty else tuple(parse(item_type, item, from_file) for item in items)
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(type_hint_text(field_type))
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # a number of thousands of digits
+        raise ValueError(type_hint_text(field_type)) from None
     if field_type is bool and text in ("true", "false"):
         text = text.capitalize()
+    parsed = parse_text(field_type, text)
+    if (from_file and parsed != value) or (isinstance(parsed, float) and not math.isfinite(parsed)):
+        raise ValueError(type_hint_text(field_type))
+    return parsed
+
+
+def parse_text(field_type: Any, text: str) -> Any:
+    """Parse text with tyro. Raises ValueError with the values that are allowed."""
     one_field = dataclasses.make_dataclass("one_field", [("value", field_type)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -350,16 +317,16 @@ def parse(field_type: Any, value: Any, from_file: bool) -> Any:
                 args=[f"--value={text}"],
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
-            ).value
+            )
     except SystemExit:
         raise ValueError(type_hint_text(field_type)) from None
-    if (from_file and parsed != value) or (isinstance(parsed, float) and not math.isfinite(parsed)):
-        raise ValueError(type_hint_text(field_type))
-    return parsed
+    return parsed.value
 
 
 def type_hint_text(field_type: Any) -> str:
     """The values that an option of this type accepts, in words."""
+    if is_list(field_type):
+        return type_hint_text(get_args(field_type)[0])
     if get_origin(field_type) is Literal:
         return "one of " + ", ".join(map(str, get_args(field_type)))
     if get_origin(field_type) in (types.UnionType, Union):
@@ -375,6 +342,8 @@ def type_hint_text(field_type: Any) -> str:
 
 def metavar(field_type: Any) -> str:
     """The values that an option of this type accepts, as --help shows them after its name."""
+    if is_list(field_type):
+        return metavar(get_args(field_type)[0])
     if get_origin(field_type) is Literal:
         return "{" + ",".join(map(str, get_args(field_type))) + "}"
     if get_origin(field_type) in (types.UnionType, Union):
@@ -386,9 +355,3 @@ def metavar(field_type: Any) -> str:
         str: "STR",
         types.NoneType: "None",
     }[field_type]
-
-
-def did_you_mean(name: str, names: Collection[str]) -> str:
-    """', did you mean X?' with the most similar of the known names, or '' if none is similar."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {close[0]}?" if close else ""

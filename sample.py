@@ -38,7 +38,7 @@ from generation.streaming import (
 )
 from model import Transformer
 from runtime.device import pick_device, pick_dtype
-from textdata.prompts import decode_utf8, read_prompts, read_text, split_list
+from textdata.prompts import decode_utf8, read_prompts, read_text, unescape
 from textdata.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"  # between samples
@@ -53,7 +53,8 @@ class SampleConfig:
     out_dir: str = "out"  # folder that resume looks in
     # tokenizer.model or tokenizer.bin; if empty, the one in the model or in its folder
     tokenizer: str = ""
-    # prompt; FILE:path reads it from a file, - reads one prompt per line of standard input
+    # prompt, with \n, \t and \\ as in --stop; FILE:path reads it from a file,
+    # - reads one prompt per line of standard input
     start: str = ""
     num_samples: int = 1  # samples per prompt
     batch_size: int = 16  # sequences decoded at once; samples depend on it only by rounding
@@ -65,8 +66,8 @@ class SampleConfig:
     # sampling
     max_new_tokens: int = 256  # maximum new tokens; past max_seq_len the context slides by half
     min_new_tokens: int = 0  # suppress end-of-sequence tokens before this many new tokens
-    stop: str = ""  # stop strings, separated by |; \n is a newline
-    bad_words: str = ""  # banned strings, separated by |; no completion contains them
+    stop: tuple[str, ...] = ()  # stop string; may repeat; \n is a newline, \t a tab, \\ a backslash
+    bad_words: tuple[str, ...] = ()  # banned string; may repeat; no completion contains it
     temperature: float = 1.0  # sampling temperature; 0: greedy
     # sample among the k most probable tokens; 0: no limit, because top_p adapts to the model
     top_k: int = 0
@@ -90,7 +91,9 @@ class SampleConfig:
         """The options that are also in SamplingParams, and those of generate."""
         names = [field.name for field in dataclasses.fields(GenerationConfig)]
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        strings = {name: split_list(getattr(self, name)) for name in ("stop", "bad_words")}
+        strings = {
+            name: [unescape(text) for text in getattr(self, name)] for name in ("stop", "bad_words")
+        }
         return options | strings | {"logprobs": 0 if self.logprobs else None}
 
     def validate(self) -> Iterator[str]:
@@ -104,11 +107,11 @@ class SampleConfig:
         yield from self._mode_problems()
         yield from self._output_problems()
         for name in ("stop", "bad_words"):
-            strings = getattr(self, name)
-            if not all(split_list(strings)):
-                yield f"--{name}={strings}: empty string before or after a |"
-            if any("\ud800" <= character <= "\udfff" for character in strings):
-                yield f"--{name}={strings!r}: not UTF-8 text"
+            for text in getattr(self, name):
+                if not text:
+                    yield f"{name}: an empty string in the list; leave it out"
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    yield f"--{name}={text!r}: not UTF-8 text"
 
     def _mode_problems(self) -> Iterator[str]:
         uses_beams = self.num_beams > 1

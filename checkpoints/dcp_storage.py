@@ -5,6 +5,7 @@ Its index, the file .metadata, is a pickle. It is unpickled without running code
 before a tensor is read.
 """
 
+import io
 import math
 import os
 import pickle
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from checkpoints.safe_load import BYTES_PER_OBJECT, MIN_OBJECT_LIMIT, check_pickle
+from runtime.untrusted import describe_value
 
 METADATA_FILE = ".metadata"
 # The only classes and functions that the pickle of DCP's metadata may name.
@@ -64,19 +68,25 @@ def read_metadata(folder: str, files: dict[str, str]) -> Metadata:
 
     Raises ValueError unless it describes only tensors and all of their values are in these files.
     """
+    if METADATA_FILE not in files:
+        raise ValueError(f"the sha256 of {METADATA_FILE} is missing")
     with open(os.path.join(folder, METADATA_FILE), "rb") as file:
-        metadata = SafeMetadataUnpickler(file).load()
+        content = file.read()
+    size = sum(os.path.getsize(os.path.join(folder, name)) for name in files)
+    check_pickle(content, max(MIN_OBJECT_LIMIT, size // BYTES_PER_OBJECT), allowed=None)
+    metadata = SafeMetadataUnpickler(io.BytesIO(content)).load()
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{METADATA_FILE} is not an index of tensors")
     entries = tensor_entries(metadata)
     for name, entry in entries.items():
         check_entry(name, entry)
     expected = sum(math.prod(e.size) * e.properties.dtype.itemsize for e in entries.values())
-    if expected > sum(os.path.getsize(os.path.join(folder, name)) for name in files):
+    if expected > size:
         raise ValueError("its tensors are larger than its files")
     for info in metadata.storage_data.values():
         if info.relative_path not in files:
-            raise ValueError(f"{METADATA_FILE} names a file of no shard, {info.relative_path}")
+            name = describe_value(info.relative_path)
+            raise ValueError(f"{METADATA_FILE} names a file of no shard, {name}")
     return metadata
 
 

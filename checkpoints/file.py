@@ -15,15 +15,19 @@ import math
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
+from checkpoints.safe_load import safe_load
 from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFile
+from runtime.untrusted import clip, describe_keys, describe_value
 
 FORMAT = 1  # version of the keys that this project adds
 # Exceptions that torch.load raises for files that torch.save did not write.
@@ -38,6 +42,8 @@ UNREADABLE = (
     OverflowError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    struct.error,
+    zlib.error,
 )
 # An OSError with one of these numbers says nothing about the content of the file.
 TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
@@ -166,8 +172,9 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder, not a checkpoint")
+    if not os.path.isfile(path):
+        other = "folder" if os.path.isdir(path) else "device or a pipe"
+        raise ValueError(f"{path}: is a {other}, not a checkpoint")
     try:
         content = read_hashed(path)
     except UNREADABLE as error:
@@ -186,8 +193,7 @@ def read_hashed(path: str) -> Any:
 
     Raises one of the exceptions in UNREADABLE.
     """
-    with open(path, "rb") as file:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+    content = safe_load(path, "cpu")
     expected = content.get("sha256") if isinstance(content, dict) else None
     if expected is not None and expected != content_hash(content):
         raise ValueError("its sha256 does not match; if you changed the file, delete that key")
@@ -206,9 +212,13 @@ def describe_load_error(error: BaseException) -> str:
     """Why torch.load failed, on one line, without its advice to trust the file."""
     text = str(error) or "it is empty"
     if "Weights only load failed" not in text:
-        return text.splitlines()[0][:100]
+        return clip(text.splitlines()[0])
     unsafe = re.search(r"(GLOBAL \S+) was not an allowed", text)
-    return f"it holds more than data: {unsafe[1]}" if unsafe else "its pickle is not a state dict"
+    return (
+        f"it holds more than data: {clip(unsafe[1])}"
+        if unsafe
+        else "its pickle is not a state dict"
+    )
 
 
 def check_checkpoint(content: Any, path: str) -> dict[str, Any]:
@@ -244,7 +254,8 @@ def check_fields(checkpoint: dict[str, Any], path: str) -> None:
             raise ValueError(f"{path}: not a training checkpoint, its {name} has the type {found}")
     for name in ("iter_num", "position"):
         if not 0 <= checkpoint.get(name, 0) < 2**63:
-            raise ValueError(f"{path}: not a training checkpoint, its {name} is {checkpoint[name]}")
+            found = describe_value(checkpoint[name])
+            raise ValueError(f"{path}: not a training checkpoint, its {name} is {found}")
 
 
 def strip_prefixes(name: str) -> str:
@@ -256,7 +267,8 @@ def read_model_args(path: str, saved: Any) -> ModelArgs:
     """The ModelArgs of a checkpoint's model_args entry. Raises ValueError if it is invalid."""
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     if not isinstance(saved, dict) or not {"dim"} <= set(saved) <= known:
-        raise ValueError(f"{path}: model_args are not those of a Llama: {saved}")
+        found = describe_keys(saved) if isinstance(saved, dict) else describe_value(saved)
+        raise ValueError(f"{path}: model_args are not those of a Llama: {found}")
     try:
         if saved.get("rope_scaling") is not None:
             scaling = dict(saved["rope_scaling"])
@@ -264,7 +276,8 @@ def read_model_args(path: str, saved: Any) -> ModelArgs:
             saved = saved | {"rope_scaling": RopeScaling(**scaling)}
         return ModelArgs(**saved)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: model_args are not those of a Llama: {error}") from error
+        reason = clip(str(error), 200)
+        raise ValueError(f"{path}: model_args are not those of a Llama: {reason}") from error
 
 
 def check_weights(args: ModelArgs, weights: Mapping[str, HasShape], path: str) -> None:
@@ -284,7 +297,7 @@ def check_weights(args: ModelArgs, weights: Mapping[str, HasShape], path: str) -
         if len(problems) == MAX_PROBLEMS:  # a damaged file may describe millions of layers
             break
     else:
-        problems += [f"unexpected {name}" for name in weights if name not in known]
+        problems += [f"unexpected {clip(name)}" for name in weights if name not in known]
     if problems:
         listed = "; ".join(problems[:MAX_PROBLEMS])
         raise ValueError(f"{path}: the weights do not fit the model: {listed}")

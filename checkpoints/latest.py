@@ -14,9 +14,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-
 from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint
+from checkpoints.safe_load import safe_load
 
 LATEST_NAMES = ("ckpt.pt", "ckpt.dcp")
 BEST_NAMES = ("best.pt", "best.dcp")
@@ -77,7 +76,7 @@ def read_step(path: str) -> int:
     """The step that a checkpoint holds, read without its tensors; -1 if it cannot be read."""
     file = os.path.join(path, "run.pt") if os.path.isdir(path) else path
     try:
-        content = torch.load(file, map_location="meta", weights_only=True)
+        content = safe_load(file, "meta")
         return int(content["iter_num"])
     except UNREADABLE:
         return -1

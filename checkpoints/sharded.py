@@ -322,7 +322,9 @@ class ShardedTensors:
         self.folder = folder
         self.fingerprints = {name: self.fingerprint(name) for name in files}
         for name, digest in files.items():
-            if os.path.basename(name) != name or file_sha256(os.path.join(folder, name)) != digest:
+            path = os.path.join(folder, name)
+            is_here = os.path.basename(name) == name and os.path.isfile(path)
+            if not is_here or file_sha256(path) != digest:
                 raise ValueError(f"the sha256 of {name} does not match")
         self.metadata = read_metadata(folder, files)
 

@@ -40,6 +40,7 @@ from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
+from runtime.untrusted import describe_value
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
@@ -93,7 +94,9 @@ def read(path: str) -> LazyModel:
     metadata, gguf_tensors = read_container(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{path}: a model of architecture {architecture!r}, not llama")
+        raise ValueError(
+            f"{path}: a model of architecture {describe_value(architecture)}, not llama"
+        )
     rope_factors = gguf_tensors.pop(ROPE_FACTORS, None)
     args = parse_args(metadata, gguf_tensors, rope_factors, path)
     tensors = {}
@@ -150,7 +153,7 @@ def get_number(metadata: dict[str, Any], path: str, key: str, default: Any = Non
     """A number among the metadata of the architecture. Raises ValueError if it is not there."""
     value = metadata.get(f"llama.{key}", default)
     if type(value) not in (int, float):
-        problem = "missing" if value is None else str(value)[:50]
+        problem = "missing" if value is None else describe_value(value)
         raise ValueError(f"{path}: llama.{key} is {problem}")
     return value
 
@@ -173,7 +176,7 @@ def parse_rope_scaling(
     if scaling_type == "linear" and rope_factors is None:
         return RopeScaling("linear", shortest_float(metadata["llama.rope.scaling.factor"]))
     if scaling_type != "none":
-        raise ValueError(f"rope scaling of type {scaling_type!r} is not supported")
+        raise ValueError(f"rope scaling of type {describe_value(scaling_type)} is not supported")
     if rope_factors is None:
         return None
     candidates = KNOWN_SCALINGS
@@ -210,7 +213,8 @@ def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
             return parse_sentencepiece(metadata, names, types)
         if model == "gpt2" and pre_tokenizer in BPE_PRE_TOKENIZERS:
             return parse_llama3(names, types)
-        raise ValueError(f"a vocabulary of type {model!r}, {pre_tokenizer!r}, is not supported")
+        found = f"{describe_value(model)}, {describe_value(pre_tokenizer)}"
+        raise ValueError(f"a vocabulary of type {found}, is not supported")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"

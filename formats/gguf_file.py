@@ -23,6 +23,7 @@ from formats.lazy_model import (
     write_values,
 )
 from runtime.atomic_files import FileSource
+from runtime.untrusted import describe_value
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -143,7 +144,8 @@ def read_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(
-            f"{path}: general.alignment={alignment!r} is not a power of two; it is damaged"
+            f"{path}: general.alignment={describe_value(alignment)} is not a power of two; "
+            "it is damaged"
         )
     data_offset = position + -position % alignment
     check_offsets(infos, size - data_offset, alignment, path)

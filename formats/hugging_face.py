@@ -136,7 +136,7 @@ def read_state_dict(path: str) -> dict[str, LazyTensor]:
     """The tensors of a pytorch_model.bin. Raises ValueError if it is damaged."""
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(
-        isinstance(tensor, LazyTensor) for tensor in content.values()
+        isinstance(name, str) and isinstance(tensor, LazyTensor) for name, tensor in content.items()
     ):
         raise ValueError(f"{path}: not a state dict")
     return content

@@ -6,6 +6,7 @@ from typing import Any
 
 from model import ModelArgs
 from ops.rope import RopeScaling
+from runtime.untrusted import describe_value
 from textdata.tokenizer import Tokenizer
 
 # Keys of config.json that change the computation, and the only value that model.py supports.
@@ -49,11 +50,12 @@ def parse_args(config: dict[str, Any], path: str) -> ModelArgs:
             max_seq_len=config.get("max_position_embeddings", 2048),  # transformers' default
             tie_embeddings=config.get("tie_word_embeddings", False),
         )
-    except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{path}: not the configuration of a Llama: {error}") from None
     if config.get("head_dim") not in (None, args.head_dim):
         raise ValueError(
-            f"{path}: head_dim={config['head_dim']}; only dim/n_heads={args.head_dim} is supported"
+            f"{path}: head_dim={describe_value(config['head_dim'])}; "
+            f"only dim/n_heads={args.head_dim} is supported"
         )
     return args
 
@@ -61,10 +63,11 @@ def parse_args(config: dict[str, Any], path: str) -> ModelArgs:
 def check_config(config: dict[str, Any], path: str) -> None:
     """Raise ValueError if config.json lacks a size or has an unsupported value."""
     if config.get("model_type") != "llama":
-        raise ValueError(f"{path}: a model of type {config.get('model_type')!r}, not llama")
+        model_type = describe_value(config.get("model_type"))
+        raise ValueError(f"{path}: a model of type {model_type}, not llama")
     for key, supported in SUPPORTED_VALUES.items():
         if config.get(key) not in (None, supported):
-            raise ValueError(f"{path}: {key}={config[key]!r} is not supported")
+            raise ValueError(f"{path}: {key}={describe_value(config[key])} is not supported")
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise ValueError(f"{path}: tie_word_embeddings is neither true nor false")
     if missing := [key for key in REQUIRED_SIZES if type(config.get(key)) is not int]:
@@ -88,7 +91,8 @@ def parse_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, RopeScaling("linear", float(rope["factor"]))
     if rope_type != "llama3":
         raise ValueError(
-            f"rope scaling of type {rope_type!r}: only default, linear and llama3 are supported"
+            f"rope scaling of type {describe_value(rope_type)}: "
+            "only default, linear and llama3 are supported"
         )
     scaling = RopeScaling(
         "llama3",

@@ -16,6 +16,7 @@ import torch
 from checkpoints.file import as_bytes, check_weights, max_abs
 from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
+from runtime.untrusted import clip
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -227,5 +228,4 @@ def find_tokenizer(*folders: str) -> Tokenizer | None:
 
 def one_line(text: str, max_length: int = 400) -> str:
     """A text that may quote a damaged file, made safe to print on one line."""
-    printable = "".join(character if character.isprintable() else "�" for character in text)
-    return printable if len(printable) <= max_length else printable[:max_length] + "…"
+    return clip(text, max_length)

@@ -27,6 +27,7 @@ from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFolder
+from runtime.untrusted import clip, describe_value
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 DTYPES = {"meta": ("float32", "float16", "bfloat16")}
@@ -111,7 +112,7 @@ def read_shards(path: str) -> list[dict[str, LazyTensor]]:
     for name in names:
         shard = read_torch_file(os.path.join(path, name))
         if not isinstance(shard, dict) or not all(
-            isinstance(tensor, LazyTensor) for tensor in shard.values()
+            isinstance(key, str) and isinstance(tensor, LazyTensor) for key, tensor in shard.items()
         ):
             raise ValueError(f"{path}: {name} is not a state dict")
         shards.append(shard)
@@ -184,10 +185,10 @@ def check_params(params: dict[str, Any], path: str) -> None:
     if missing := [key for key in REQUIRED_KEYS if key not in params]:
         raise ValueError(f"{path}: it has no {' and no '.join(missing)}")
     if unknown := [key for key in params if key not in (*NUMERIC_KEYS, *OTHER_KEYS)]:
-        raise ValueError(f"{path}: {unknown[0]} is not supported")
+        raise ValueError(f"{path}: {clip(unknown[0])} is not supported")
     for key in NUMERIC_KEYS:
         if type(params.get(key)) not in (int, float, type(None)):
-            raise ValueError(f"{path}: {key}={params[key]!r} is not a number")
+            raise ValueError(f"{path}: {key}={describe_value(params[key])} is not a number")
     is_scaled = params.get("use_scaled_rope", False)
     if not isinstance(is_scaled, bool):
         raise ValueError(f"{path}: use_scaled_rope is neither true nor false")

@@ -2,15 +2,13 @@
 PyTorch's files, read and written one tensor at a time: a zip archive with a pickle, data.pkl, and a
 record data/N for the values of each tensor. The pickle refers to the records.
 
-torch.load reads the pickle with weights_only, so that it runs no code. The archive is checked
-first, so that no record is larger than the file.
+torch.load reads the pickle with weights_only, so that it runs no code, after the checks of
+checkpoints/safe_load.py.
 """
 
 import collections
 import math
-import os
 import pickle
-import re
 import struct
 import zipfile
 import zlib
@@ -21,12 +19,16 @@ from typing import IO, Any
 import torch
 
 from checkpoints.file import as_bytes, describe_load_error
+from checkpoints.safe_load import (
+    LOCAL_HEADER,
+    ZIP_SIGNATURE,
+    check_tensor,
+    load_on_meta,
+    read_records,
+)
 from formats.lazy_model import LazyTensor, read_into, write_values
 from runtime.atomic_files import FileSource
 
-ZIP_SIGNATURE = b"PK\3\4"
-# Local file header: signature, ..., lengths of the name and of the extra field.
-LOCAL_HEADER = struct.Struct("<4s22x2H")
 ZIP64_SIZE = 1 << 31  # bytes; a record of this size or larger has a zip64 extra field
 ZIP64_EXTRA_SIZE = 20  # bytes
 RECORD_ALIGNMENT = 64  # bytes; torch.load(mmap=True) needs it
@@ -55,32 +57,12 @@ def read_torch_file(path: str) -> Any:
     try:
         source = FileSource(path)
         records = read_records(path)
-        with open(path, "rb") as file:
-            content = torch.load(file, map_location="meta", weights_only=True)
+        content = load_on_meta(path, records)
         return replace_tensors(content, source, records, {})
     except Exception as error:  # the readers of zip and pickle raise anything for damaged files
         raise ValueError(
             f"{path}: damaged or not a checkpoint ({describe_load_error(error)})"
         ) from error
-
-
-def read_records(path: str) -> dict[int, zipfile.ZipInfo]:
-    """The records of an archive by the offset of their content. Raises ValueError for damage."""
-    records: dict[int, zipfile.ZipInfo] = {}
-    size = os.path.getsize(path)
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for record in archive.infolist():
-            file.seek(record.header_offset)
-            signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-            offset = record.header_offset + LOCAL_HEADER.size + sum(lengths)
-            is_stored = record.compress_type == zipfile.ZIP_STORED
-            is_plain = is_stored and record.file_size == record.compress_size
-            if signature != ZIP_SIGNATURE or not is_plain or offset + record.file_size > size:
-                raise ValueError(f"its record {record.filename[:50]} is incomplete")
-            records[offset] = record
-            if not re.search(r"/data/[^/]+$", record.filename):
-                archive.read(record)  # verifies the checksum of the pickle and other small records
-    return records
 
 
 def replace_tensors(
@@ -107,19 +89,8 @@ def open_tensor(
     tensor: torch.Tensor, source: FileSource, records: dict[int, zipfile.ZipInfo]
 ) -> LazyTensor:
     """The LazyTensor of a meta tensor. Raises ValueError if its record does not contain it."""
-    storage = tensor.untyped_storage()
-    record_offset: Any = getattr(storage, "_checkpoint_offset", None)
-    record = records.get(record_offset)
-    if tensor.layout != torch.strided or record is None or storage.nbytes() != record.file_size:
-        raise ValueError("a tensor has no record of its size")
-    if record.file_size % tensor.dtype.itemsize:
-        raise ValueError("the size of a tensor's record is not a multiple of its dtype's")
-    last = tensor.storage_offset() + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    capacity = record.file_size // tensor.dtype.itemsize
-    if tensor.numel() and not tensor.numel() <= last + 1 <= capacity:
-        raise ValueError("a tensor exceeds its record")
+    record = check_tensor(tensor, records)
+    record_offset: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
     def read() -> torch.Tensor:

@@ -74,9 +74,11 @@ def write_atomically(path: str, content: bytes) -> None:
 @contextlib.contextmanager
 def run_lock(folder: str) -> Iterator[None]:
     """Create the folder and lock it while the block runs. Raises ValueError if another process
-    holds the lock, and OSError if the folder cannot be written."""
+    holds the lock or the lock is not a file, and OSError if the folder cannot be written."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ".lock")
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a reader
+        raise ValueError(f"{path}: is not a file; remove it")
     with open(path, "a") as lock:
         if fcntl is not None:
             try:  # the system releases the lock when the process ends

@@ -12,6 +12,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
     knows_ranges   False: ignore the Range header and send everything
     etag           None: send no ETag
     extra_length   bytes to announce in addition to those that are sent
+    headers        headers that replace those of the next responses
     """
 
     daemon_threads = True
@@ -25,6 +26,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.knows_ranges = True
         self.etag: str | None = '"one"'
         self.extra_length = 0
+        self.headers: dict[str, str] = {}
 
     def url(self, name: str) -> str:
         """The URL of content[name]."""
@@ -48,11 +50,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start + server.extra_length))
+        headers = {"Content-Length": str(len(content) - start + server.extra_length)}
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if server.etag:
-            self.send_header("ETag", server.etag)
+            headers["ETag"] = server.etag
+        for name, value in (headers | server.headers).items():
+            self.send_header(name, value)
         self.end_headers()
         stop = start + server.cuts.pop(0) if server.cuts else len(content)
         self.wfile.write(content[start:stop])

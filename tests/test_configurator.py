@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -540,3 +541,107 @@ def test_hyphens_and_a_space_before_the_value_are_accepted():
     assert (config.batch_size, config.learning_rate, config.compile) == (8, -1.0, False)
     assert set(overrides) == {"batch_size", "learning_rate", "compile"}
     assert read("--batch_size=8")[0] == read("--batch-size", "8")[0]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A configuration with lists."""
+
+    stop: tuple[str, ...] = ()  # stop string; may repeat
+    stop_ids: tuple[int, ...] = ()  # token
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--stop=<|im_end|>", "--stop=a|b"], ("<|im_end|>", "a|b")),
+        (["--stop", "A", "--stop=A"], ("A", "A")),
+        (["FILE", "--stop=C"], ("C",)),
+        (["--stop=C", "FILE"], ("A", "B")),
+        (["FILE"], ("A", "B")),
+        (["FILE", "--stop="], ()),
+        (["--stop=A", "--stop=", "--stop=B"], ("B",)),
+    ],
+    ids=str,
+)
+def test_an_option_with_a_list_is_repeated(config_file, arguments, expected):
+    """Strings were separated by | and could not contain it."""
+    path = config_file("_a = 'A'\nstop = ['Z']\nstop = [_a, 'B']")
+    arguments = [path if argument == "FILE" else argument for argument in arguments]
+    assert read(*arguments, config_class=Listed)[0].stop == expected
+
+
+def test_the_items_of_a_list_have_its_type(config_file, refused):
+    assert read("--stop_ids=2", "--stop_ids=0", config_class=Listed)[0].stop_ids == (2, 0)
+    path = config_file("stop_ids = 7\nstop = 'A|B'")
+    assert read(path, config_class=Listed)[0] == Listed(("A|B",), (7,))
+    path = config_file("stop_ids = [7, 'x']")
+    assert refused(path, "--stop_ids=1,2", config_class=Listed) == [
+        f"{path}:1: stop_ids = a tuple of 2 items: must be a whole number",
+        "--stop_ids=1,2: must be a whole number",
+    ]
+
+
+LARGE = {
+    "a power": "9**9**9",
+    "a power of powers": "(2**4000)**4000",
+    "a shift": "1 << 10**10",
+    "a product of texts": "'x' * 10**9",
+    "products": "(10**1000) * (10**1000)",
+    "a text format": "'%1000000000d' % 1",
+    "a width": "f'{1:>1000000000}'",
+    "a nested width": "f'{1:>{10**9}}'",
+    "bytes": "b'x' * 10**9",
+    "a list": "[1] * 10**9",
+    "a hexadecimal number": "0x" + "f" * 5000,
+    "a decimal number": "9" * 5000,
+    "a sum": "+".join("1" * 20_000),
+    "signs": "-" * 100_000 + "1",
+    "parentheses": "(" * 20_000 + "1" + ")" * 20_000,
+    "conditions": "0 if 0 else " * 2_000 + "1",
+    "calls": "f(" * 90 + ")" * 90,
+}
+
+
+@pytest.mark.parametrize("expression", LARGE)
+def test_a_large_expression_is_refused_at_once(config_file, refused, expression):
+    """9**9**9 hung, and a long sum was a traceback."""
+    path = config_file(f"batch_size = {LARGE[expression]}")
+    start = time.monotonic()
+    (problem,) = refused(path)
+    assert problem.startswith(path) and len(problem) < 400 and "\n" not in problem
+    assert time.monotonic() - start < 5
+
+
+def test_lists_in_lists_are_refused(config_file, refused):
+    """Sixty lines that name a list twice are 2**60 items when printed."""
+    doubled = "\n".join(f"_{n + 1} = [_{n}, _{n}]" for n in range(60))
+    (problem, *_) = refused(config_file(f"_0 = [1]\n{doubled}\nbatch_size = _60"))
+    assert "cannot work out _1: a list holds numbers and texts only" in problem
+
+
+def test_a_sum_of_many_terms_is_computed(config_file):
+    assert value_of("batch_size", config_file("batch_size = " + "+".join("1" * 500))) == 500
+
+
+def test_an_endless_config_file_is_refused(refused):
+    (problem,) = refused("/dev/zero")
+    assert problem.startswith("/dev/zero: cannot read this config file: ")
+
+
+def shared_lists(depth: int) -> list:
+    value: list = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [shared_lists(60), {"a": shared_lists(60)}, 10**5000],
+    ids=["lists", "dictionary", "number"],
+)
+def test_a_saved_option_that_cannot_be_printed_is_refused(value):
+    """Printing it hung; a number of 5,000 digits ended without the name of the file."""
+    with pytest.raises(ValueError, match=r"^ckpt.pt: its option batch_size is a .*, not a whole"):
+        restore_options(Config(), {"batch_size": value}, "ckpt.pt")

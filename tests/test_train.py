@@ -310,6 +310,21 @@ def test_wandb_gets_metrics_if_enabled(train, tmp_path):
     assert "wandb init cria 32" in result.stdout and "wandb log 0 loss" in result.stdout
 
 
+def test_wandb_that_cannot_start_leaves_the_earlier_run(train, tmp_path):
+    """Without a key, wandb's traceback came after the earlier run had been moved aside."""
+    out_dir = tmp_path / "out"
+    assert train(*TINY_RUN, "--max_iters=1", f"--out_dir={out_dir}").returncode == 0
+    before = sorted(os.listdir(out_dir))
+    options = (*TINY_RUN, "--max_iters=1", "--wandb_log=True", f"--out_dir={out_dir}")
+    (tmp_path / "wandb.py").write_text(
+        "def init(**options): raise RuntimeError('No API key configured.\\nLog in.')\n"
+    )
+    result = train(*options, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "wandb cannot start (No API key configured.); run wandb login" in result.stderr
+    assert sorted(os.listdir(out_dir)) == before
+
+
 @pytest.mark.parametrize("is_right", [True, False])
 def test_device_that_differs_from_the_cpu_is_refused(token_folder, is_right):
     class Model(Transformer):

@@ -5,6 +5,7 @@ Downloads that resume after an interruption, and archives unpacked without trust
 import contextlib
 import gzip
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -16,11 +17,18 @@ from tqdm import tqdm
 ATTEMPTS = 5
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 0.5  # seconds before the second attempt; doubled each time
+# The limits of an archive. Text is rarely compressed to less than a tenth of its size.
+MAX_RATIO = 100  # of the unpacked size to the archive's
+MIN_LIMIT = 256 << 20  # bytes that any archive may unpack to
+BLOCK_SIZE = 4096  # bytes of a disk that a file or folder takes at least
+MAX_NAME_LENGTH = 500  # characters of the path of a member
+MAX_READ = 1 << 20  # bytes that tarfile may read at once; it reads files in smaller blocks
 
 
 def download(url: str, path: str) -> None:
     """Fetch url to path, and resume an earlier download. Raises requests.HTTPError if the server
-    refuses (status 4xx), ConnectionError if it cannot be reached or its answers are too short."""
+    refuses (status 4xx), requests.exceptions.InvalidHeader if its headers make no sense,
+    ConnectionError if it cannot be reached or its answers are too short."""
     partial = f"{path}.partial"
     tag_path = f"{path}.partial.etag"
     for attempt in range(1, ATTEMPTS + 1):
@@ -38,7 +46,8 @@ def download(url: str, path: str) -> None:
 
 def try_fetch(url: str, partial: str, tag_path: str) -> str | None:
     """One attempt. Returns None if the file is complete, else the reason for another attempt.
-    Raises requests.HTTPError for a status below 500, which another attempt would not change."""
+    Raises requests.HTTPError for a status below 500, and InvalidHeader for headers without sense:
+    another attempt would not change them."""
     try:
         if fetch(url, partial, tag_path):
             return None
@@ -46,6 +55,8 @@ def try_fetch(url: str, partial: str, tag_path: str) -> str | None:
         if error.response.status_code < 500:
             raise
         return plain_reason(error)
+    except requests.exceptions.InvalidHeader:
+        raise
     except requests.RequestException as error:
         return plain_reason(error)
     return "the connection closed before the end"
@@ -58,17 +69,17 @@ def fetch(url: str, partial: str, tag_path: str) -> bool:
     if have and (tag := read_tag(tag_path)):  # only unchanged content may be continued
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # no bytes after the first have
+        if response.status_code == 416 and "Range" in headers:  # no bytes after the first have
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if size == str(have):
                 return True
             os.remove(partial)
             return False
         response.raise_for_status()
-        offset = have if response.status_code == 206 else 0
-        total = None
-        if "Content-Length" in response.headers:
-            total = offset + int(response.headers["Content-Length"])
+        offset = have if response.status_code == 206 and "Range" in headers else 0
+        check_content_range(response, offset)
+        length = content_length(response)
+        total = None if length is None else offset + length
         write_tag(tag_path, response)
         bar = tqdm(
             disable=None,
@@ -82,6 +93,28 @@ def fetch(url: str, partial: str, tag_path: str) -> bool:
             for block in response.iter_content(2**16):
                 bar.update(file.write(block))
     return total is None or os.path.getsize(partial) == total
+
+
+def content_length(response: requests.Response) -> int | None:
+    """The number of bytes that a response announces, or None if it announces none. Raises
+    requests.exceptions.InvalidHeader for anything but digits."""
+    length = response.headers.get("Content-Length")
+    if length is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise requests.exceptions.InvalidHeader(
+            f"the server sends Content-Length: {length[:40]!r}, which is not a number of bytes"
+        )
+    return int(length)
+
+
+def check_content_range(response: requests.Response, offset: int) -> None:
+    """Raise requests.exceptions.InvalidHeader if a partial response begins elsewhere."""
+    found = response.headers.get("Content-Range", "")
+    if response.status_code == 206 and not found.startswith(f"bytes {offset}-"):
+        raise requests.exceptions.InvalidHeader(
+            f"the server sends Content-Range: {found[:40]!r} instead of the bytes from {offset} on"
+        )
 
 
 def read_tag(path: str) -> str:
@@ -110,33 +143,68 @@ def plain_reason(error: BaseException) -> str:
 def unpack(archive: str, folder: str) -> None:
     """Unpack a .tar.gz file into a new folder, which appears only when it is complete.
 
-    Members that would write outside of it are refused (tarfile's data filter). Raises
-    tarfile.TarError if the archive is damaged or truncated, OSError if writing fails.
+    Only plain files and folders inside it are accepted. Raises tarfile.TarError if the archive
+    holds anything else, is empty, damaged or truncated, or unpacks to far more than its size.
+    Raises OSError if writing fails.
     """
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         extract(archive, partial)
         os.replace(partial, folder)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, ArithmeticError) as error:
         raise tarfile.ReadError(str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+class ArchiveStream(gzip.GzipFile):
+    """The unpacked bytes of a .tar.gz file. tarfile reads the headers of a member into memory,
+    whatever size they claim; here a read of more than MAX_READ bytes is refused."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes. Raises tarfile.ReadError for a size above MAX_READ."""
+        if size is None or not 0 <= size <= MAX_READ:
+            raise tarfile.ReadError("a header in it claims to be too long")
+        return super().read(size)
+
+
 def extract(archive: str, folder: str) -> None:
     """Extract all members of a .tar.gz file, and read it to the end."""
-    bar = tqdm(
-        disable=None,
-        total=os.path.getsize(archive),
-        unit="B",
-        unit_scale=True,
-        desc="unpacking",
-    )
-    with bar, open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:gz") as tar:
-        for member in tar:
+    size = os.path.getsize(archive)
+    limit = max(MIN_LIMIT, MAX_RATIO * size)
+    unpacked = num_files = 0
+    bar = tqdm(disable=None, total=size, unit="B", unit_scale=True, desc="unpacking")
+    with (
+        bar,
+        open(archive, "rb") as file,
+        ArchiveStream(fileobj=file) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,
+    ):
+        while (member := tar.next()) is not None:
+            check_member(member)
+            num_files += member.isfile()
+            unpacked += member.size + BLOCK_SIZE
+            if unpacked > limit:
+                raise tarfile.ReadError(f"it unpacks to more than {limit >> 20} MiB")
             tar.extract(member, folder, filter="data")
+            tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
             bar.update(file.tell() - bar.n)
-        assert tar.fileobj is not None, "an open archive has a file"
-        while tar.fileobj.read(2**20):  # the checksum is at the end
+        if not num_files:
+            raise tarfile.ReadError("it holds no files")
+        while stream.read(MAX_READ):  # the checksum is at the end
             pass
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raise tarfile.ReadError unless a member is a plain file or folder with a usable name.
+
+    Links are not needed, and with them a file can be written outside of the folder in spite of
+    tarfile's data filter (CVE-2025-4517)."""
+    name = repr(member.name[:60])
+    if not (member.isfile() or member.isdir()) or member.issparse():
+        raise tarfile.ReadError(f"{name} in it is neither a plain file nor a folder")
+    if len(member.name) > MAX_NAME_LENGTH:
+        raise tarfile.ReadError(f"{name}... in it is a name of {len(member.name)} characters")
+    if member.size < 0:
+        raise tarfile.ReadError(f"{name} in it has a negative size")

@@ -1,17 +1,22 @@
 """
-Prompts and lists of strings from the command line, a file or standard input.
+Prompts and other texts from the command line, a file or standard input.
 """
 
+import re
 import sys
 
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
-def split_list(strings: str) -> list[str]:
-    """The strings of an option in which | separates them."""
-    return strings.replace("\\n", "\n").split("|") if strings else []
+
+def unescape(text: str) -> str:
+    r"""The text of an option, in which \n is a newline, \t a tab and \\ a backslash."""
+    return re.sub(r"\\[nt\\]", lambda match: ESCAPES[match[0]], text)
 
 
 def read_prompts(start: str) -> list[str]:
-    """The prompts that --start names. Raises ValueError if they are not UTF-8 or missing."""
+    """The prompts that --start names; unescape applies to a text, not to a file's content.
+
+    Raises ValueError if they are not UTF-8 or missing."""
     if start == "-":
         text = decode_utf8(sys.stdin.buffer.read(), "standard input") if sys.stdin else ""
         if not text:
@@ -20,7 +25,7 @@ def read_prompts(start: str) -> list[str]:
     if start.startswith("FILE:"):
         return [read_text(start.removeprefix("FILE:"), f"--start={start}")]
     # The command line is UTF-8, whatever the locale is.
-    return [start.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
+    return [unescape(start).encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
 
 
 def read_text(path: str, option: str) -> str:

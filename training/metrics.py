@@ -113,12 +113,48 @@ class MetricsLogger:
 
 
 def read_records(path: str) -> list[dict]:
-    """Read the complete records of a metrics.jsonl; an empty list if there is no file."""
+    """Read the complete records of a metrics.jsonl; an empty list if there is no file.
+
+    Lines that hold anything else are left out with a message, except for a last line that was cut
+    off. Raises ValueError if the path is not a file."""
     if not os.path.exists(path):
         return []
-    records = []
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is not a file; move it away")
+    records: list[dict] = []
+    damaged: list[int] = []  # numbers of lines
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
-                records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and isinstance(r.get("iter"), int)]
+        for number, line in enumerate(file, 1):
+            record = parse_record(line)
+            if record is not None:
+                records.append(record)
+            elif line.endswith("\n"):
+                damaged.append(number)
+    if damaged:
+        print(f"{path}: left out {len(damaged)} damaged line(s), the first is line {damaged[0]}")
+    return records
+
+
+def parse_record(line: str) -> dict | None:
+    """The record in a line, or None unless it is a step and numbers. NaN and Inf become null."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not is_number(record.get("iter")):
+        return None
+    if not all(value is None or is_number(value) for value in record.values()):
+        return None
+    is_step = isinstance(record["iter"], int) and record["iter"] >= 0
+    finite = {key: finite_or_none(value) for key, value in record.items()}
+    return finite if is_step and finite["iter"] is not None else None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """A number, or None for NaN, Inf and numbers too large for a float."""
+    return value if value is not None and abs(value) < sys.float_info.max else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime.distributed import shard_like
+from runtime.untrusted import clip
 
 
 def make_optimizer(
@@ -119,7 +120,9 @@ def load_optimizer(
             state |= group_state(group, saved_group["params"], saved["state"])
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its optimizer state does not fit the model ({error})") from error
+        raise ValueError(
+            f"{path}: its optimizer state does not fit the model ({clip(str(error), 200)})"
+        ) from error
 
 
 def merge_groups(optimizer: "torch.optim.Optimizer | CombinedOptimizer", saved: dict) -> list[dict]:

@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+from typing import Any
 
 from checkpoints.latest import (
     BEST_NAMES,
@@ -17,6 +18,7 @@ from checkpoints.latest import (
 )
 from checkpoints.links import link_checkpoint, remove_checkpoint
 from formats import llama2c
+from runtime.untrusted import clip
 from training.parallel import is_sharded
 from training.resume import StartPoint
 from training.state import TrainingRun
@@ -31,6 +33,8 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
     A new run moves the files of an earlier one to a subfolder. A resumed run removes what a killed
     process left unfinished, and gives its checkpoint the names that later saves expect."""
     config = run.config
+    if config.wandb_log:
+        start_wandb(config)
     remove_partial_files(config.out_dir)
     if config.init_from != "resume":
         archive_previous_run(config.out_dir)
@@ -43,7 +47,11 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
         print(f"checkpoints are sharded; export one with: python export.py model.bin --from={best}")
     elif reason := llama2c.unsupported_reason(run.model.args):
         print(f"no model.bin is written: {reason}")
-    if config.wandb_log:
+
+
+def start_wandb(config: Any) -> None:
+    """Begin a run of Weights & Biases. Raises ValueError if that fails, as without a key."""
+    try:
         import wandb
 
         wandb.init(
@@ -51,6 +59,12 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
             name=config.wandb_run_name or None,
             config=dataclasses.asdict(config),
         )
+    except Exception as error:  # wandb raises errors of many types
+        reason = clip((str(error).splitlines() or [type(error).__name__])[0], 200)
+        raise ValueError(
+            f"--wandb_log=True: wandb cannot start ({reason}); run wandb login, or set "
+            "WANDB_MODE=offline in the environment, or leave the option out"
+        ) from error
 
 
 def archive_previous_run(out_dir: str) -> None:

@@ -11,6 +11,7 @@ from checkpoints.latest import load_latest
 from formats.lazy_model import LazyModel
 from formats.registry import open_model
 from model import ModelArgs
+from runtime.untrusted import describe_value
 from training.optim import load_optimizer
 from training.state import TrainingRun
 
@@ -105,6 +106,8 @@ def check_resumed(config: Any, start: StartPoint) -> None:
     assert start.checkpoint is not None, "a resumed run has a checkpoint"
     path = start.path
     optimizer = start.checkpoint.get("config", {}).get("optimizer", "adamw")
+    if not isinstance(optimizer, str):
+        raise ValueError(f"{path}: its optimizer is {describe_value(optimizer)}, not a name")
     if config.optimizer != optimizer:
         raise ValueError(
             f"--optimizer={config.optimizer}: the moments in {path} are {optimizer}'s; leave the "
@@ -169,7 +172,7 @@ def restore_state(run: TrainingRun, start: StartPoint) -> None:
     state.position = int(checkpoint.get("position", default_position))
     try:
         state.recent_grad_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{path}: its late_norms are not numbers") from None
     saved, current = checkpoint.get("config", {}), dataclasses.asdict(run.config)
     if all(saved.get(name, current[name]) == current[name] for name in EVAL_OPTIONS):
@@ -190,5 +193,5 @@ def read_best_val_loss(checkpoint: dict, path: str) -> float:
     """The lowest validation loss of a checkpoint, in nats; Inf if it has none."""
     try:
         return float(checkpoint.get("best_val_loss", math.inf))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{path}: its best_val_loss is not a number") from None

@@ -25,6 +25,7 @@ from training.optim import make_optimizer
 from training.parallel import is_sharded, load_weights, shard
 from training.resume import StartPoint, restore_state
 from training.state import TrainingRun
+from training.validation import warmup_note
 
 MAX_UNUSED = 0.1  # of the training tokens; more are worth a note
 
@@ -63,6 +64,8 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
             f"note: {run.train_dataset.unused:.0%} of the training tokens are not read, as the "
             "shards are short; join small files before pretokenizing, or lower --max_seq_len"
         )
+    if note := warmup_note(config):
+        run.log(note)
     if start.checkpoint:
         restore_state(run, start)
         start.checkpoint.clear()  # frees the tensors, whoever else refers to them

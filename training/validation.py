@@ -39,3 +39,17 @@ def range_errors(config: Any) -> Iterator[str]:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             yield f"--{name}={getattr(config, name):g}: must be at least 0 and below 1"
+
+
+def warmup_note(config: Any) -> str | None:
+    """A sentence if the warm-up is not over before the last step: the learning rate then never
+    reaches its maximum."""
+    warmup, steps = config.warmup_iters, config.max_iters
+    if warmup < steps or config.learning_rate == 0:
+        return None
+    last = config.learning_rate * steps / warmup
+    return (
+        f"note: --warmup_iters={warmup} is not less than --max_iters={steps}, so the learning rate "
+        f"rises to {last:.3g} only, not to --learning_rate={config.learning_rate:g}; "
+        f"a tenth of the steps is usual: --warmup_iters={max(1, steps // 10)}"
+    )

@@ -139,3 +139,13 @@ def test_locking_a_file_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError), run_lock(str(tmp_path / "file")):
         pass
+
+
+def test_a_lock_that_is_a_pipe_is_refused(tmp_path):
+    """Opening it waited for a reader."""
+    os.mkfifo(tmp_path / ".lock")
+    with (
+        pytest.raises(ValueError, match=r"\.lock: is not a file; remove it"),
+        run_lock(str(tmp_path)),
+    ):
+        pass

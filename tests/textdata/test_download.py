@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import random
@@ -5,6 +6,7 @@ import re
 import shutil
 import socket
 import tarfile
+import tracemalloc
 
 import pytest
 import requests
@@ -150,6 +152,32 @@ def test_client_errors_are_not_retried(server, target, status):
     assert len(server.requests) == 1 and not os.path.exists(target)
 
 
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3", "9" * 30, "5, 6"])
+def test_a_senseless_content_length_is_refused_at_once(server, target, length):
+    """ "abc" ended in a traceback of int()."""
+    server.content["file"] = CONTENT[:5000]
+    server.headers = {"Content-Length": length}
+    with pytest.raises((requests.RequestException, ConnectionError), match="Content-Length"):
+        download(server.url("file"), target)
+    assert not os.path.exists(target)
+
+
+def test_status_416_without_a_range_is_a_refusal(server, target):
+    """It ended in a FileNotFoundError for the partial file."""
+    server.statuses = [416]
+    with pytest.raises(requests.HTTPError, match="416"):
+        download(server.url("file"), target)
+    assert len(server.requests) == 1 and files_beside(target) == []
+
+
+def test_a_part_from_elsewhere_is_not_appended(server, target, give_up_after):
+    give_up_after()
+    server.headers = {"Content-Range": f"bytes 7-{len(CONTENT) - 1}/{len(CONTENT)}"}
+    with pytest.raises(requests.RequestException, match=r"bytes 7-.* instead of the bytes from"):
+        download(server.url("file"), target)
+    assert not os.path.exists(target)
+
+
 def test_a_body_shorter_than_content_length_gives_up(server, target):
     server.content["file"] = CONTENT
     server.extra_length = 5
@@ -233,7 +261,32 @@ EVIL = {
     "a hard link upwards": [symlink("link", "../packed", tarfile.LNKTYPE)],
     "a device": [symlink("null", "", tarfile.CHRTYPE)],
     "a pipe": [symlink("pipe", "", tarfile.FIFOTYPE)],
+    "a symlink inside": [symlink("link", "data00.json")],
+    "a hard link inside": [symlink("link", "data00.json", tarfile.LNKTYPE)],
+    "a sparse file": [symlink("sparse", "", tarfile.GNUTYPE_SPARSE)],
+    "a type of the future": [symlink("new", "", b"Z")],
+    "deep folders": [member("a/" * 30_000 + "b")],
+    "a name with a NUL": [member("a", pax_headers={"path": "a\0b"})],
+    "a time that is no number": [member("a", pax_headers={"mtime": "nan"})],
 }
+
+
+def long_link_chain() -> list:
+    """Links whose resolved path is longer than PATH_MAX, so that os.path.realpath gives up and
+    the data filter of Python 3.11.7 lets a file through (CVE-2025-4517)."""
+    folder = "d" * 247
+    members, path = [], ""
+    for name in "abcdefghijklmnop":
+        members.append(member(path + folder, b"", type=tarfile.DIRTYPE))
+        members.append(symlink(path + name, folder))
+        path += f"{name}/"
+    members.append(symlink(f"{path}{'l' * 254}", "../" * 16))
+    members.append(symlink("escape", f"{path}{'l' * 254}/../../../outside"))
+    members.append(member("escape/written"))
+    return members
+
+
+EVIL["a chain of links longer than PATH_MAX"] = long_link_chain()
 
 
 @pytest.mark.parametrize("attack", EVIL)
@@ -242,6 +295,39 @@ def test_an_archive_that_writes_outside_its_folder_is_refused(pack, tmp_path, at
         unpack(pack([member("data00.json"), *EVIL[attack]]), str(tmp_path / "deep" / "folder"))
     left = [name for _, folders, files in os.walk(tmp_path) for name in folders + files]
     assert sorted(left) == ["packed"] or sorted(left) == ["deep", "packed"]
+
+
+@pytest.mark.parametrize("members", [[], [member("empty", b"", type=tarfile.DIRTYPE)]])
+def test_an_archive_without_files_is_refused(pack, tmp_path, members):
+    """An empty archive ended in a FileNotFoundError for the folder."""
+    with pytest.raises(tarfile.ReadError, match="it holds no files"):
+        unpack(pack(members), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_an_archive_may_not_unpack_to_much_more(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIN_LIMIT", 1 << 20)
+    for members in ([member("zeros", bytes(2 << 20))], [member(str(n), b"") for n in range(300)]):
+        with pytest.raises(tarfile.ReadError, match="it unpacks to more than"):
+            unpack(pack(members), str(tmp_path / "folder"))
+        assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_a_long_header_is_not_read_into_memory(tmp_path):
+    """A header of zeros, compressed a thousandfold, took all of its size in memory."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 200 << 20
+    path = str(tmp_path / "packed")
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(50):
+            file.write(bytes(4 << 20))
+    tracemalloc.start()
+    with pytest.raises(tarfile.ReadError, match="claims to be too long"):
+        unpack(path, str(tmp_path / "folder"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
 
 
 def test_an_absolute_path_stays_inside_the_folder(pack, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import pickletools
 import random
 import re
 import struct
@@ -194,9 +195,15 @@ def damaged_archive(rng: random.Random, content: bytes) -> bytes:
         records = [[name, archive.read(name)] for name in archive.namelist()]
     pickle = next(record for record in records if record[0].endswith("data.pkl"))
     record, other = rng.choice(records), rng.choice(records)
-    edit = rng.choice(("pickle",) * 6 + ("content", "delete", "rename", "swap", "repeat"))
+    edits = ("pickle",) * 6 + ("structure",) * 4
+    edits += ("content", "delete", "rename", "swap", "repeat", "bomb", "overlap")
+    edit = rng.choice(edits)
     if edit == "pickle":
         pickle[1] = damaged_bytes(rng, pickle[1])
+    elif edit == "structure":
+        pickle[1] = hostile_pickle(rng, pickle[1])
+    elif edit == "bomb":
+        record[1] = bytes(BOMB_SIZE)
     elif edit == "content":
         record[1] = damaged_bytes(rng, record[1])
     elif edit == "delete":
@@ -208,10 +215,113 @@ def damaged_archive(rng: random.Random, content: bytes) -> bytes:
     else:
         records.append(list(record))
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
+    compression = zipfile.ZIP_DEFLATED if edit == "bomb" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", compression, compresslevel=1) as archive:
         for name, record in records:
-            archive.writestr(zipfile.ZipInfo(name.replace("\0", "x")), record)
+            info = zipfile.ZipInfo(name.replace("\0", "x"))
+            info.compress_type = compression
+            archive.writestr(info, record)
+        if edit == "overlap":  # many names of one record
+            archive.filelist += [copy.copy(archive.filelist[-1]) for _ in range(200)]
     return file.getvalue()
+
+
+# Structures that a few bytes of pickle describe, and that are large to whoever walks them. torch's
+# memo numbers are small; those from FIRST_MEMO on are free.
+BOMB_SIZE = 16 << 20  # bytes, compressed a thousandfold
+FIRST_MEMO = 1 << 20
+ONE = b"K\x01"
+
+
+def memo_put(number: int) -> bytes:
+    """The opcode that names the last object."""
+    return b"r" + struct.pack("<I", FIRST_MEMO + number)
+
+
+def memo_get(number: int) -> bytes:
+    """The opcode that refers to a named object."""
+    return b"j" + struct.pack("<I", FIRST_MEMO + number)
+
+
+def shared_lists(depth: int) -> bytes:
+    """Each list contains the next one twice."""
+    value = ONE + memo_put(0)
+    for level in range(1, depth + 1):
+        value = b"]" + memo_put(level) + value + b"a" + memo_get(level - 1) + b"a"
+    return value
+
+
+def shared_tuples(depth: int) -> bytes:
+    """Each tuple contains the previous one twice. Tuples can be hashed."""
+    value = ONE + memo_put(0)
+    for level in range(1, depth + 1):
+        value += memo_get(level - 1) + b"\x86" + memo_put(level)
+    return value
+
+
+def shared_dicts(depth: int) -> bytes:
+    """Each dictionary contains the next one twice."""
+    value = ONE + memo_put(0)
+    for level in range(1, depth + 1):
+        item = b"K\x02" + memo_get(level - 1) + b"s"
+        value = b"}" + memo_put(level) + ONE + value + b"s" + item
+    return value
+
+
+def lists_filled_later(depth: int) -> bytes:
+    """As shared_lists, but every list is empty when it is added to another one."""
+    lists = b"".join(b"]" + memo_put(level) for level in range(depth))
+    value = b"](" + lists + b"e"
+    for level in range(depth - 1, 0, -1):
+        twice = (memo_get(level - 1) + b"a") * 2
+        value += memo_get(level) + twice + b"a"
+    return value
+
+
+def text_of(length: int) -> bytes:
+    """A text."""
+    return b"X" + struct.pack("<I", length) + b"x" * length
+
+
+STRUCTURES = {
+    "lists": shared_lists(60),
+    "tuples": shared_tuples(60),
+    "dictionaries": shared_dicts(60),
+    "lists filled later": lists_filled_later(60),
+    "a key": b"}" + shared_tuples(60) + ONE + b"s",
+    "a list in itself": b"]" + memo_put(0) + memo_get(0) + b"a",
+    "deep lists": b"]" * 3000 + ONE + b"a" * 2999,
+    "a long text, repeated": b"](" + text_of(5000) + memo_put(0) + memo_get(0) * 5000 + b"e",
+    "a large number": b"\x8a\xff" + b"\x7f" * 255,
+    "a text": text_of(5000),
+    "bytes of any size": b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    "a tensor of any size": b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R",
+    "a slow encoding": b"c_codecs\nencode\n" + text_of(5000) + text_of(8) + b"\x86R",
+    "a call of a list": shared_lists(60) + b")R",
+}
+
+
+def pack_torch_file(pickle: bytes, **options) -> bytes:
+    """A file of torch.save with this pickle and no tensors. options: of zipfile.ZipFile."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        for name, content in (("data.pkl", pickle), ("byteorder", "little"), ("version", "3\n")):
+            archive.writestr(f"archive/{name}", content)
+    return file.getvalue()
+
+
+def hostile_pickle(rng: random.Random, content: bytes) -> bytes:
+    """A pickle with one of its texts or numbers replaced by one of STRUCTURES."""
+    leaves = ("BINUNICODE", "BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE")
+    opcodes = [*pickletools.genops(content)]
+    ends = [position for _, _, position in opcodes[1:]]
+    spans = [
+        (position, end)
+        for (opcode, _, position), end in zip(opcodes, ends, strict=False)
+        if opcode.name in leaves
+    ]
+    start, end = rng.choice(spans)
+    return content[:start] + rng.choice([*STRUCTURES.values()]) + content[end:]
 
 
 def damaged_gguf(rng: random.Random, content: bytes) -> bytes:

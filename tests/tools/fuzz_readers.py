@@ -10,14 +10,15 @@ from unittest import mock
 
 import torch
 
+from checkpoints.file import load_checkpoint, save_checkpoint
 from export import write_model
 from formats import hugging_face
 from formats.lazy_model import from_model
 from formats.registry import open_model
 from formats.safetensors_file import read_safetensors
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, parameter_shapes
 from ops.rope import RopeScaling
-from tests.helpers import random_model
+from tests.helpers import make_checkpoint, random_model
 from textdata.tokenizer import (
     BYTE,
     CONTROL,
@@ -108,6 +109,16 @@ def write_two_shards(folder: str) -> None:
         torch.save(shard, os.path.join(folder, f"consolidated.{number:02d}.pth"))
 
 
+def write_training_state(folder: str) -> None:
+    """Write a checkpoint with its hash and an optimizer state."""
+    model = random_model(SHAPE, 0.3, vocab_size=300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    checkpoint = make_checkpoint(model, optimizer=optimizer.state_dict(), late_norms=[1.0])
+    save_checkpoint(os.path.join(folder, "ckpt.pt"), checkpoint)
+
+
 def write_tokenizer(folder: str, name: str, make_tokenizer: MakeTokenizer) -> None:
     """Write one tokenizer file."""
     tokenizer = make_tokenizer()
@@ -160,6 +171,14 @@ def read_tokenizer(path: str, load: Callable[[str], Tokenizer] = load_tokenizer)
     return Contents(None, {}, check_tokenizer(load(path)))
 
 
+def read_checkpoint(path: str) -> Contents:
+    """Read a checkpoint as a resumed run does."""
+    checkpoint = load_checkpoint(path)
+    args, weights = checkpoint["model_args"], checkpoint["model"]
+    tensors = {name: weights[name] for name, _ in parameter_shapes(args)}
+    return Contents(args, tensors, None)
+
+
 @dataclass(frozen=True)
 class Reader:
     """How to make a good file or folder, and how to read it."""
@@ -209,6 +228,7 @@ PYTORCH_FILES = ("pytorch_model.bin",) * 4 + ("config.json",)
 Q8_0 = {"make_tokenizer": llama3_tokenizer, "dtype": "q8_0"} | SCALED
 READERS = (
     model_reader("ckpt", "ckpt", "ckpt.pt"),
+    Reader("resume", write_training_state, ("ckpt.pt",), "ckpt.pt", read=read_checkpoint),
     model_reader("v0", "v0", "v0.bin", max_changes=1, **UNTIED),
     model_reader("v1", "v1", "v1.bin", max_changes=1, **UNTIED),
     model_reader("v2", "v2", "v2.bin", max_changes=GROUP),
