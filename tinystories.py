@@ -28,9 +28,10 @@ from tqdm import tqdm
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
-from textdata.corpus import find_files
+from textdata.corpus import CorpusReport, find_files
 from textdata.download import download, plain_reason, unpack
-from textdata.pretokenize import initial_meta, list_jobs, pretokenize
+from textdata.pretokenize import initial_meta, pretokenize
+from textdata.shard_jobs import list_jobs
 from textdata.synthetic import story
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_tokenizer
@@ -191,7 +192,8 @@ def run_pretokenize(config: Pretokenize) -> None:
         fractions = val_fractions(config, len(files))
         jobs = list_jobs(files, tokenizer, unescape(config.separator), fractions)
         meta = initial_meta(config.vocab_source, tokenizer)
-        pretokenize(jobs, folder, meta, config.num_workers or default_num_workers(), dist_ctx)
+        num_workers = config.num_workers or default_num_workers()
+        pretokenize(jobs, folder, meta, num_workers, dist_ctx, CorpusReport())
         shutdown_distributed()
     if dist_ctx.is_main:
         vocab = f"--vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
