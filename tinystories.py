@@ -16,6 +16,7 @@ import glob
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
-from textdata.corpus import find_files
+from textdata.corpus import CorpusReport, find_files
 from textdata.download import download, plain_reason, unpack
-from textdata.pretokenize import initial_meta, list_jobs, pretokenize
+from textdata.pretokenize import initial_meta, pretokenize
+from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_tokenizer
@@ -39,6 +41,7 @@ from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, lea
 DATASET = "TinyStories_all_data"
 ARCHIVE = f"{DATASET}.tar.gz"
 STORIES_PER_SHARD = 5000
+SYNTHETIC_SOURCE = "synthetic, from cria's grammar"  # the source of every synthetic record
 MAX_WAIT = 7 * 24 * 3600.0  # seconds that a process waits for processes with more to tokenize
 
 
@@ -91,7 +94,8 @@ class Pretokenize:
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
     # text between the documents of .txt files; blank lines if empty, \n is a line break
     separator: str = ""
-    # fraction of each file, at its end, for validation (TinyStories: its first shard)
+    # fraction of each shard, at its end, for validation (TinyStories: its first file). A file of
+    # 4 MB is a shard; smaller files are packed
     val_fraction: float = 0.05
     num_workers: int = 0  # worker processes; 0: as many as CPU cores
 
@@ -149,10 +153,7 @@ def run_synthesize(config: Synthesize) -> None:
         for shard, start in enumerate(starts):
             rng = random.Random(f"{config.seed} {shard}")
             count = min(STORIES_PER_SHARD, config.num_stories - start)
-            records = [
-                {"story": story(rng), "source": "synthetic, from cria's grammar"}
-                for _ in range(count)
-            ]
+            records = [{"story": story(rng), "source": SYNTHETIC_SOURCE} for _ in range(count)]
             path = os.path.join(config.data_dir, f"synthetic{shard:02d}.json")
             write_atomically(path, json.dumps(records).encode())
             bar.update(count)
@@ -162,10 +163,19 @@ def run_synthesize(config: Synthesize) -> None:
 
 def remove_stale_shards(data_dir: str, num_shards: int) -> None:
     """Remove the shards that an earlier, larger run wrote."""
-    for path in glob.glob(os.path.join(glob.escape(data_dir), "synthetic[0-9]*.json")):
-        number = os.path.basename(path).removeprefix("synthetic").removesuffix(".json")
-        if int(number) >= num_shards:
+    for name in os.listdir(data_dir):
+        match = re.fullmatch(r"synthetic(\d{2,})\.json", name)
+        path = os.path.join(data_dir, name)
+        if match and int(match[1]) >= num_shards and is_synthetic(path):
             os.remove(path)
+
+
+def is_synthetic(path: str) -> bool:
+    """Whether the last record of the file is synthetic."""
+    end = json.dumps([{"source": SYNTHETIC_SOURCE}]).removeprefix("[{").encode()
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(end)))
+        return file.read() == end
 
 
 def run_train_vocab(config: TrainVocab) -> None:
@@ -185,13 +195,15 @@ def run_pretokenize(config: Pretokenize) -> None:
         if dist_ctx.is_main:
             stack.enter_context(run_lock(data_dir))
             stack.enter_context(run_lock(folder))
+            check_same_text(folder, files)
             prepare_tokenizer(config, files, data_dir, folder)
         dist_ctx.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
         fractions = val_fractions(config, len(files))
         jobs = list_jobs(files, tokenizer, unescape(config.separator), fractions)
         meta = initial_meta(config.vocab_source, tokenizer)
-        pretokenize(jobs, folder, meta, config.num_workers or default_num_workers(), dist_ctx)
+        num_workers = config.num_workers or default_num_workers()
+        pretokenize(jobs, folder, meta, num_workers, dist_ctx, CorpusReport())
         shutdown_distributed()
     if dist_ctx.is_main:
         vocab = f"--vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
@@ -233,8 +245,8 @@ def unescape(separator: str) -> str:
 
 
 def val_fractions(config: Pretokenize, num_files: int) -> list[float]:
-    """The fraction of each file that validates: all of TinyStories' first shard and none of the
-    others, or --val_fraction of each file of any other text."""
+    """For each file, the fraction of its shard that validates: all of TinyStories' first file and
+    none of the others, or --val_fraction for any other text."""
     if not config.input and num_files > 1:
         return [1.0] + [0.0] * (num_files - 1)
     return [config.val_fraction] * num_files

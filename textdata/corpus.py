@@ -11,21 +11,46 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
 SUFFIXES = (".txt", ".json", ".jsonl")
 BLOCK_SIZE = 2**20  # characters read at a time
-MAX_CHUNK = 2**22  # characters; a longer document is split at a space, to bound memory
+MAX_CHUNK = 2**22  # characters; a longer document is split, to bound memory
 MAX_RECORD = 2**26  # characters; a longer JSON record is treated as damaged
 JSON_SEPARATOR = re.compile(r"\s*,?\s*")
+LAST_WORD_END = re.compile(r".*\S(?= \S)", re.DOTALL)
 DECODER = json.JSONDecoder()
 
 
 class DocumentChunk(NamedTuple):
-    """A document, or one part of a very long document."""
+    """A document without surrounding whitespace, or one part of a very long document. The joined
+    parts are the document."""
 
     text: str
     starts_document: bool
+
+
+@dataclass
+class CorpusReport:
+    """What was read of a corpus. It is filled while the documents are read."""
+
+    num_files: int = 0
+    num_documents: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # path, and why it was left out
+
+    def add(self, other: "CorpusReport") -> None:
+        """Add the numbers of another part of the corpus."""
+        self.num_files += other.num_files
+        self.num_documents += other.num_documents
+        self.skipped += other.skipped
+
+
+def format_report(report: CorpusReport) -> str:
+    """The numbers of files and documents, and a line for each path that was left out."""
+    lines = [f"read {report.num_documents:,} document(s) in {report.num_files:,} file(s)"]
+    lines += [f"left out {path}: {reason}" for path, reason in report.skipped]
+    return "\n".join(lines)
 
 
 def find_files(path: str) -> list[str]:
@@ -47,7 +72,10 @@ def find_files(path: str) -> list[str]:
 
 
 def read_documents(
-    path: str, separator: str = "", progress: Callable[[int], None] = lambda num_bytes: None
+    path: str,
+    separator: str = "",
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    report: CorpusReport | None = None,
 ) -> Iterator[DocumentChunk]:
     """Yield the documents of the file without surrounding whitespace; skip the empty ones.
 
@@ -55,15 +83,20 @@ def read_documents(
         path: a .txt, .json or .jsonl file.
         separator: the text between the documents of a .txt file; blank lines if empty.
         progress: called with the number of bytes read so far.
+        report: counts the file and its documents.
 
     Raises ValueError with the path if the file is not UTF-8 text or not such JSON.
     """
+    report = CorpusReport() if report is None else report
     try:
         with open(path, encoding="utf-8-sig") as file:
             blocks = read_blocks(file, progress)
-            chunks = read_text(blocks, separator) if path.endswith(".txt") else read_json(blocks)
-            stripped = (chunk._replace(text=chunk.text.strip()) for chunk in chunks)
-            yield from (chunk for chunk in stripped if chunk.text)
+            for chunk in (
+                read_text(blocks, separator) if path.endswith(".txt") else read_json(blocks)
+            ):
+                report.num_documents += chunk.starts_document
+                yield chunk
+        report.num_files += 1
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv"
@@ -85,22 +118,39 @@ def read_blocks(file: TextIO, progress: Callable[[int], None]) -> Iterator[str]:
 def read_text(blocks: Iterable[str], separator: str) -> Iterator[DocumentChunk]:
     """Yield the documents of a .txt file; very long ones in chunks."""
     boundary = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n\s*")
+    # A separator may begin at the end of the text that was read, so that end is not split off.
+    max_cut = max(1, MAX_CHUNK - len(separator))
     rest = ""
     starts_document = True
     for block in blocks:
         # The last document may continue in the next block, and so may a separator at its end.
         *documents, rest = boundary.split(rest + block)
         for text in documents:
-            yield DocumentChunk(text, starts_document)
+            yield from last_chunk(text, starts_document)
             starts_document = True
         while len(rest) > MAX_CHUNK:
-            # SentencePiece puts a space before each text, which replaces the space removed here.
-            cut = rest.rfind(" ", 1, MAX_CHUNK)
-            cut = cut if cut > 0 else MAX_CHUNK
-            yield DocumentChunk(rest[:cut], starts_document)
+            rest = rest.lstrip() if starts_document else rest
+            cut = cut_position(rest, max_cut)
+            if cut:
+                yield DocumentChunk(rest[:cut], starts_document)
+                starts_document = False
             rest = rest[cut:]
-            starts_document = False
-    yield DocumentChunk(rest, starts_document)
+    yield from last_chunk(rest, starts_document)
+
+
+def last_chunk(text: str, starts_document: bool) -> Iterator[DocumentChunk]:
+    """Yield the document, or its end, without the whitespace around the document."""
+    text = text.strip() if starts_document else text.rstrip()
+    if text:
+        yield DocumentChunk(text, starts_document)
+
+
+def cut_position(text: str, limit: int) -> int:
+    """The best position at which to split a text, at most limit: the last single space between
+    words, else the end of the last word, else the limit."""
+    if match := LAST_WORD_END.match(text, 0, limit):
+        return match.end()
+    return len(text[:limit].rstrip()) or min(limit, len(text))
 
 
 def read_json(blocks: Iterable[str]) -> Iterator[DocumentChunk]:
@@ -122,7 +172,7 @@ def read_json(blocks: Iterable[str]) -> Iterator[DocumentChunk]:
             if decoded is None:
                 break
             num_records += 1
-            yield DocumentChunk(record_text(decoded.record, num_records), True)
+            yield from last_chunk(record_text(decoded.record, num_records), True)
             position = skip_separator(text, decoded.end)
         text = text[position:]
     if is_array:
