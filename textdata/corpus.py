@@ -11,12 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
 SUFFIXES = (".txt", ".json", ".jsonl")
 BLOCK_SIZE = 2**20  # characters read at a time
 MAX_CHUNK = 2**22  # characters; a longer document is split at a space, to bound memory
 MAX_RECORD = 2**26  # characters; a longer JSON record is treated as damaged
+NUM_EXAMPLES = 3  # paths shown for each reason that files are left out
 JSON_SEPARATOR = re.compile(r"\s*,?\s*")
 DECODER = json.JSONDecoder()
 
@@ -28,7 +30,58 @@ class DocumentChunk(NamedTuple):
     starts_document: bool
 
 
-def find_files(path: str) -> list[str]:
+class SkippedFile(NamedTuple):
+    """A file or folder that is left out."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class CorpusReport:
+    """What was read, and what was left out. find_files adds the files that it leaves out;
+    read_documents counts what it reads."""
+
+    num_files: int = 0  # read to their end
+    num_documents: int = 0
+    num_empty: int = 0  # records and rows whose text is empty or missing
+    num_with_marker: int = 0  # documents with U+2581, which SentencePiece encodes as a space
+    skipped: list[SkippedFile] = field(default_factory=list)
+
+
+def add_reports(reports: Iterable[CorpusReport]) -> CorpusReport:
+    """The sum of the reports."""
+    total = CorpusReport()
+    for report in reports:
+        total.num_files += report.num_files
+        total.num_documents += report.num_documents
+        total.num_empty += report.num_empty
+        total.num_with_marker += report.num_with_marker
+        total.skipped += report.skipped
+    return total
+
+
+def format_report(report: CorpusReport) -> str:
+    """The report as lines of text: files and documents read, then what was left out and why."""
+    lines = [f"read {report.num_files:,} file(s) with {report.num_documents:,} document(s)"]
+    if report.num_empty:
+        lines.append(f"left out {report.num_empty:,} record(s) without text")
+    if report.num_with_marker:
+        lines.append(
+            f"{report.num_with_marker:,} document(s) contain U+2581 (▁): "
+            "a SentencePiece vocabulary encodes it as a space"
+        )
+    for reason in dict.fromkeys(skipped.reason for skipped in report.skipped):
+        paths = [skipped.path for skipped in report.skipped if skipped.reason == reason]
+        more = ", ..." if len(paths) > NUM_EXAMPLES else ""
+        lines.append(
+            f"left out {len(paths):,} of the input, {reason}: "
+            f"{', '.join(paths[:NUM_EXAMPLES])}{more}"
+        )
+    return "\n".join(lines)
+
+
+def find_files(path: str, text_field: str = "", report: CorpusReport | None = None) -> list[str]:
     """The file itself, or all text files below the folder, sorted. Raises ValueError if there is
     none."""
     if os.path.isfile(path):
@@ -47,7 +100,11 @@ def find_files(path: str) -> list[str]:
 
 
 def read_documents(
-    path: str, separator: str = "", progress: Callable[[int], None] = lambda num_bytes: None
+    path: str,
+    separator: str = "",
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    text_field: str = "",
+    report: CorpusReport | None = None,
 ) -> Iterator[DocumentChunk]:
     """Yield the documents of the file without surrounding whitespace; skip the empty ones.
 
