@@ -28,8 +28,9 @@ from tqdm import tqdm
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
-from textdata.corpus import find_files
+from textdata.corpus import CorpusReport
 from textdata.download import download, plain_reason, unpack
+from textdata.input_files import find_files
 from textdata.pretokenize import initial_meta, list_jobs, pretokenize
 from textdata.synthetic import story
 from textdata.token_shards import token_dir
@@ -69,10 +70,13 @@ class TrainVocab:
     """Learn a byte-pair vocabulary and write DATA_DIR/tokSIZE.model and .bin."""
 
     vocab_size: int = 4096  # tokens; 259 are fixed: three special tokens and the bytes
-    input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
+    # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
+    input: str = ""
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
-    # text between the documents of .txt files; blank lines if empty, \n is a line break
+    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
+    # files that have it, else blank lines
     separator: str = ""
+    text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
 
     def validate(self) -> Iterator[str]:
         yield from vocab_size_problems(self.vocab_size)
@@ -87,10 +91,13 @@ class Pretokenize:
     vocab_size: int = 4096  # of the custom vocabulary, which is learned first if it is missing
     # an existing tokenizer.model or tokenizer.bin; required with --vocab_source=llama2
     tokenizer: str = ""
-    input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
+    # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
+    input: str = ""
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
-    # text between the documents of .txt files; blank lines if empty, \n is a line break
+    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
+    # files that have it, else blank lines
     separator: str = ""
+    text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
     # fraction of each file, at its end, for validation (TinyStories: its first shard)
     val_fraction: float = 0.05
     num_workers: int = 0  # worker processes; 0: as many as CPU cores
@@ -170,9 +177,13 @@ def remove_stale_shards(data_dir: str, num_shards: int) -> None:
 
 def run_train_vocab(config: TrainVocab) -> None:
     """Learn a vocabulary from the input."""
-    files, data_dir = find_input(config)
+    report = CorpusReport()
+    files, data_dir = find_input(config, report)
     with run_lock(data_dir):
-        learn_vocabulary(files, data_dir, config.vocab_size, unescape(config.separator))
+        learn_vocabulary(
+            files, data_dir, config.vocab_size, unescape(config.separator), config.text_field
+        )
+    print("\n".join(format_skipped(report.skipped)))
 
 
 def run_pretokenize(config: Pretokenize) -> None:
@@ -201,13 +212,13 @@ def run_pretokenize(config: Pretokenize) -> None:
 def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, folder: str) -> None:
     """Write FOLDER/tokenizer.model: --tokenizer, or the custom vocabulary, learned if missing."""
     path = config.tokenizer or find_or_learn_vocabulary(
-        files, data_dir, config.vocab_size, unescape(config.separator)
+        files, data_dir, config.vocab_size, unescape(config.separator), config.text_field
     )
     install_tokenizer(path, folder, config.vocab_size if config.vocab_source == "custom" else None)
 
 
-def find_input(config: TrainVocab | Pretokenize) -> tuple[list[str], str]:
-    """The text files to read and the folder to write to."""
+def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[list[str], str]:
+    """The text files to read and the folder to write to. The report gets what is left out."""
     data_dir = config.data_dir or default_data_dir(config.input)
     source = config.input or os.path.join(data_dir, DATASET)
     if not config.input and not os.path.isdir(source):
@@ -215,7 +226,13 @@ def find_input(config: TrainVocab | Pretokenize) -> tuple[list[str], str]:
             f"{source} does not exist: run python tinystories.py download, or synthesize if there "
             "is no network, or name your own text with --input=FILE_OR_FOLDER"
         )
-    return find_files(source), data_dir
+    files = find_files(source, config.text_field, report)
+    if config.separator and not any(file_format(file) == ".txt" for file in files):
+        raise ValueError(
+            f"--separator={config.separator}: separates the documents of .txt files, and {source} "
+            "has none; each record is a document"
+        )
+    return files, data_dir
 
 
 def default_data_dir(source: str) -> str:
@@ -224,7 +241,9 @@ def default_data_dir(source: str) -> str:
         return "data"
     path = os.path.abspath(source)
     name = os.path.basename(path)
-    return os.path.join("data", name if os.path.isdir(path) else os.path.splitext(name)[0])
+    if not os.path.isdir(path):
+        name = os.path.splitext(name.removesuffix(".gz"))[0]
+    return os.path.join("data", name)
 
 
 def unescape(separator: str) -> str:
