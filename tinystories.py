@@ -28,11 +28,13 @@ from tqdm import tqdm
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
-from textdata.corpus import CorpusReport
+from textdata.corpus import CorpusReport, format_skipped
 from textdata.download import download, plain_reason, unpack
 from textdata.input_files import find_files
-from textdata.pretokenize import initial_meta, list_jobs, pretokenize
+from textdata.pretokenize import initial_meta, pretokenize
+from textdata.shard_jobs import list_jobs
 from textdata.synthetic import story
+from textdata.text_files import file_format
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
@@ -183,13 +185,15 @@ def run_train_vocab(config: TrainVocab) -> None:
         learn_vocabulary(
             files, data_dir, config.vocab_size, unescape(config.separator), config.text_field
         )
-    print("\n".join(format_skipped(report.skipped)))
+    for line in format_skipped(report.skipped):
+        print(line)
 
 
 def run_pretokenize(config: Pretokenize) -> None:
     """Convert the input to token shards in DATA_DIR/tokSIZE or DATA_DIR/llama2."""
     dist_ctx, _ = init_distributed("cpu", MAX_WAIT)  # torchrun's processes divide the files
-    files, data_dir = find_input(config)
+    report = CorpusReport()
+    files, data_dir = find_input(config, report)
     folder = token_dir(data_dir, config.vocab_source, config.vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_dist_errors("for a week"))
@@ -200,9 +204,11 @@ def run_pretokenize(config: Pretokenize) -> None:
         dist_ctx.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
         fractions = val_fractions(config, len(files))
-        jobs = list_jobs(files, tokenizer, unescape(config.separator), fractions)
+        separator = unescape(config.separator)
+        jobs = list_jobs(files, tokenizer, separator, fractions, config.text_field)
         meta = initial_meta(config.vocab_source, tokenizer)
-        pretokenize(jobs, folder, meta, config.num_workers or default_num_workers(), dist_ctx)
+        num_workers = config.num_workers or default_num_workers()
+        pretokenize(jobs, folder, meta, num_workers, dist_ctx, report)
         shutdown_distributed()
     if dist_ctx.is_main:
         vocab = f"--vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"

@@ -1,13 +1,9 @@
 """
 Text files to token shards, in parallel over processes and machines.
-
-Each file becomes one shard. What its tokens depend on, the job, is recorded in meta.json, so that a
-later run tokenizes only what changed.
 """
 
 import contextlib
-import glob
-import json
+import functools
 import multiprocessing
 import os
 import signal
@@ -16,68 +12,31 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
-from typing import TypedDict
 
 from tqdm import tqdm
 
-from runtime.atomic_files import write_atomically
 from runtime.distributed import DistContext
-from textdata.corpus import DocumentChunk, read_documents
+from textdata.corpus import CorpusReport, DocumentChunk, format_report, read_documents
 from textdata.fast_encoder import Encoder
-from textdata.token_shards import META_FILE, ShardWriter, token_dtype, train_val_cut, write_meta
+from textdata.shard_jobs import (
+    Job,
+    ShardEntry,
+    ShardRecord,
+    check_same_text,
+    count_files,
+    earlier_shards,
+    finished_record,
+    job_size,
+    remove_stale_files,
+    write_record,
+)
+from textdata.token_shards import ShardWriter, token_dtype, train_val_cut, write_meta
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 2**20  # of text encoded at a time
 POLL_INTERVAL = 0.2  # seconds between updates of the progress bar
 
 worker_bytes_read: "Synchronized[int]"  # in a worker process: bytes read by all workers
-
-
-class Job(TypedDict):
-    """One file to tokenize, and everything that its tokens depend on."""
-
-    source: str  # path of the text file
-    size: int  # bytes of the text file
-    modified_ns: int  # its modification time
-    file: str  # name of the shard
-    tokenizer_hash: str
-    separator: str
-    val_fraction: float
-
-
-class ShardEntry(TypedDict):
-    """The entry of a shard in meta.json."""
-
-    file: str
-    tokens: int
-    train: list[int]  # start and stop
-    val: list[int]
-    job: Job
-
-
-def list_jobs(
-    files: list[str], tokenizer: Tokenizer, separator: str, val_fractions: list[float]
-) -> list[Job]:
-    """A job for each file, with the fraction of its tokens that validates."""
-    jobs = []
-    for number, (file, val_fraction) in enumerate(zip(files, val_fractions, strict=True)):
-        status = os.stat(file)
-        job = Job(
-            source=os.path.abspath(file),
-            size=status.st_size,
-            modified_ns=status.st_mtime_ns,
-            file=f"{number:05d}.bin",
-            tokenizer_hash=tokenizer.hash,
-            separator=separator,
-            val_fraction=val_fraction,
-        )
-        jobs.append(job)
-    return jobs
-
-
-def job_key(job: Job) -> str:
-    """A string that is equal for equal jobs."""
-    return json.dumps(job)
 
 
 def initial_meta(vocab_source: str, tokenizer: Tokenizer) -> dict:
@@ -93,130 +52,79 @@ def initial_meta(vocab_source: str, tokenizer: Tokenizer) -> dict:
 
 
 def pretokenize(
-    jobs: list[Job], folder: str, meta: dict, num_workers: int, dist_ctx: DistContext
+    jobs: list[Job],
+    folder: str,
+    meta: dict,
+    num_workers: int,
+    dist_ctx: DistContext,
+    report: CorpusReport,
 ) -> None:
-    """Run the jobs that are not finished yet, and write meta.json.
+    """Run the jobs that are not finished yet, write meta.json and print what was read.
 
     Args:
-        jobs: all files of the data set, the same in every process.
+        jobs: all jobs of the data set, the same in every process.
         folder: the folder of token shards, with tokenizer.model.
         meta: the content of meta.json without shards.
         num_workers: worker processes of this process.
         dist_ctx: the processes that divide the jobs.
+        report: what was left out when the files were listed.
 
     Raises ValueError for text that cannot be read, a killed worker, or a folder of other tokens.
     """
-    finished_before = finished_shards(folder)
-    check_same_text(folder, jobs, finished_before)
-    finished = [finished_before[job_key(job)] for job in jobs if job_key(job) in finished_before]
-    pending = [job for job in jobs if job_key(job) not in finished_before]
-    dist_ctx.barrier()  # every process has read meta.json before the main process changes it
+    shards_before = earlier_shards(folder)
+    check_same_text(folder, jobs, shards_before)
+    pending = [job for job in jobs if finished_record(folder, job) is None]
+    dist_ctx.barrier()  # every process has read the records before one changes them
     if dist_ctx.is_main:
-        if finished:
-            print(f"{len(finished)} of {len(jobs)} file(s) unchanged since the last time")
-        write_meta(folder, meta | {"shards": finished})
-    recorder = ShardRecorder(folder, meta, finished, dist_ctx)
-    rank_jobs = pending[dist_ctx.rank :: dist_ctx.size]
-    run_jobs(rank_jobs, folder, num_workers, recorder.record, dist_ctx.is_main)
+        num_files = count_files(jobs)
+        if num_unchanged := num_files - count_files(pending):
+            print(f"{num_unchanged} of {num_files} file(s) unchanged since the last time")
+        write_meta(folder, meta | {"shards": shards_before})
+    run_jobs(pending[dist_ctx.rank :: dist_ctx.size], folder, num_workers, dist_ctx.is_main)
     dist_ctx.barrier()
     if dist_ctx.is_main:
-        recorded = finished_shards(folder)
-        finalize_metadata(folder, meta, [recorded[job_key(job)] for job in jobs])
+        entries = collect_entries(folder, jobs, report)
+        remove_stale_files(folder, jobs, shards_before)
+        write_complete_meta(folder, meta, entries, report)
 
 
-def check_same_text(folder: str, jobs: list[Job], finished: dict[str, ShardEntry]) -> None:
-    """Raise ValueError if all finished shards are from files that are not in the jobs."""
-    sources = {shard["job"]["source"] for shard in finished.values()}
-    others = sources - {job["source"] for job in jobs}
-    if others and len(others) == len(finished):
-        raise ValueError(
-            f"{folder} holds the tokens of another text, {min(others)}: give another --data_dir"
-        )
+def collect_entries(folder: str, jobs: list[Job], report: CorpusReport) -> list[ShardEntry]:
+    """The entries of all shards. What the jobs read is added to the report."""
+    entries = []
+    for job in jobs:
+        record = finished_record(folder, job)
+        if record is None or record.entry is None:
+            raise ValueError(f"{folder}: {job['file']} is missing; run pretokenize again")
+        entries.append(record.entry)
+        report.add(record.report)
+    return entries
 
 
-class ShardRecorder:
-    """Records the shards that this process finishes: in meta.json if it is the main process, else
-    in a file partRANK.json that the main process merges at the end."""
-
-    def __init__(
-        self, folder: str, meta: dict, finished: list[ShardEntry], dist_ctx: DistContext
-    ) -> None:
-        self.folder = folder
-        self.meta = meta
-        self.finished = finished
-        self.dist_ctx = dist_ctx
-        self.shards: list[ShardEntry] = []
-
-    def record(self, shard: ShardEntry) -> None:
-        """Add a finished shard and write the file."""
-        self.shards.append(shard)
-        if self.dist_ctx.is_main:
-            write_meta(self.folder, self.meta | {"shards": self.finished + self.shards})
-        else:
-            content = json.dumps({"dtype": self.meta["dtype"], "shards": self.shards})
-            path = os.path.join(self.folder, f"part{self.dist_ctx.rank}.json")
-            write_atomically(path, content.encode())
-
-
-def finalize_metadata(folder: str, meta: dict, shards: list[ShardEntry]) -> None:
-    """Write the complete meta.json. Remove shards of files that are gone, incomplete files and the
-    metadata files of other ranks."""
-    for name in set(os.listdir(folder)) - {shard["file"] for shard in shards}:
-        if name.endswith((".bin", ".partial")):
-            os.remove(os.path.join(folder, name))
+def write_complete_meta(
+    folder: str, meta: dict, entries: list[ShardEntry], report: CorpusReport
+) -> None:
+    """Write the complete meta.json and print its numbers."""
     tokens = {
-        "train": sum(shard["train"][1] - shard["train"][0] for shard in shards),
-        "val": sum(shard["val"][1] - shard["val"][0] for shard in shards),
+        "train": sum(entry["train"][1] - entry["train"][0] for entry in entries),
+        "val": sum(entry["val"][1] - entry["val"][0] for entry in entries),
     }
-    write_meta(folder, meta | {"shards": shards, "complete": True, "tokens": tokens})
-    for path in rank_metadata_files(folder):
-        os.remove(path)
+    numbers = {"files": report.num_files, "documents": report.num_documents, "tokens": tokens}
+    write_meta(folder, meta | {"shards": entries, "complete": True} | numbers)
+    print(format_report(report))
     print(
         f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, "
-        f"{len(shards)} shard(s)"
+        f"{len(entries)} shard(s)"
     )
 
 
-def rank_metadata_files(folder: str) -> list[str]:
-    """The metadata files of all processes but the main process."""
-    return glob.glob(os.path.join(glob.escape(folder), "part*.json"))
-
-
-def finished_shards(folder: str) -> dict[str, ShardEntry]:
-    """The shards that were recorded and still have their size, by job_key. Damaged metadata is
-    ignored, so that its files are tokenized again."""
-    finished: dict[str, ShardEntry] = {}
-    for path in (os.path.join(folder, META_FILE), *rank_metadata_files(folder)):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with open(path, encoding="utf-8") as file:
-                meta = json.load(file)
-            itemsize = int(meta["dtype"][-1])
-            shards = [shard for shard in meta["shards"] if is_intact(folder, shard, itemsize)]
-            finished |= {job_key(shard["job"]): shard for shard in shards}
-    return finished
-
-
-def is_intact(folder: str, shard: ShardEntry, itemsize: int) -> bool:
-    """Whether the shard's file has as many tokens as recorded. An old entry may have no job."""
-    path = os.path.join(folder, shard["file"])
-    size = os.path.getsize(path) if os.path.exists(path) else -1
-    return size == shard["tokens"] * itemsize and "job" in shard
-
-
-def run_jobs(
-    jobs: list[Job],
-    folder: str,
-    num_workers: int,
-    record: Callable[[ShardEntry], None],
-    show_progress: bool,
-) -> None:
-    """Tokenize the files with num_workers processes under one progress bar. With fewer files than
-    workers, each uses several threads. The first failure ends the run."""
+def run_jobs(jobs: list[Job], folder: str, num_workers: int, show_progress: bool) -> None:
+    """Run the jobs with num_workers processes under one progress bar. With fewer jobs than workers,
+    each uses several threads. The first failure ends the run."""
     num_processes = min(num_workers, len(jobs))
     num_threads = max(1, num_workers // max(1, num_processes))
     bar = tqdm(
         disable=None if show_progress else True,
-        total=sum(job["size"] for job in jobs),
+        total=sum(map(job_size, jobs)),
         unit="B",
         unit_scale=True,
         desc="tokenizing",
@@ -224,31 +132,26 @@ def run_jobs(
     with bar:
         if num_processes < 2:
             for job in jobs:
-                record(tokenize_file(job, folder, num_threads, bar.update))
+                run_job(job, folder, num_threads, bar.update)
         else:
-            run_in_pool(jobs, folder, num_processes, num_threads, record, bar)
+            run_in_pool(jobs, folder, num_processes, num_threads, bar)
 
 
 def run_in_pool(
-    jobs: list[Job],
-    folder: str,
-    num_processes: int,
-    num_threads: int,
-    record: Callable[[ShardEntry], None],
-    bar: tqdm,
+    jobs: list[Job], folder: str, num_processes: int, num_threads: int, bar: tqdm
 ) -> None:
-    """Tokenize the files in worker processes, each with num_threads threads."""
+    """Run the jobs in worker processes, each with num_threads threads."""
     context = multiprocessing.get_context("spawn")
     bytes_read = context.Value("q", 0)
     pool = ProcessPoolExecutor(num_processes, context, init_worker, (bytes_read,))
     try:
         with ignore_interrupts():  # until the workers have set their own handler
-            running = {pool.submit(tokenize_in_worker, job, folder, num_threads) for job in jobs}
+            running = {pool.submit(run_in_worker, job, folder, num_threads) for job in jobs}
         while running:
             ended, running = wait(running, POLL_INTERVAL, FIRST_COMPLETED)
             bar.update(bytes_read.value - bar.n)
             for future in ended:
-                record(future.result())
+                future.result()
     except BrokenProcessPool:
         raise ValueError(
             "a worker was killed (out of memory?); try fewer with --num_workers=1"
@@ -283,9 +186,9 @@ def exit_with_parent() -> None:
     os._exit(1)
 
 
-def tokenize_in_worker(job: Job, folder: str, num_threads: int) -> ShardEntry:
-    """tokenize_file in a worker process, with the counter that all workers share."""
-    return tokenize_file(job, folder, num_threads, add_bytes_read)
+def run_in_worker(job: Job, folder: str, num_threads: int) -> None:
+    """run_job in a worker process, with the counter that all workers share."""
+    run_job(job, folder, num_threads, add_bytes_read)
 
 
 def add_bytes_read(num_bytes: int) -> None:
@@ -294,26 +197,45 @@ def add_bytes_read(num_bytes: int) -> None:
         worker_bytes_read.value += num_bytes
 
 
-def tokenize_file(
-    job: Job, folder: str, num_threads: int, on_progress: Callable[[int], object]
-) -> ShardEntry:
-    """Write the shard of one file; returns its entry in meta.json. on_progress is called with the
-    number of bytes read since the last call."""
-    tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
+def run_job(job: Job, folder: str, num_threads: int, on_progress: Callable[[int], object]) -> None:
+    """Write the shard of the job and its record. on_progress is called with the number of bytes
+    read since the last call."""
+    encoder = load_encoder(os.path.join(folder, "tokenizer.model"), job["tokenizer_hash"])
     path = os.path.join(folder, job["file"])
-    progress = ByteProgress(on_progress)
-    with ShardWriter(path, tokenizer.vocab_size) as writer:
-        encoder = Encoder(tokenizer, writer.dtype)
-        for batch in batches_of_text(read_documents(job["source"], job["separator"], progress)):
+    report = CorpusReport()
+    write_record(folder, ShardRecord(job, None, 0, report))
+    with ShardWriter(path, encoder.tokenizer.vocab_size) as writer:
+        for batch in batches_of_text(read_sources(job, on_progress, report)):
             write_batch(writer, encoder, batch, num_threads)
-    cut = train_val_cut(path, writer.dtype, tokenizer.bos_id, job["val_fraction"])
-    return ShardEntry(
+    cut = train_val_cut(path, writer.dtype, encoder.tokenizer.bos_id, job["val_fraction"])
+    entry = ShardEntry(
         file=job["file"],
         tokens=writer.num_tokens,
         train=[0, cut],
         val=[cut, writer.num_tokens],
-        job=job,
     )
+    write_record(folder, ShardRecord(job, entry, os.path.getsize(path), report))
+
+
+@functools.lru_cache(maxsize=1)
+def load_encoder(path: str, tokenizer_hash: str) -> Encoder:
+    """The encoder of the vocabulary at path, which has this hash. Its word cache serves all jobs of
+    a process."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.hash != tokenizer_hash:
+        raise ValueError(f"{path} changed while text was tokenized; run pretokenize again")
+    return Encoder(tokenizer, token_dtype(tokenizer.vocab_size))
+
+
+def read_sources(
+    job: Job, on_progress: Callable[[int], object], report: CorpusReport
+) -> Iterator[DocumentChunk]:
+    """Yield the documents of all files of the job."""
+    for source in job["sources"]:
+        progress = ByteProgress(on_progress)
+        yield from read_documents(
+            source.path, job["separator"], progress, report, job["text_field"]
+        )
 
 
 class ByteProgress:
@@ -346,7 +268,7 @@ def write_batch(
     writer: ShardWriter, encoder: Encoder, batch: list[DocumentChunk], num_threads: int
 ) -> None:
     """Append the tokens of the chunks to the shard, with BOS before each document."""
-    encoded = encoder.encode([chunk.text for chunk in batch], num_threads)
+    encoded = encoder.encode(batch, num_threads)
     for chunk, ids in zip(batch, encoded, strict=True):
         if chunk.starts_document:
             writer.write([encoder.tokenizer.bos_id])
