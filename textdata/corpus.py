@@ -144,9 +144,10 @@ def contains(path: str, text: str) -> bool:
     """Whether the file has the text. It is read until then."""
     end = ""
     for block in read_blocks(path):
-        if text in end + block:
+        end += block
+        if text in end:
             return True
-        end = block[-len(text) :]
+        end = end[-len(text) :]
     return False
 
 
