@@ -25,7 +25,6 @@ from textdata.text_files import file_format, read_blocks
 MAX_CHUNK = 2**22  # characters; a longer document is split, to bound memory
 LAST_WORD_END = re.compile(r".*\S(?= \S)", re.DOTALL)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's end of a document, also in TinyStories' .txt files
-SPACE_MARKER = "▁"  # U+2581
 NUM_EXAMPLES = 3  # paths shown for each reason that files are left out
 
 
@@ -52,7 +51,6 @@ class CorpusReport:
     num_files: int = 0  # read to their end
     num_documents: int = 0
     num_empty: int = 0  # records and rows whose text is empty or missing
-    num_with_marker: int = 0  # documents with U+2581, which SentencePiece encodes as a space
     skipped: list[SkippedFile] = field(default_factory=list)
 
     def add(self, other: "CorpusReport") -> None:
@@ -60,18 +58,12 @@ class CorpusReport:
         self.num_files += other.num_files
         self.num_documents += other.num_documents
         self.num_empty += other.num_empty
-        self.num_with_marker += other.num_with_marker
         self.skipped += other.skipped
 
 
 def format_report(report: CorpusReport) -> str:
     """The report as lines of text: files and documents read, then what was left out and why."""
     lines = [f"read {report.num_documents:,} document(s) in {report.num_files:,} file(s)"]
-    if report.num_with_marker:
-        lines.append(
-            f"{report.num_with_marker:,} document(s) contain U+2581 (▁): "
-            "a SentencePiece vocabulary encodes it as a space"
-        )
     if report.num_empty:
         lines.append(f"left out {report.num_empty:,} record(s) without text")
     return "\n".join(lines + format_skipped(report.skipped))
@@ -109,7 +101,6 @@ def read_documents(
     Raises ValueError with the path if the file is not UTF-8 text, or not such JSON, CSV or Parquet.
     """
     report = CorpusReport() if report is None else report
-    has_marker = False
     try:
         if file_format(path) == ".txt":
             chunks = read_text_file(path, separator, progress)
@@ -117,9 +108,6 @@ def read_documents(
             chunks = read_records(path, progress, text_field, report)
         for chunk in chunks:
             report.num_documents += chunk.starts_document
-            had_marker = has_marker and not chunk.starts_document
-            has_marker = had_marker or SPACE_MARKER in chunk.text
-            report.num_with_marker += has_marker and not had_marker
             yield chunk
         report.num_files += 1
     except ValueError as error:
