@@ -16,6 +16,7 @@ import glob
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from textdata.corpus import CorpusReport, format_skipped
 from textdata.download import download, plain_reason, unpack
 from textdata.input_files import find_files
 from textdata.pretokenize import initial_meta, pretokenize
-from textdata.shard_jobs import list_jobs
+from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
 from textdata.text_files import file_format
 from textdata.token_shards import token_dir
@@ -42,6 +43,7 @@ from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, lea
 DATASET = "TinyStories_all_data"
 ARCHIVE = f"{DATASET}.tar.gz"
 STORIES_PER_SHARD = 5000
+SYNTHETIC_SOURCE = "synthetic, from cria's grammar"  # the source of every synthetic record
 MAX_WAIT = 7 * 24 * 3600.0  # seconds that a process waits for processes with more to tokenize
 
 
@@ -100,7 +102,8 @@ class Pretokenize:
     # files that have it, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
-    # fraction of each file, at its end, for validation (TinyStories: its first shard)
+    # fraction of each shard, at its end, for validation (TinyStories: its first file). A file of
+    # 4 MB is a shard; smaller files are packed
     val_fraction: float = 0.05
     num_workers: int = 0  # worker processes; 0: as many as CPU cores
 
@@ -158,10 +161,7 @@ def run_synthesize(config: Synthesize) -> None:
         for shard, start in enumerate(starts):
             rng = random.Random(f"{config.seed} {shard}")
             count = min(STORIES_PER_SHARD, config.num_stories - start)
-            records = [
-                {"story": story(rng), "source": "synthetic, from cria's grammar"}
-                for _ in range(count)
-            ]
+            records = [{"story": story(rng), "source": SYNTHETIC_SOURCE} for _ in range(count)]
             path = os.path.join(config.data_dir, f"synthetic{shard:02d}.json")
             write_atomically(path, json.dumps(records).encode())
             bar.update(count)
@@ -171,10 +171,19 @@ def run_synthesize(config: Synthesize) -> None:
 
 def remove_stale_shards(data_dir: str, num_shards: int) -> None:
     """Remove the shards that an earlier, larger run wrote."""
-    for path in glob.glob(os.path.join(glob.escape(data_dir), "synthetic[0-9]*.json")):
-        number = os.path.basename(path).removeprefix("synthetic").removesuffix(".json")
-        if int(number) >= num_shards:
+    for name in os.listdir(data_dir):
+        match = re.fullmatch(r"synthetic(\d{2,})\.json", name)
+        path = os.path.join(data_dir, name)
+        if match and int(match[1]) >= num_shards and is_synthetic(path):
             os.remove(path)
+
+
+def is_synthetic(path: str) -> bool:
+    """Whether the last record of the file is synthetic."""
+    end = json.dumps([{"source": SYNTHETIC_SOURCE}]).removeprefix("[{").encode()
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(end)))
+        return file.read() == end
 
 
 def run_train_vocab(config: TrainVocab) -> None:
@@ -200,6 +209,7 @@ def run_pretokenize(config: Pretokenize) -> None:
         if dist_ctx.is_main:
             stack.enter_context(run_lock(data_dir))
             stack.enter_context(run_lock(folder))
+            check_same_text(folder, files)
             prepare_tokenizer(config, files, data_dir, folder)
         dist_ctx.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))

@@ -14,6 +14,7 @@ from tests.processes import ROOT
 from tests.textdata.helpers import (
     VOCAB_SIZE,
     error_lines,
+    fill_to_pack_size,
     read_folder,
     run_stage,
     tinystories_shards,
@@ -252,6 +253,7 @@ def test_torchrun_processes_write_the_same_tokens(tmp_path, stories, tokenizer_p
     text_folder = tmp_path / "stories"
     for number in range(5):
         write_stories(text_folder / f"data{number:02d}.json", stories[number::5])
+    fill_to_pack_size(text_folder)
     script = [
         str(ROOT / "tinystories.py"),
         "pretokenize",
@@ -269,5 +271,5 @@ def test_torchrun_processes_write_the_same_tokens(tmp_path, stories, tokenizer_p
         assert result.returncode == 0 and result.stdout.count("5 shard(s)") == 1, result.stderr
         folder = tmp_path / name / f"tok{VOCAB_SIZE}"
         folders.append(read_folder(folder))
-    assert len(folders[0]) == 5 + len(["meta.json", "tokenizer.model", ".lock"])
+    assert len(folders[0]) == 2 * 5 + len(["meta.json", "tokenizer.model", ".lock"])
     assert folders[0] == folders[1]

@@ -22,7 +22,6 @@ from textdata.shard_jobs import (
     Job,
     ShardEntry,
     ShardRecord,
-    check_same_text,
     count_files,
     earlier_shards,
     finished_record,
@@ -69,10 +68,9 @@ def pretokenize(
         dist_ctx: the processes that divide the jobs.
         report: what was left out when the files were listed.
 
-    Raises ValueError for text that cannot be read, a killed worker, or a folder of other tokens.
+    Raises ValueError for text that cannot be read or a killed worker.
     """
     shards_before = earlier_shards(folder)
-    check_same_text(folder, jobs, shards_before)
     pending = [job for job in jobs if finished_record(folder, job) is None]
     dist_ctx.barrier()  # every process has read the records before one changes them
     if dist_ctx.is_main:

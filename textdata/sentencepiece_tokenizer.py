@@ -35,6 +35,7 @@ UNUSED = 5
 BYTE = 6
 
 MAX_TRAINING_LINE = 4096  # bytes; SentencePiece leaves out longer lines, so they are split
+RESERVED_CHARACTER = "\u2585"  # SentencePiece leaves out lines with it, so it is replaced
 
 
 class Piece(NamedTuple):
@@ -206,12 +207,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
     Unknown characters fall back to bytes and every digit is one token. Text is not normalized and
     spaces are kept, so that llama.cpp gives the same tokens. Raises ValueError if there is too
-    little text, with the largest vocabulary that works.
+    little text, with the largest vocabulary that works. An exception of texts is raised unchanged.
     """
     model = io.BytesIO()
+    lines = ErrorKeepingIterator(split_training_lines(texts))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=split_training_lines(texts),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -227,16 +229,36 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
         reason = explain_training_failure(str(error))
         raise ValueError(f"--vocab_size={vocab_size}: {reason}") from error
     return model.getvalue()
+
+
+class ErrorKeepingIterator(Iterator[str]):
+    """Iterates over lines and keeps the exception that ends them. SentencePiece replaces every
+    exception of its iterator, Ctrl-C included, by a RuntimeError with lines of source code."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines = lines
+        self.error: BaseException | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self.lines)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def split_training_lines(texts: Iterable[str]) -> Iterator[str]:
     """The lines of the texts. A line longer than MAX_TRAINING_LINE is split between characters."""
     step = MAX_TRAINING_LINE // 4  # a character takes up to 4 bytes
     for text in texts:
-        for line in text.splitlines():
+        for line in text.replace(RESERVED_CHARACTER, " ").splitlines():
             for start in range(0, len(line), step):
                 yield line[start : start + step]
 

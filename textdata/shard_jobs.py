@@ -167,15 +167,15 @@ def earlier_shards(folder: str) -> list[dict[str, Any]]:
         return []
 
 
-def check_same_text(folder: str, jobs: list[Job], shards: list[dict[str, Any]]) -> None:
-    """Raise ValueError if the folder has tokens, but none from the files of the jobs. shards: the
-    entries in meta.json; earlier versions of cria wrote the source there and no records."""
+def check_same_text(folder: str, files: list[str]) -> None:
+    """Raise ValueError if the folder has tokens, but none from these files."""
+    shards = earlier_shards(folder)
+    # Earlier versions of cria wrote the source to meta.json and no records.
     earlier_sources = {shard["job"]["source"] for shard in shards if "job" in shard}
     for record in all_records(folder):
         if is_complete(folder, record):
             earlier_sources |= {source.path for source in record.job["sources"]}
-    sources = {source.path for job in jobs for source in job["sources"]}
-    if earlier_sources and earlier_sources.isdisjoint(sources):
+    if earlier_sources and earlier_sources.isdisjoint(map(os.path.abspath, files)):
         raise ValueError(
             f"{folder} holds the tokens of another text, {min(earlier_sources)}: "
             "give another --data_dir"

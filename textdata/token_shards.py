@@ -216,6 +216,7 @@ class TokenDataset:
         tokens = np.fromfile(path, self.dtype, num_tokens, offset=start * self.dtype.itemsize)
         if len(tokens) != num_tokens or tokens.max() >= self.vocab_size:
             raise ValueError(
-                f"{path} changed or is damaged; run python tinystories.py pretokenize again"
+                f"{path} changed or is damaged; "
+                "delete it and run python tinystories.py pretokenize again"
             )
         return tokens.astype(np.int64)

@@ -14,6 +14,7 @@ import numpy as np
 from tests.helpers import VOCAB_SIZE
 from tests.helpers import write_tinystories_shard as write_stories
 from textdata.corpus import DocumentChunk
+from textdata.shard_jobs import PACK_SIZE
 from textdata.token_shards import ShardWriter, read_meta, token_dtype, write_meta
 from textdata.tokenizer import Tokenizer
 from tinystories import main
@@ -64,6 +65,13 @@ def decode_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
 def read_folder(folder: Path) -> dict[str, bytes]:
     """The content of every file in the folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fill_to_pack_size(folder: Path) -> None:
+    """Append whitespace to every file, so that each becomes a shard."""
+    for path in folder.iterdir():
+        with open(path, "ab") as file:
+            file.write(b"\n" * PACK_SIZE)
 
 
 def tinystories_shards(stories: list[str]) -> dict[str, bytes]:

@@ -91,7 +91,8 @@ def test_a_long_document_is_split_at_spaces_into_chunks(tmp_path, monkeypatch):
     first, *chunks, last = read_documents(str(path))
     assert first == DocumentChunk("first", True) and last == DocumentChunk("last", True)
     assert [chunk.starts_document for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-    assert " ".join(chunk.text for chunk in chunks) == long
+    assert "".join(chunk.text for chunk in chunks) == long
+    assert all(chunk.text.startswith(" word") for chunk in chunks[1:])
     assert len(chunks) > 10 and max(len(chunk.text) for chunk in chunks) <= 200 + 64
 
 
@@ -102,6 +103,47 @@ def test_a_long_document_without_spaces_is_split_without_loss(tmp_path, monkeypa
     path = tmp_path / "a.txt"
     path.write_text(long, encoding="utf-8")
     assert "".join(chunk.text for chunk in read_documents(str(path))) == long
+
+
+LONG_DOCUMENTS = {
+    "line breaks": "one two\nthree\n" * 300,
+    "indented": "if x:\n    y  =  1\n\tz\n" * 200,
+    "spaces at every cut": "a" * 150 + " " * 100 + "b" * 150 + " \n" + " " * 120 + "c" * 300,
+    "no spaces": "word\n" * 500,
+    "leading whitespace": " " * 700 + "x " * 300,
+    "trailing whitespace": "x " * 300 + "\n" + " " * 150,
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, 5000])
+@pytest.mark.parametrize("name", LONG_DOCUMENTS)
+def test_a_split_document_keeps_its_whitespace(tmp_path, monkeypatch, name, block_size):
+    """A space or a line break was removed wherever a long document was split."""
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
+    path = tmp_path / "a.txt"
+    path.write_text(f"first\n\n{LONG_DOCUMENTS[name]}\n\nlast")
+    first, *chunks, last = read_documents(str(path))
+    assert first == DocumentChunk("first", True) and last == DocumentChunk("last", True)
+    assert "".join(chunk.text for chunk in chunks) == LONG_DOCUMENTS[name].strip()
+    assert [chunk.starts_document for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize("separator", ["", " --- ", "\n<end of text>\n"])
+@pytest.mark.parametrize("offset", range(12))
+def test_a_separator_is_found_where_a_chunk_ends(tmp_path, monkeypatch, separator, offset):
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(corpus, "MAX_CHUNK", 100)
+    documents = ["a bc " * 18 + "d" * offset, "e" * 99 + "f" * offset, "the end"]
+    path = tmp_path / "a.txt"
+    path.write_text((separator or "\n  \n").join(documents))
+    report = CorpusReport()
+    text = "".join(
+        "|" * chunk.starts_document + chunk.text
+        for chunk in read_documents(str(path), separator, report=report)
+    )
+    assert text == "|" + "|".join(document.strip() for document in documents)
+    assert (report.num_files, report.num_documents) == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["lines.txt", "one.txt", "a.json"])

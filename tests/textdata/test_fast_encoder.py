@@ -6,8 +6,10 @@ import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from tests.helpers import small_llama3_tokenizer
 from textdata import fast_encoder
-from textdata.fast_encoder import Encoder, is_word_separable
+from textdata.corpus import DocumentChunk
+from textdata.fast_encoder import Encoder, is_word_separable, split_chunk
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
@@ -34,15 +36,28 @@ def odd_texts(count: int, seed: int = 0) -> list[str]:
 
 def encode_texts(tokenizer, texts: list[str], dtype="<u2") -> list[list[int]]:
     encoder = Encoder(tokenizer, np.dtype(dtype))
-    encoded = encoder.encode(texts)
-    assert encoder.encode(texts) == encoded  # now from the cache
+    chunks = [DocumentChunk(text, True) for text in texts]
+    encoded = encoder.encode(chunks)
+    assert encoder.encode(chunks) == encoded  # now from the cache
     return [np.frombuffer(ids, dtype).tolist() for ids in encoded]
+
+
+def encode_in_parts(tokenizer, parts: list[str], threads: int = 1) -> list[int]:
+    """The token ids of a document that was split into these parts."""
+    chunks = [DocumentChunk(part, number == 0) for number, part in enumerate(parts)]
+    encoded = Encoder(tokenizer, np.dtype("<u4")).encode(chunks, threads)
+    return np.frombuffer(b"".join(encoded), "<u4").tolist()
+
+
+def without_space_signs(texts: list[str]) -> list[str]:
+    """The texts that SentencePiece does not change."""
+    return [text for text in texts if "▁" not in text]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_token_ids_equal_those_of_sentencepiece(tokenizer, stories, dtype):
     assert is_word_separable(tokenizer)
-    texts = stories + odd_texts(3000)
+    texts = stories + without_space_signs(odd_texts(3000))
     assert encode_texts(tokenizer, texts, dtype) == tokenizer.processor.encode(texts)
 
 
@@ -55,7 +70,7 @@ def test_token_ids_of_real_vocabularies_equal_those_of_sentencepiece(shared, sto
     texts = (
         [play[start : start + 500] for start in range(0, len(play), 500)]
         + stories
-        + odd_texts(1000)
+        + without_space_signs(odd_texts(1000))
     )
     assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
@@ -95,7 +110,7 @@ def train(texts, **options) -> SentencePieceTokenizer:
 def test_vocabularies_with_tokens_across_words_use_sentencepiece(stories, options):
     tokenizer = train(stories, **options)
     assert not is_word_separable(tokenizer)
-    texts = stories[:50] + odd_texts(300)
+    texts = stories[:50] + without_space_signs(odd_texts(300))
     assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
 
@@ -108,7 +123,7 @@ def test_a_vocabulary_without_a_space_token_uses_sentencepiece(stories, space_ty
     if space_type == UNKNOWN:
         model.pieces[0].type = NORMAL  # there may be one unknown token only
     tokenizer = SentencePieceTokenizer(model.SerializeToString())
-    texts = ["é 中", "a é 中 b", *odd_texts(300)]
+    texts = ["é 中", "a é 中 b", *without_space_signs(odd_texts(300))]
     assert not is_word_separable(tokenizer)
     assert encode_texts(tokenizer, texts) == tokenizer.processor.encode(texts)
 
@@ -117,6 +132,70 @@ def test_the_word_cache_is_limited(tokenizer, stories, monkeypatch):
     monkeypatch.setattr(fast_encoder, "MAX_CACHED_WORDS", 20)
     monkeypatch.setattr(fast_encoder, "MAX_WORD_LENGTH", 5)
     encoder = Encoder(tokenizer, np.dtype("<u2"))
-    ids = [np.frombuffer(content, "<u2").tolist() for content in encoder.encode(stories)]
+    encoded = encoder.encode([DocumentChunk(story, True) for story in stories])
+    ids = [np.frombuffer(content, "<u2").tolist() for content in encoded]
     assert ids == tokenizer.processor.encode(stories)
     assert len(encoder.words) == 20 and max(map(len, encoder.words)) <= 5
+
+
+def test_the_sign_for_a_space_is_kept_as_text(tokenizer):
+    """SentencePiece reads U+2581 as a space, so the corpus lost it without a word."""
+    texts = [text for text in odd_texts(2000) if "▁" in text]
+    texts += ["▁", "▁▁", " ▁", "▁ ", "a▁b", "a ▁ b", "▁the end▁", "▁" * 50]
+    assert [tokenizer.decode(ids) for ids in encode_texts(tokenizer, texts)] == texts
+
+
+@pytest.mark.parametrize("options", [dict(model_type="unigram", vocab_size=350), dict()])
+def test_the_sign_for_a_space_takes_its_three_bytes(stories, options):
+    tokenizer = train(stories, **options)
+    (ids,) = encode_texts(tokenizer, ["the▁dog"])
+    assert [tokenizer.processor.id_to_piece(token) for token in ids if token < 259] == [
+        "<0xE2>",
+        "<0x96>",
+        "<0x81>",
+    ]
+    assert tokenizer.decode(ids) == "the▁dog"
+
+
+def test_without_bytes_the_sign_for_a_space_is_unknown(stories):
+    """It is then as any other character that is not in the vocabulary."""
+    tokenizer = train(stories, byte_fallback=False)
+    (ids,) = encode_texts(tokenizer, ["the▁dog"])
+    assert tokenizer.decode(ids) == "the ⁇ dog"
+
+
+LONG_TEXT = "Tom saw a big  red ball,\n and\n\nit was\t▁ happy. 日本語のテキスト " * 20
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 13, 14, 15, 24, 25, 26, 40, 41, 42, 43, 47, 52, 500])
+@pytest.mark.parametrize("name", ["bpe", "no prefix", "unigram", "llama3"])
+def test_a_document_in_parts_keeps_its_text(tokenizer, stories, name, cut):
+    """A later part got a space of its own, or lost its first space."""
+    tokenizer = {
+        "bpe": lambda: tokenizer,
+        "no prefix": lambda: train(stories, add_dummy_prefix=False),
+        "unigram": lambda: train(stories, model_type="unigram", vocab_size=350),
+        "llama3": small_llama3_tokenizer,
+    }[name]()
+    ids = encode_in_parts(
+        tokenizer, [LONG_TEXT[:cut], LONG_TEXT[cut : cut + 7], LONG_TEXT[cut + 7 :]]
+    )
+    assert tokenizer.decode(ids) == LONG_TEXT
+
+
+@pytest.mark.parametrize("size", [1, 10, 100])
+def test_the_size_of_the_parts_makes_no_difference(tokenizer, monkeypatch, size):
+    text = LONG_TEXT.replace("▁", "")
+    monkeypatch.setattr(fast_encoder, "SEPARABLE_PART", size)
+    assert encode_texts(tokenizer, [text]) == [tokenizer.encode(text)]
+
+
+def test_a_text_without_spaces_is_encoded_in_bounded_parts(tokenizer, monkeypatch):
+    """One line of 300 MB went to SentencePiece as one word."""
+    monkeypatch.setattr(fast_encoder, "SEPARABLE_PART", 50)
+    monkeypatch.setattr(fast_encoder, "MAX_CHUNK", 100)
+    chunk = DocumentChunk("日本語" * 100 + " the end", True)
+    parts = list(split_chunk(chunk, 50))
+    assert max(len(part.text) for part in parts) <= 100
+    assert "".join(part.text for part in parts) == chunk.text
+    assert tokenizer.decode(encode_in_parts(tokenizer, [chunk.text])) == chunk.text

@@ -12,13 +12,14 @@ from runtime.distributed import DistContext
 from tests.textdata.helpers import (
     VOCAB_SIZE,
     decode_documents,
+    fill_to_pack_size,
     read_folder,
     read_shards,
     run_stage,
     tinystories_shards,
     write_stories,
 )
-from textdata import corpus
+from textdata import corpus, shard_jobs
 from textdata import pretokenize as pretokenize_module
 from textdata.token_shards import read_meta
 from textdata.tokenizer import load_tokenizer
@@ -28,6 +29,11 @@ from tinystories import DATASET
 @pytest.fixture(autouse=True)
 def work_in_tmp_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_shard_for_each_file(monkeypatch):
+    monkeypatch.setattr(shard_jobs, "PACK_SIZE", 1)
 
 
 @pytest.fixture
@@ -65,6 +71,7 @@ def test_meta_describes_the_tokens(options, tokenizer):
     assert load_tokenizer("out/tok512/tokenizer.model").hash == tokenizer.hash
     assert sum(meta["tokens"].values()) == sum(map(len, shards))
     assert [shard["file"] for shard in meta["shards"]] == ["00000.bin", "00001.bin", "00002.bin"]
+    assert (meta["files"], meta["documents"]) == (3, 300)
 
 
 @pytest.mark.parametrize("characters", [1, 300, 2**20])
@@ -81,7 +88,7 @@ def test_a_split_document_has_one_bos_and_the_same_tokens(tmp_path, monkeypatch,
     tokenizer = load_tokenizer(tokenizer_path)
     long = " ".join(["Tom saw a big red ball and was happy."] * 100)
     (tmp_path / "long.txt").write_text(f"{long}\n\nThe end.")
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 100)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 100)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 500)
     run_stage(
         "pretokenize",
@@ -110,7 +117,6 @@ def test_the_first_shard_of_tinystories_validates(story_shards, tmp_path, tokeni
         (tmp_path / "data" / DATASET / name).write_bytes(content)
     run_stage("pretokenize", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
     first, *others = read_meta("data/tok512")["shards"]
-    assert first["job"]["source"].endswith("data00.json")
     assert first["train"] == [0, 0] and first["val"] == [0, first["tokens"]]
     assert len(others) == 2 and all(shard["train"] == [0, shard["tokens"]] for shard in others)
 
@@ -255,18 +261,30 @@ def test_a_damaged_shard_is_tokenized_again(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"dtype": "<u2", "shards": [{}]}', '{"dtype": 5, "shards": []}']
+    "content",
+    ["", "{", "[]", "5", '{"job": 5}', '{"job": {"sources": [5]}}', "[" * 100_000],
 )
-def test_a_damaged_meta_tokenizes_everything_again(options, tmp_path, content):
+def test_a_damaged_record_tokenizes_its_shard_again(options, tmp_path, content):
+    folder = tmp_path / "out" / "tok512"
+    run_stage("pretokenize", *options)
+    before = read_folder(folder)
+    (folder / "00001.record").write_text(content)
+    assert "2 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert read_folder(folder) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": [{}]}', '{"shards": 5}'])
+def test_a_damaged_meta_is_written_again(options, tmp_path, content):
     folder = tmp_path / "out" / "tok512"
     run_stage("pretokenize", *options)
     before = read_folder(folder)
     (folder / "meta.json").write_text(content)
-    assert "unchanged" not in run_stage("pretokenize", *options)
+    run_stage("pretokenize", *options)
     assert read_folder(folder) == before
 
 
-def test_the_number_of_workers_changes_no_byte(run_script, options, tmp_path):
+def test_the_number_of_workers_changes_no_byte(run_script, options, text_folder, tmp_path):
+    fill_to_pack_size(text_folder)
     result = run_script("tinystories.py", "pretokenize", *options, "--num_workers=2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     parallel = read_folder(tmp_path / "out" / "tok512")
@@ -302,7 +320,7 @@ def test_ranks_divide_the_files_and_write_the_same_bytes(options, tmp_path, monk
         barriers.append(dist_ctx.rank)
         if barriers == [0, 0]:
             run_rank(1)
-            written = {".lock", "00001.bin", "part1.json", "tokenizer.model"}
+            written = {".lock", "00001.bin", "00001.record", "tokenizer.model"}
             assert set(os.listdir(folder)) == written
 
     monkeypatch.setattr(DistContext, "barrier", barrier)

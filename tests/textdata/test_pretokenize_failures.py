@@ -4,14 +4,26 @@ import re
 import pytest
 
 from runtime.atomic_files import run_lock
-from tests.textdata.helpers import VOCAB_SIZE, error_lines, read_shards, run_stage
+from tests.textdata.helpers import (
+    VOCAB_SIZE,
+    error_lines,
+    fill_to_pack_size,
+    read_shards,
+    run_stage,
+)
 from textdata import pretokenize as pretokenize_module
+from textdata import shard_jobs
 from textdata.token_shards import read_meta
 
 
 @pytest.fixture(autouse=True)
 def work_in_tmp_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_shard_for_each_file(monkeypatch):
+    monkeypatch.setattr(shard_jobs, "PACK_SIZE", 1)
 
 
 @pytest.mark.slow
@@ -21,6 +33,7 @@ def test_a_failed_worker_ends_the_run_and_blocks_training(
     """llama2.c goes on without the shard, and training hangs (karpathy/llama2.c #311, #296)."""
     whole = (text_folder / "b.json").read_text()
     (text_folder / "b.json").write_text(whole[: len(whole) // 2])
+    fill_to_pack_size(text_folder)
     result = run_script("tinystories.py", "pretokenize", *options, "--num_workers=2", cwd=tmp_path)
     (line,) = (line for line in error_lines(result) if line.startswith("tinystories.py: "))
     assert result.returncode == 1 and "next:" not in result.stdout
@@ -60,8 +73,11 @@ sys.addaudithook(hook)
         ("SIGINT", 1, 130, "interrupted"),
     ],
 )
-def test_a_killed_or_interrupted_run_fails_and_can_resume(run_script, options, tmp_path, case):
+def test_a_killed_or_interrupted_run_fails_and_can_resume(
+    run_script, options, text_folder, tmp_path, case
+):
     """The signal comes when the second of three files is opened, in a worker or in process."""
+    fill_to_pack_size(text_folder)
     signal, num_workers, status, sentence = case
     hooks = tmp_path / "hooks"
     hooks.mkdir()
@@ -83,16 +99,16 @@ def test_a_killed_or_interrupted_run_fails_and_can_resume(run_script, options, t
 
 
 def test_an_interrupted_run_keeps_its_finished_shards(options, monkeypatch):
-    def interrupted(job, *args):
-        if job["source"].endswith("c.jsonl"):
+    def interrupted(path, *args):
+        if path.endswith("c.jsonl"):
             raise KeyboardInterrupt
-        return tokenize_file(job, *args)
+        return read_documents(path, *args)
 
-    tokenize_file = pretokenize_module.tokenize_file
-    monkeypatch.setattr(pretokenize_module, "tokenize_file", interrupted)
+    read_documents = pretokenize_module.read_documents
+    monkeypatch.setattr(pretokenize_module, "read_documents", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_stage("pretokenize", *options)
-    monkeypatch.setattr(pretokenize_module, "tokenize_file", tokenize_file)
+    monkeypatch.setattr(pretokenize_module, "read_documents", read_documents)
     assert "2 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
 
 
