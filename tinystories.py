@@ -29,11 +29,13 @@ from tqdm import tqdm
 from configurator import configure, exit_with_errors, print_overrides, run_main
 from runtime.atomic_files import run_lock, write_atomically
 from runtime.distributed import init_distributed, shutdown_distributed, translate_dist_errors
-from textdata.corpus import CorpusReport, find_files
+from textdata.corpus import CorpusReport, format_skipped
 from textdata.download import download, plain_reason, unpack
+from textdata.input_files import find_files
 from textdata.pretokenize import initial_meta, pretokenize
 from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
+from textdata.text_files import file_format
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
@@ -72,10 +74,13 @@ class TrainVocab:
     """Learn a byte-pair vocabulary and write DATA_DIR/tokSIZE.model and .bin."""
 
     vocab_size: int = 4096  # tokens; 259 are fixed: three special tokens and the bytes
-    input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
+    # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
+    input: str = ""
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
-    # text between the documents of .txt files; blank lines if empty, \n is a line break
+    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
+    # files that have it, else blank lines
     separator: str = ""
+    text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
 
     def validate(self) -> Iterator[str]:
         yield from vocab_size_problems(self.vocab_size)
@@ -90,10 +95,13 @@ class Pretokenize:
     vocab_size: int = 4096  # of the custom vocabulary, which is learned first if it is missing
     # an existing tokenizer.model or tokenizer.bin; required with --vocab_source=llama2
     tokenizer: str = ""
-    input: str = ""  # a .txt, .json or .jsonl file or a folder of them; TinyStories if empty
+    # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
+    input: str = ""
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
-    # text between the documents of .txt files; blank lines if empty, \n is a line break
+    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
+    # files that have it, else blank lines
     separator: str = ""
+    text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
     # fraction of each shard, at its end, for validation (TinyStories: its first file). A file of
     # 4 MB is a shard; smaller files are packed
     val_fraction: float = 0.05
@@ -180,15 +188,21 @@ def is_synthetic(path: str) -> bool:
 
 def run_train_vocab(config: TrainVocab) -> None:
     """Learn a vocabulary from the input."""
-    files, data_dir = find_input(config)
+    report = CorpusReport()
+    files, data_dir = find_input(config, report)
     with run_lock(data_dir):
-        learn_vocabulary(files, data_dir, config.vocab_size, unescape(config.separator))
+        learn_vocabulary(
+            files, data_dir, config.vocab_size, unescape(config.separator), config.text_field
+        )
+    for line in format_skipped(report.skipped):
+        print(line)
 
 
 def run_pretokenize(config: Pretokenize) -> None:
     """Convert the input to token shards in DATA_DIR/tokSIZE or DATA_DIR/llama2."""
     dist_ctx, _ = init_distributed("cpu", MAX_WAIT)  # torchrun's processes divide the files
-    files, data_dir = find_input(config)
+    report = CorpusReport()
+    files, data_dir = find_input(config, report)
     folder = token_dir(data_dir, config.vocab_source, config.vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_dist_errors("for a week"))
@@ -200,10 +214,11 @@ def run_pretokenize(config: Pretokenize) -> None:
         dist_ctx.barrier()
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
         fractions = val_fractions(config, len(files))
-        jobs = list_jobs(files, tokenizer, unescape(config.separator), fractions)
+        separator = unescape(config.separator)
+        jobs = list_jobs(files, tokenizer, separator, fractions, config.text_field)
         meta = initial_meta(config.vocab_source, tokenizer)
         num_workers = config.num_workers or default_num_workers()
-        pretokenize(jobs, folder, meta, num_workers, dist_ctx, CorpusReport())
+        pretokenize(jobs, folder, meta, num_workers, dist_ctx, report)
         shutdown_distributed()
     if dist_ctx.is_main:
         vocab = f"--vocab_source={config.vocab_source} --vocab_size={tokenizer.vocab_size}"
@@ -213,13 +228,13 @@ def run_pretokenize(config: Pretokenize) -> None:
 def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, folder: str) -> None:
     """Write FOLDER/tokenizer.model: --tokenizer, or the custom vocabulary, learned if missing."""
     path = config.tokenizer or find_or_learn_vocabulary(
-        files, data_dir, config.vocab_size, unescape(config.separator)
+        files, data_dir, config.vocab_size, unescape(config.separator), config.text_field
     )
     install_tokenizer(path, folder, config.vocab_size if config.vocab_source == "custom" else None)
 
 
-def find_input(config: TrainVocab | Pretokenize) -> tuple[list[str], str]:
-    """The text files to read and the folder to write to."""
+def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[list[str], str]:
+    """The text files to read and the folder to write to. The report gets what is left out."""
     data_dir = config.data_dir or default_data_dir(config.input)
     source = config.input or os.path.join(data_dir, DATASET)
     if not config.input and not os.path.isdir(source):
@@ -227,7 +242,13 @@ def find_input(config: TrainVocab | Pretokenize) -> tuple[list[str], str]:
             f"{source} does not exist: run python tinystories.py download, or synthesize if there "
             "is no network, or name your own text with --input=FILE_OR_FOLDER"
         )
-    return find_files(source), data_dir
+    files = find_files(source, config.text_field, report)
+    if config.separator and not any(file_format(file) == ".txt" for file in files):
+        raise ValueError(
+            f"--separator={config.separator}: separates the documents of .txt files, and {source} "
+            "has none; each record is a document"
+        )
+    return files, data_dir
 
 
 def default_data_dir(source: str) -> str:
@@ -236,7 +257,9 @@ def default_data_dir(source: str) -> str:
         return "data"
     path = os.path.abspath(source)
     name = os.path.basename(path)
-    return os.path.join("data", name if os.path.isdir(path) else os.path.splitext(name)[0])
+    if not os.path.isdir(path):
+        name = os.path.splitext(name.removesuffix(".gz"))[0]
+    return os.path.join("data", name)
 
 
 def unescape(separator: str) -> str:

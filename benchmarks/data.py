@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks.records import path_problems
 from benchmarks.timing import largest_resident_size
 from textdata import synthetic
-from textdata.corpus import find_files, read_documents
+from textdata.corpus import read_documents
+from textdata.input_files import find_files
 from textdata.loader import training_batches
 from textdata.token_shards import TokenDataset, token_dir, token_dtype, write_meta
 from textdata.tokenizer import load_tokenizer, train_sentencepiece

@@ -1,26 +1,31 @@
 """
 Stream documents from text files. Memory does not grow with the size of the file.
 
-.txt    documents separated by blank lines, or by a given separator
-.jsonl  one JSON object per line, with the text under "story" or "text"
-.json   an array of such objects, as in TinyStories
+.txt      documents separated by <|endoftext|> if the file has it, else by blank lines, or by a
+          given separator
+.jsonl    JSON objects with the text in one field; .ndjson is the same
+.json     arrays of such objects, as in TinyStories, or such objects
+.csv      a header, then rows with the text in one column
+.parquet  rows with the text in one column; needs pyarrow
+
+All but .parquet may be compressed with gzip: .txt.gz.
 """
 
 import itertools
-import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
-SUFFIXES = (".txt", ".json", ".jsonl")
-BLOCK_SIZE = 2**20  # characters read at a time
+from textdata.json_records import read_json
+from textdata.records import record_pieces
+from textdata.table_records import read_csv, read_parquet
+from textdata.text_files import file_format, read_blocks
+
 MAX_CHUNK = 2**22  # characters; a longer document is split, to bound memory
-MAX_RECORD = 2**26  # characters; a longer JSON record is treated as damaged
-JSON_SEPARATOR = re.compile(r"\s*,?\s*")
 LAST_WORD_END = re.compile(r".*\S(?= \S)", re.DOTALL)
-DECODER = json.JSONDecoder()
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's end of a document, also in TinyStories' .txt files
+NUM_EXAMPLES = 3  # paths shown for each reason that files are left out
 
 
 class DocumentChunk(NamedTuple):
@@ -31,44 +36,49 @@ class DocumentChunk(NamedTuple):
     starts_document: bool
 
 
+class SkippedFile(NamedTuple):
+    """A file or folder that is left out."""
+
+    path: str
+    reason: str
+
+
 @dataclass
 class CorpusReport:
-    """What was read of a corpus. It is filled while the documents are read."""
+    """What was read, and what was left out. find_files adds the files that it leaves out;
+    read_documents counts what it reads."""
 
-    num_files: int = 0
+    num_files: int = 0  # read to their end
     num_documents: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # path, and why it was left out
+    num_empty: int = 0  # records and rows whose text is empty or missing
+    skipped: list[SkippedFile] = field(default_factory=list)
 
     def add(self, other: "CorpusReport") -> None:
-        """Add the numbers of another part of the corpus."""
+        """Add the counts of another part of the corpus."""
         self.num_files += other.num_files
         self.num_documents += other.num_documents
+        self.num_empty += other.num_empty
         self.skipped += other.skipped
 
 
 def format_report(report: CorpusReport) -> str:
-    """The numbers of files and documents, and a line for each path that was left out."""
+    """The report as lines of text: files and documents read, then what was left out and why."""
     lines = [f"read {report.num_documents:,} document(s) in {report.num_files:,} file(s)"]
-    lines += [f"left out {path}: {reason}" for path, reason in report.skipped]
-    return "\n".join(lines)
+    if report.num_empty:
+        lines.append(f"left out {report.num_empty:,} record(s) without text")
+    return "\n".join(lines + format_skipped(report.skipped))
 
 
-def find_files(path: str) -> list[str]:
-    """The file itself, or all text files below the folder, sorted. Raises ValueError if there is
-    none."""
-    if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise ValueError(
-                f"{path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of them"
-            )
-        return [path]
-    if not os.path.isdir(path):
-        raise ValueError(f"{path}: there is no such file or folder")
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    files = sorted(f for f in files if f.endswith(SUFFIXES) and os.path.basename(f) != "meta.json")
-    if not files:
-        raise ValueError(f"{path}: no file here ends in {', '.join(SUFFIXES)}")
-    return files
+def format_skipped(skipped_files: list[SkippedFile]) -> list[str]:
+    """A line for each reason, with the number of files and the first of them."""
+    paths_by_reason: dict[str, list[str]] = {}
+    for path, reason in skipped_files:
+        paths_by_reason.setdefault(reason, []).append(path)
+    lines = []
+    for reason, paths in paths_by_reason.items():
+        examples = ", ".join(paths[:NUM_EXAMPLES]) + (", ..." if paths[NUM_EXAMPLES:] else "")
+        lines.append(f"left out {len(paths):,} ({reason}): {examples}")
+    return lines
 
 
 def read_documents(
@@ -76,58 +86,79 @@ def read_documents(
     separator: str = "",
     progress: Callable[[int], None] = lambda num_bytes: None,
     report: CorpusReport | None = None,
+    text_field: str = "",
 ) -> Iterator[DocumentChunk]:
     """Yield the documents of the file without surrounding whitespace; skip the empty ones.
 
     Args:
-        path: a .txt, .json or .jsonl file.
-        separator: the text between the documents of a .txt file; blank lines if empty.
+        path: a file in one of the formats above.
+        separator: the text between the documents of a .txt file; if empty, <|endoftext|> if the
+            file has it, else blank lines.
         progress: called with the number of bytes read so far.
         report: counts the file and its documents.
+        text_field: the field or column with the text; "text" or "story" if empty.
 
-    Raises ValueError with the path if the file is not UTF-8 text or not such JSON.
+    Raises ValueError with the path if the file is not UTF-8 text, or not such JSON, CSV or Parquet.
     """
     report = CorpusReport() if report is None else report
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            blocks = read_blocks(file, progress)
-            for chunk in (
-                read_text(blocks, separator) if path.endswith(".txt") else read_json(blocks)
-            ):
-                report.num_documents += chunk.starts_document
-                yield chunk
+        if file_format(path) == ".txt":
+            chunks = read_text_file(path, separator, progress)
+        else:
+            chunks = read_records(path, progress, text_field, report)
+        for chunk in chunks:
+            report.num_documents += chunk.starts_document
+            yield chunk
         report.num_files += 1
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv"
-        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_blocks(file: TextIO, progress: Callable[[int], None]) -> Iterator[str]:
-    """Yield the text of the file in blocks, and report the bytes read after each."""
-    while True:
-        block = file.read(BLOCK_SIZE)
-        progress(file.buffer.tell())
-        if not block:
-            return
-        yield block
+def read_text_file(
+    path: str, separator: str, progress: Callable[[int], None]
+) -> Iterator[DocumentChunk]:
+    """Yield the documents of a .txt file."""
+    blocks = read_blocks(path, progress)
+    head = list(itertools.islice(blocks, 2))
+    is_whole = len(head) < 2
+    if not separator and (
+        END_OF_TEXT in "".join(head) or (not is_whole and contains(path, END_OF_TEXT))
+    ):
+        separator = END_OF_TEXT
+    yield from read_text(itertools.chain(head, blocks), separator)
 
 
-def read_text(blocks: Iterable[str], separator: str) -> Iterator[DocumentChunk]:
-    """Yield the documents of a .txt file; very long ones in chunks."""
+def contains(path: str, text: str) -> bool:
+    """Whether the file has the text. It is read until then."""
+    end = ""
+    for block in read_blocks(path):
+        end += block
+        if text in end:
+            return True
+        end = end[-len(text) :]
+    return False
+
+
+def read_text(blocks: Iterable[str], separator: str | None) -> Iterator[DocumentChunk]:
+    """Yield the documents of a text; very long ones in chunks.
+
+    Args:
+        blocks: the text.
+        separator: the text between documents; blank lines if empty; None for one document.
+    """
     boundary = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n\s*")
     # A separator may begin at the end of the text that was read, so that end is not split off.
-    max_cut = max(1, MAX_CHUNK - len(separator))
+    max_cut = max(1, MAX_CHUNK - len(separator or ""))
     rest = ""
     starts_document = True
     for block in blocks:
-        # The last document may continue in the next block, and so may a separator at its end.
-        *documents, rest = boundary.split(rest + block)
-        for text in documents:
-            yield from last_chunk(text, starts_document)
-            starts_document = True
+        rest += block
+        if separator is not None:
+            # The last document may continue in the next block, and so may a separator at its end.
+            *documents, rest = boundary.split(rest)
+            for text in documents:
+                yield from last_chunk(text, starts_document)
+                starts_document = True
         while len(rest) > MAX_CHUNK:
             rest = rest.lstrip() if starts_document else rest
             cut = cut_position(rest, max_cut)
@@ -153,62 +184,23 @@ def cut_position(text: str, limit: int) -> int:
     return len(text[:limit].rstrip()) or min(limit, len(text))
 
 
-def read_json(blocks: Iterable[str]) -> Iterator[DocumentChunk]:
-    """Yield the texts of a .json or .jsonl file. A record is decoded as soon as it is complete."""
-    text = ""
-    is_array = None  # unknown until the first character that is not whitespace
-    num_records = 0
-    for block in itertools.chain(blocks, [""]):  # the empty block marks the end of the file
-        text += block
-        if is_array is None and (stripped := text.lstrip()):
-            is_array = stripped[0] == "["
-            text = stripped.removeprefix("[")
-        position = skip_separator(text, 0)
-        while position < len(text):
-            if is_array and text[position] == "]":
-                return
-            can_continue = block != "" and len(text) - position < MAX_RECORD
-            decoded = decode_record(text, position, num_records + 1, can_continue)
-            if decoded is None:
-                break
-            num_records += 1
-            yield from last_chunk(record_text(decoded.record, num_records), True)
-            position = skip_separator(text, decoded.end)
-        text = text[position:]
-    if is_array:
-        raise ValueError(f"the file is cut off after record {num_records}")
+def read_records(
+    path: str, progress: Callable[[int], None], text_field: str, report: CorpusReport
+) -> Iterator[DocumentChunk]:
+    """Yield the texts of a file of records; each is a document."""
+    for number, record in enumerate(open_records(path, progress, text_field), 1):
+        is_empty = True
+        for chunk in read_text(record_pieces(record, number, text_field), None):
+            is_empty = False
+            yield chunk
+        report.num_empty += is_empty
 
 
-def skip_separator(text: str, position: int) -> int:
-    """The position after whitespace and at most one comma."""
-    match = JSON_SEPARATOR.match(text, position)
-    assert match is not None, "the pattern matches the empty string"
-    return match.end()
-
-
-class DecodedRecord(NamedTuple):
-    """A JSON value, and the position after it."""
-
-    record: object
-    end: int
-
-
-def decode_record(
-    text: str, position: int, number: int, can_continue: bool
-) -> DecodedRecord | None:
-    """Decode the JSON value at the position, or return None if it can continue in the next block.
-    Raises ValueError with its number if it cannot."""
-    try:
-        return DecodedRecord(*DECODER.raw_decode(text, position))
-    except json.JSONDecodeError as error:
-        if can_continue:
-            return None
-        raise ValueError(f"record {number} is not whole JSON: {error.msg}") from None
-
-
-def record_text(record: object, number: int) -> str:
-    """The text of a JSON record. Raises ValueError with the record's number if it has none."""
-    text = record.get("story", record.get("text")) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'record {number} has no text under "story" or "text"')
-    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair becomes "?"
+def open_records(
+    path: str, progress: Callable[[int], None] = lambda num_bytes: None, text_field: str = ""
+) -> Iterator[object]:
+    """The records of a file, for record_pieces. Each must be used before the next one is read."""
+    if file_format(path) == ".parquet":
+        return read_parquet(path, progress, text_field)
+    blocks = read_blocks(path, progress)
+    return read_csv(blocks) if file_format(path) == ".csv" else read_json(blocks)

@@ -230,7 +230,10 @@ def read_sources(
 ) -> Iterator[DocumentChunk]:
     """Yield the documents of all files of the job."""
     for source in job["sources"]:
-        yield from read_documents(source.path, job["separator"], ByteProgress(on_progress), report)
+        progress = ByteProgress(on_progress)
+        yield from read_documents(
+            source.path, job["separator"], progress, report, job["text_field"]
+        )
 
 
 class ByteProgress:

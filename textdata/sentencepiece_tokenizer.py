@@ -57,8 +57,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self.processor.eos_id()
         self.stop_ids = frozenset({self.bos_id, self.eos_id})
         # With a space before each text, a first word gets the same tokens as any other.
-        first_piece = self.processor.id_to_piece(self.processor.encode("a")[0])
-        self.has_dummy_prefix = first_piece.startswith("▁")
+        model = ModelProto.FromString(content)
+        self.has_dummy_prefix = (
+            model.normalizer_spec.add_dummy_prefix
+            and not model.trainer_spec.treat_whitespace_as_suffix
+        )
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, TypedDict
 
 from runtime.atomic_files import write_atomically
-from textdata.corpus import CorpusReport
+from textdata.corpus import CorpusReport, SkippedFile
 from textdata.token_shards import META_FILE
 from textdata.tokenizer import Tokenizer
 
@@ -41,6 +41,7 @@ class Job(TypedDict):
     sources: list[Source]
     tokenizer_hash: str
     separator: str
+    text_field: str
     val_fraction: float
 
 
@@ -63,7 +64,11 @@ class ShardRecord(NamedTuple):
 
 
 def list_jobs(
-    files: list[str], tokenizer: Tokenizer, separator: str, val_fractions: list[float]
+    files: list[str],
+    tokenizer: Tokenizer,
+    separator: str,
+    val_fractions: list[float],
+    text_field: str = "",
 ) -> list[Job]:
     """The jobs that tokenize the files, each with the fraction of its tokens that validates."""
     return [
@@ -72,6 +77,7 @@ def list_jobs(
             sources=sources,
             tokenizer_hash=tokenizer.hash,
             separator=separator,
+            text_field=text_field,
             val_fraction=val_fraction,
         )
         for number, (sources, val_fraction) in enumerate(pack_files(files, val_fractions))
@@ -127,7 +133,7 @@ def read_record(path: str) -> ShardRecord | None:
         job = content["job"]
         job["sources"] = [Source(*source) for source in job["sources"]]
         report = CorpusReport(**content["report"])
-        report.skipped = [(source, reason) for source, reason in report.skipped]
+        report.skipped = [SkippedFile(*skipped) for skipped in report.skipped]
         return ShardRecord(job, content["entry"], content["num_bytes"], report)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

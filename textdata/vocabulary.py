@@ -17,14 +17,18 @@ def vocabulary_path(data_dir: str, vocab_size: int) -> str:
     return os.path.join(data_dir, f"tok{vocab_size}.model")
 
 
-def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator: str) -> str:
+def learn_vocabulary(
+    files: list[str], data_dir: str, vocab_size: int, separator: str, text_field: str = ""
+) -> str:
     """Learn a vocabulary from the beginning of every file and write DATA_DIR/tokSIZE.model and
-    .bin; returns the path of the .model file. separator: as of read_documents."""
+    .bin; returns the path of the .model file. separator, text_field: as of read_documents."""
     path = vocabulary_path(data_dir, vocab_size)
     print(f"learning {vocab_size} tokens from {len(files)} file(s) ...")
     characters_per_file = MAX_TRAINING_TEXT // len(files)
     texts = (
-        text for file in files for text in head_of_corpus(file, separator, characters_per_file)
+        text
+        for file in files
+        for text in head_of_corpus(file, separator, text_field, characters_per_file)
     )
     tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, vocab_size))
     write_atomically(path, tokenizer.content)
@@ -33,9 +37,11 @@ def learn_vocabulary(files: list[str], data_dir: str, vocab_size: int, separator
     return path
 
 
-def head_of_corpus(file: str, separator: str, num_characters: int) -> Iterator[str]:
+def head_of_corpus(
+    file: str, separator: str, text_field: str, num_characters: int
+) -> Iterator[str]:
     """Yield the first documents of the file, until they have more than num_characters."""
-    for text, _ in read_documents(file, separator):
+    for text, _ in read_documents(file, separator, text_field=text_field):
         yield text
         num_characters -= len(text)
         if num_characters < 0:
@@ -43,12 +49,12 @@ def head_of_corpus(file: str, separator: str, num_characters: int) -> Iterator[s
 
 
 def find_or_learn_vocabulary(
-    files: list[str], data_dir: str, vocab_size: int, separator: str
+    files: list[str], data_dir: str, vocab_size: int, separator: str, text_field: str = ""
 ) -> str:
     """The path of the vocabulary in data_dir; it is learned from the files if it is missing."""
     path = vocabulary_path(data_dir, vocab_size)
     if not os.path.exists(path):
-        return learn_vocabulary(files, data_dir, vocab_size, separator)
+        return learn_vocabulary(files, data_dir, vocab_size, separator, text_field)
     print(f"using the existing vocabulary {path}; delete it to learn it again")
     return path
 

@@ -7,13 +7,31 @@ import random
 
 import pytest
 
-from tests.textdata.helpers import VOCAB_SIZE, write_stories, write_token_folder
+from tests.textdata.helpers import (
+    VOCAB_SIZE,
+    joined_documents,
+    write_stories,
+    write_token_folder,
+)
+from textdata.corpus import read_documents
 
 FOREIGN = (
     "Naïve façades – “quoted” … 日本語のテキスト、and 中文; Ελληνικά, Русский, العربية, हिन्दी. "
     "Flags 🇯🇵, a family 👩‍👩‍👧 and a llama 🦙!\tTabs\n\nand  several   spaces    , 1234567890 "
     "e\u0301 \u00a0 \u200b \ufeff {x: [1, 2]} <s> </s> <0x41> \\n \x00 \x7f"
 )
+
+
+@pytest.fixture
+def texts_of(tmp_path):
+    """texts_of("a.txt", content) writes the file and reads its documents."""
+
+    def write_and_read(name: str, content: str | bytes, **options) -> list[str]:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return joined_documents(read_documents(str(path), **options))
+
+    return write_and_read
 
 
 def random_slices(text: str, count: int, seed: int) -> list[str]:

@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from tests.helpers import VOCAB_SIZE
 from tests.helpers import write_tinystories_shard as write_stories
+from textdata.corpus import DocumentChunk
 from textdata.shard_jobs import PACK_SIZE
 from textdata.token_shards import ShardWriter, read_meta, token_dtype, write_meta
 from textdata.tokenizer import Tokenizer
@@ -27,6 +29,16 @@ def run_stage(name: str, *options: object) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         main([name, *one_worker, *map(str, options)])
     return output.getvalue()
+
+
+def joined_documents(chunks: Iterable[DocumentChunk]) -> list[str]:
+    """The texts of the documents, each joined from its chunks."""
+    documents: list[str] = []
+    for chunk in chunks:
+        if chunk.starts_document:
+            documents.append("")
+        documents[-1] += chunk.text
+    return documents
 
 
 def read_shards(folder: Path | str) -> list[np.ndarray]:

@@ -1,23 +1,12 @@
 import json
-import re
 import tracemalloc
 
 import pytest
 
-from textdata import corpus
-from textdata.corpus import CorpusReport, DocumentChunk, find_files, read_documents
-
-
-@pytest.fixture
-def texts_of(tmp_path):
-    """texts_of("a.txt", content) writes the file and reads its documents."""
-
-    def write_and_read(name: str, content: str | bytes, **options) -> list[str]:
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return [chunk.text for chunk in read_documents(str(path), **options)]
-
-    return write_and_read
+from tests.textdata.helpers import joined_documents, run_stage
+from textdata import corpus, text_files
+from textdata.corpus import CorpusReport, DocumentChunk, format_report, read_documents
+from textdata.input_files import find_files
 
 
 @pytest.mark.parametrize(
@@ -57,37 +46,25 @@ def test_a_separator_is_taken_literally(texts_of, separator, content, documents)
     assert texts_of("a.txt", content, separator=separator) == documents
 
 
-STORIES = [
-    'One "quoted" \\ story.\n\nIts second {part}]',
-    "naïve 日本語 🦙",
-    "[",
-    "}",
-    "a" * 40,
-    "last",
-]
-RECORDS = [{"story": text, "words": ["x", {"y": None}], "n": -1.5e3} for text in STORIES]
-LAYOUTS = {
-    "array.json": json.dumps(RECORDS),
-    "unicode.json": json.dumps(RECORDS, ensure_ascii=False),
-    "indented.json": json.dumps(RECORDS, indent=2),
-    "windows.json": "\ufeff\r\n" + json.dumps(RECORDS, indent=1).replace("\n", "\r\n") + "\r\n",
-    "tight.json": "[" + ",".join(json.dumps(r, separators=(",", ":")) for r in RECORDS) + "]",
-    "lines.jsonl": "".join(json.dumps(r) + "\n" for r in RECORDS),
-    "no_last_newline.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in RECORDS),
-    "blank_lines.jsonl": "\n\n" + "\r\n\r\n".join(json.dumps(r) for r in RECORDS) + "\n\n",
-}
+@pytest.mark.parametrize("block_size", [1, 5, 2**20])
+@pytest.mark.parametrize(
+    "content, documents",
+    [
+        ("one\n\nstill one\n<|endoftext|>\ntwo\n", ["one\n\nstill one", "two"]),
+        ("one<|endoftext|>two\n\nstill two<|endoftext|>", ["one", "two\n\nstill two"]),
+        ("one\n\n" * 50 + "<|endoftext|>two", ["one\n\n" * 49 + "one", "two"]),
+        ("<|endoftext|>one<|endoftext|><|endoftext|>", ["one"]),
+        ("one <|endoftext|\n\ntwo", ["one <|endoftext|", "two"]),
+    ],
+)
+def test_endoftext_separates_documents(texts_of, monkeypatch, content, documents, block_size):
+    """TinyStories' .txt files became as many documents as paragraphs."""
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
+    assert texts_of("a.txt", content) == documents
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_json_documents_are_the_stories(texts_of, name):
-    assert texts_of(name, LAYOUTS[name]) == STORIES
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_json_block_boundaries_make_no_difference(texts_of, monkeypatch, name, block_size):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", block_size)
-    assert texts_of(name, LAYOUTS[name]) == STORIES
+def test_a_separator_replaces_endoftext(texts_of):
+    assert texts_of("a.txt", "a<|endoftext|>b---c", separator="---") == ["a<|endoftext|>b", "c"]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5, 17])
@@ -101,79 +78,12 @@ def test_txt_block_boundaries_make_no_difference(texts_of, monkeypatch, separato
         "a longer one, with more words than a block holds",
     ]
     content = "\r\n" + (separator or "\n \n\n").join(parts).replace("\n", "\r\n") + "\n\n \n"
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
     assert texts_of("a.txt", content, separator=separator) == parts
 
 
-def test_the_key_may_be_text_instead_of_story(texts_of):
-    content = '{"text": "one"}\n{"text": "not this", "story": "two"}\n'
-    assert texts_of("a.jsonl", content) == ["one", "two"]
-
-
-def test_an_empty_json_array_holds_nothing(texts_of):
-    assert texts_of("a.json", " [ ] ") == []
-
-
-def test_half_of_a_surrogate_pair_becomes_a_question_mark(texts_of):
-    content = r'[{"story": "a\ud83db"}, {"story": "\ud83e\udd99"}, {"story": "\udd99"}]'
-    assert texts_of("a.json", content) == ["a?b", "🦙", "?"]
-
-
-def test_a_truncated_json_array_is_refused_wherever_it_ends(texts_of):
-    whole = json.dumps(RECORDS[:3])
-    for length in range(1, len(whole)):
-        with pytest.raises(
-            ValueError, match=r"a\.json: (the file is cut off|record \d is not whole JSON)"
-        ):
-            texts_of("a.json", whole[:length])
-
-
-def test_a_truncated_json_line_is_refused_with_its_number(texts_of):
-    with pytest.raises(ValueError, match=r"a\.jsonl: record 2 is not whole JSON"):
-        texts_of("a.jsonl", '{"story": "one"}\n{"story": "tw')
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '[{"story": "one"}, {"story" "two"}]',
-        '[{"story": "one"}, nonsense]',
-        '[{"story": "one"}, {"story": "a line\nbreak"}]',
-    ],
-)
-def test_damaged_json_is_refused_with_the_number_of_the_record(texts_of, content):
-    with pytest.raises(ValueError, match=r"a\.json: record 2 is not whole JSON"):
-        texts_of("a.json", content)
-
-
-def test_damaged_json_is_refused_without_reading_the_whole_file(texts_of, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 100)
-    monkeypatch.setattr(corpus, "MAX_RECORD", 1000)
-    read = []
-    with pytest.raises(ValueError, match="record 1 is not whole JSON"):
-        texts_of("a.json", '[{"story" ' + "x" * 100_000, progress=read.append)
-    assert max(read) < 20_000  # bytes: the decoder reads ahead of the characters asked for
-
-
-@pytest.mark.parametrize(
-    "record", ['"a story"', "5", "null", "[]", "{}", '{"story": 5}', '{"story": null}']
-)
-def test_a_record_without_text_is_refused(texts_of, record):
-    with pytest.raises(ValueError, match=r'a\.json: record 2 has no text under "story" or "text"'):
-        texts_of("a.json", f'[{{"story": "one"}}, {record}]')
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
-@pytest.mark.parametrize(
-    "content", ["[{}]".encode("utf-16"), b'[{"story": "caf\xe9"}]', "naïve".encode("latin-1")]
-)
-def test_text_that_is_not_utf8_is_refused_with_its_path(texts_of, name, content):
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: not UTF-8 text"):
-        texts_of(name, content)
-
-
 def test_a_long_document_is_split_at_spaces_into_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 64)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 64)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
     long = " ".join(f"word{i}" for i in range(500))
     path = tmp_path / "a.txt"
@@ -187,7 +97,7 @@ def test_a_long_document_is_split_at_spaces_into_chunks(tmp_path, monkeypatch):
 
 
 def test_a_long_document_without_spaces_is_split_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 64)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 64)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
     long = "日本" * 1000
     path = tmp_path / "a.txt"
@@ -209,7 +119,7 @@ LONG_DOCUMENTS = {
 @pytest.mark.parametrize("name", LONG_DOCUMENTS)
 def test_a_split_document_keeps_its_whitespace(tmp_path, monkeypatch, name, block_size):
     """A space or a line break was removed wherever a long document was split."""
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 200)
     path = tmp_path / "a.txt"
     path.write_text(f"first\n\n{LONG_DOCUMENTS[name]}\n\nlast")
@@ -222,7 +132,7 @@ def test_a_split_document_keeps_its_whitespace(tmp_path, monkeypatch, name, bloc
 @pytest.mark.parametrize("separator", ["", " --- ", "\n<end of text>\n"])
 @pytest.mark.parametrize("offset", range(12))
 def test_a_separator_is_found_where_a_chunk_ends(tmp_path, monkeypatch, separator, offset):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 16)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 100)
     documents = ["a bc " * 18 + "d" * offset, "e" * 99 + "f" * offset, "the end"]
     path = tmp_path / "a.txt"
@@ -263,7 +173,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 
 def test_progress_ends_at_the_size_of_the_file(texts_of, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 1000)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 1000)
     content = "naïve text\n\n" * 5000
     positions = []
     texts_of("a.txt", content, progress=positions.append)
@@ -271,33 +181,75 @@ def test_progress_ends_at_the_size_of_the_file(texts_of, monkeypatch):
     assert len(set(positions)) > 3
 
 
-def test_all_text_files_below_a_folder_are_found_in_order(tmp_path):
-    for name in (
-        "b.txt",
-        "a.json",
-        "deep/er/c.jsonl",
-        "deep/d.txt",
-        "notes.md",
-        "tok512.bin",
-        "tok512/meta.json",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    names = [path[len(str(tmp_path)) + 1 :] for path in find_files(str(tmp_path))]
-    assert names == ["a.json", "b.txt", "deep/d.txt", "deep/er/c.jsonl"]
-    assert find_files(str(tmp_path / "b.txt")) == [str(tmp_path / "b.txt")]
+def test_the_report_counts_files_documents_and_empty_records(tmp_path):
+    """The number of documents was never printed, so a mistyped --separator went unnoticed."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": null}\n{"text": " "}\n')
+    (tmp_path / "c.md").write_text("five")
+    report = CorpusReport()
+    for file in find_files(str(tmp_path), report=report):
+        list(read_documents(file, report=report))
+    first, empty, skipped = format_report(report).split("\n")
+    assert first == "read 4 document(s) in 2 file(s)"
+    assert empty == "left out 2 record(s) without text"
+    assert skipped.startswith("left out 1 (the name does not end in .txt") and "c.md" in skipped
+
+
+def test_a_document_in_chunks_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_CHUNK", 50)
+    (tmp_path / "a.txt").write_text("word " * 100)
+    report = CorpusReport()
+    list(read_documents(str(tmp_path / "a.txt"), report=report))
+    assert report.num_documents == 1
+
+
+def test_a_separator_without_txt_files_is_refused(tmp_path, monkeypatch):
+    """--separator with a .jsonl file was ignored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match=r"--separator=---: .* \.txt files, and a\.jsonl has none"):
+        run_stage("pretokenize", "--input=a.jsonl", "--separator=---")
+
+
+# The number of documents of each file of ../shared/cases/data.
+CASES = {
+    "good.txt": 200,
+    "d13/repo/data/train.jsonl": 200,
+    "d5/blank_lines.jsonl": 200,
+    "d5/both.jsonl": 200,
+    "d5/both2.jsonl": 200,
+    "d5/empty_story.jsonl": 200,
+    "d5/mixed_empty.jsonl": 200,
+    "d5/mixed_null.jsonl": 200,
+    "d5/mixed_ok.jsonl": 200,
+    "d5/null.jsonl": 200,
+    "d7/eos.txt": 1029,
+    "d7/quoted.txt": 1029,
+    "d7/v2.txt": 300,
+    "d8/b.jsonl.gz": 200,
+    "d8/folder/a.txt": 200,
+    "d8/folder/d.csv": 50,
+    "d9/A.TXT": 200,
+    "d9/a.ndjson": 200,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_inputs_are_read_whole(shared, name):
+    """Each lost text, was left out, or was refused untruthfully."""
+    assert len(joined_documents(read_documents(shared(f"cases/data/{name}")))) == CASES[name]
 
 
 @pytest.mark.parametrize(
-    "name, reason",
+    "name, message",
     [
-        ("missing.txt", "there is no such file or folder"),
-        ("notes.md", r"give a file that ends in \.txt, \.json, \.jsonl, or a folder"),
-        ("empty", r"no file here ends in \.txt, \.json, \.jsonl"),
+        ("d5/missing.jsonl", 'record 101 has no field "text" or "story" but \'id\'; name the'),
+        ("d5/nan.jsonl", 'record 1 has a number under "text", not text'),
+        ("d5/title_and_text.jsonl", "record 1 has text under 'text' and under 'story'; choose"),
+        ("d5/truncated_last.jsonl", "record 200 is not whole JSON: Unterminated string"),
+        ("d8/liar.txt", r"not UTF-8 text but a gzip file; add \.gz to its name"),
     ],
 )
-def test_a_path_without_text_is_refused_with_its_name(tmp_path, name, reason):
-    (tmp_path / "notes.md").write_text("x")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))}: {reason}"):
-        find_files(str(tmp_path / name))
+def test_published_inputs_are_refused_truthfully(shared, name, message):
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        list(read_documents(shared(f"cases/data/{name}")))

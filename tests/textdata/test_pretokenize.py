@@ -88,7 +88,7 @@ def test_a_split_document_has_one_bos_and_the_same_tokens(tmp_path, monkeypatch,
     tokenizer = load_tokenizer(tokenizer_path)
     long = " ".join(["Tom saw a big red ball and was happy."] * 100)
     (tmp_path / "long.txt").write_text(f"{long}\n\nThe end.")
-    monkeypatch.setattr(corpus, "BLOCK_SIZE", 100)
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 100)
     monkeypatch.setattr(corpus, "MAX_CHUNK", 500)
     run_stage(
         "pretokenize",

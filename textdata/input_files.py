@@ -1,0 +1,155 @@
+"""
+Find the text files of a folder.
+"""
+
+import importlib.util
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+
+from textdata.corpus import CorpusReport, SkippedFile, format_skipped, open_records
+from textdata.records import MissingTextField, record_pieces, text_fields
+from textdata.text_files import FORMATS, file_format
+
+HIDDEN_NAMES = ("__MACOSX",)  # beside the names that begin with a dot
+PROBED_RECORDS = 100  # a file of a folder is left out if none of its first records has text
+
+
+def find_files(path: str, text_field: str = "", report: CorpusReport | None = None) -> list[str]:
+    """The file itself, or all text files below the folder, sorted.
+
+    Args:
+        path: a file or a folder. Folders and files that links lead to are read, too.
+        text_field: the field with the text of a record; "text" or "story" if empty.
+        report: gets the files and folders that are left out, each with the reason.
+
+    Raises ValueError if there is no text file, or pyarrow is missing for a .parquet file.
+    """
+    report = CorpusReport() if report is None else report
+    if os.path.isdir(path):
+        return files_of_folder(path, text_field, report.skipped)
+    check_named_file(path)
+    return [path]
+
+
+def check_named_file(path: str) -> None:
+    """Raise ValueError if the path is not a file whose name ends in a known format."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: there is no such file or folder")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a file or folder")
+    if not file_format(path):
+        raise ValueError(f"{path}: give a file that ends in {format_list()}, or a folder of them")
+    if file_format(path) == ".parquet":
+        check_pyarrow(path)
+
+
+def format_list() -> str:
+    """The formats, for a message."""
+    return f"{', '.join(FORMATS)} or .gz (.txt.gz)"
+
+
+def files_of_folder(path: str, text_field: str, skipped: list[SkippedFile]) -> list[str]:
+    """The text files below the folder, sorted. Adds those that are left out to skipped. Raises
+    ValueError if none is found."""
+    files = []
+    for file in without_duplicates(sorted(walk(path, skipped)), skipped):
+        reason = reason_to_skip(file, text_field)
+        if reason:
+            skipped.append(SkippedFile(file, reason))
+        else:
+            files.append(file)
+    if not files:
+        details = "".join(f"; {line}" for line in format_skipped(skipped))
+        raise ValueError(f"{path}: no file here ends in {format_list()} and has text{details}")
+    return files
+
+
+def walk(path: str, skipped: list[SkippedFile]) -> Iterator[str]:
+    """Yield the files below the folder. Follows links to folders, each folder once. Adds hidden
+    files and folders, and links to folders that are read already, to skipped."""
+    root = os.path.realpath(path)
+    visited = {root}
+    for folder, subfolders, names in os.walk(path, onerror=raise_error, followlinks=True):
+        kept = []
+        for name in sorted(subfolders):
+            subfolder = os.path.join(folder, name)
+            target = os.path.realpath(subfolder)
+            if is_hidden(name):
+                skipped.append(SkippedFile(subfolder, "hidden"))
+            elif target in visited or root.startswith(os.path.join(target, "")):
+                skipped.append(SkippedFile(subfolder, "a link to a folder that is read already"))
+            else:
+                visited.add(target)
+                kept.append(name)
+        subfolders[:] = kept
+        for name in names:
+            if is_hidden(name):
+                skipped.append(SkippedFile(os.path.join(folder, name), "hidden"))
+            else:
+                yield os.path.join(folder, name)
+
+
+def check_pyarrow(file: str) -> None:
+    """Raise ValueError if pyarrow, which is optional, is not installed to read the file."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{file}: reading .parquet files needs pyarrow: pip install pyarrow")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name of a folder's entry is hidden, or that of metadata of macOS."""
+    return name.startswith(".") or name in HIDDEN_NAMES
+
+
+def raise_error(error: OSError) -> None:
+    """Raise the error of a folder that cannot be read, which os.walk would ignore."""
+    raise error
+
+
+def without_duplicates(files: list[str], skipped: list[SkippedFile]) -> Iterator[str]:
+    """Yield the files without the links to others of them, which are added to skipped."""
+    links = {file for file in files if os.path.islink(file)}
+    targets = {os.path.realpath(file) for file in files if file not in links} if links else set()
+    for file in files:
+        if file in links:
+            target = os.path.realpath(file)
+            if target in targets:
+                skipped.append(SkippedFile(file, "a link to a file that is read already"))
+                continue
+            targets.add(target)
+        yield file
+
+
+def reason_to_skip(file: str, text_field: str) -> str:
+    """Why a file of a folder is left out, or "" if it is read."""
+    try:
+        is_file = stat.S_ISREG(os.stat(file).st_mode)
+    except OSError as error:
+        return f"a link that leads nowhere: {error.strerror}"
+    if not is_file:
+        return "a device, socket or pipe"
+    if not file_format(file):
+        return f"the name does not end in {format_list()}"
+    if file_format(file) == ".parquet":
+        check_pyarrow(file)
+    if file_format(file) == ".txt" or has_text_field(file, text_field):
+        return ""
+    names = " or ".join(f'"{name}"' for name in text_fields(text_field))
+    return f"no record with a field {names}"
+
+
+def has_text_field(file: str, text_field: str) -> bool:
+    """Whether one of the first records has a field for the text. A file without records or with
+    damaged ones counts as text, so that reading it shows what is wrong."""
+    num_missing = 0
+    try:
+        for record in itertools.islice(open_records(file), PROBED_RECORDS):
+            try:
+                next(iter(record_pieces(record, 1, text_field)), "")
+                return True
+            except MissingTextField:
+                num_missing += 1
+    except ValueError:
+        return True
+    return num_missing == 0
