@@ -33,6 +33,7 @@ from textdata.corpus import CorpusReport, format_skipped
 from textdata.download import download, plain_reason, unpack
 from textdata.input_files import find_files
 from textdata.pretokenize import initial_meta, pretokenize
+from textdata.prompts import unescape
 from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
 from textdata.text_files import file_format
@@ -234,7 +235,7 @@ def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, fold
 
 
 def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[list[str], str]:
-    """The text files to read and the folder to write to. The report gets what is left out."""
+    """The text files to read and the folder to write to. The report lists the files that are left out."""
     data_dir = config.data_dir or default_data_dir(config.input)
     source = config.input or os.path.join(data_dir, DATASET)
     if not config.input and not os.path.isdir(source):
@@ -260,11 +261,6 @@ def default_data_dir(source: str) -> str:
     if not os.path.isdir(path):
         name = os.path.splitext(name.removesuffix(".gz"))[0]
     return os.path.join("data", name)
-
-
-def unescape(separator: str) -> str:
-    r"""--separator with its \n and \t replaced by a line break and a tab."""
-    return separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def val_fractions(config: Pretokenize, num_files: int) -> list[float]:
