@@ -38,7 +38,7 @@ from generation.streaming import (
 )
 from model import Transformer
 from runtime.device import pick_device, pick_dtype
-from textdata.prompts import decode_utf8, read_prompts, read_text, split_list
+from textdata.prompts import decode_utf8, parse_ids, read_prompts, read_text, split_list
 from textdata.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"  # between samples
@@ -66,6 +66,7 @@ class SampleConfig:
     max_new_tokens: int = 256  # maximum new tokens; past max_seq_len the context slides by half
     min_new_tokens: int = 0  # suppress end-of-sequence tokens before this many new tokens
     stop: str = ""  # stop strings, separated by |; \n is a newline
+    stop_ids: str = ""  # ids of further stop tokens, separated by commas; the model's own stay
     bad_words: str = ""  # banned strings, separated by |; no completion contains them
     temperature: float = 1.0  # sampling temperature; 0: greedy
     # sample among the k most probable tokens; 0: no limit, because top_p adapts to the model
@@ -91,7 +92,8 @@ class SampleConfig:
         names = [field.name for field in dataclasses.fields(GenerationConfig)]
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
         strings = {name: split_list(getattr(self, name)) for name in ("stop", "bad_words")}
-        return options | strings | {"logprobs": 0 if self.logprobs else None}
+        options |= {"stop_ids": parse_ids(self.stop_ids), "logprobs": 0 if self.logprobs else None}
+        return options | strings
 
     def validate(self) -> Iterator[str]:
         """Yield one sentence for each problem."""
@@ -103,6 +105,8 @@ class SampleConfig:
             yield f"--length_penalty={self.length_penalty:g}: must be at least -10 and at most 10"
         yield from self._mode_problems()
         yield from self._output_problems()
+        if parse_ids(self.stop_ids) is None:
+            yield f"--stop_ids={self.stop_ids}: not token ids, such as 2 or 2,32000"
         for name in ("stop", "bad_words"):
             strings = getattr(self, name)
             if not all(split_list(strings)):
@@ -112,9 +116,9 @@ class SampleConfig:
 
     def _mode_problems(self) -> Iterator[str]:
         uses_beams = self.num_beams > 1
-        has_prompt = self.start or self.stop or self.bad_words
+        has_prompt = self.start or self.stop or self.stop_ids or self.bad_words
         if self.score and (has_prompt or self.num_samples > 1 or self.interactive):
-            options = "--start, --stop, --bad_words, --num_samples and --interactive"
+            options = "--start, --stop, --stop_ids, --bad_words, --num_samples and --interactive"
             yield f"--score generates no text: leave out {options}"
         if uses_beams and self.num_samples > self.num_beams:
             yield f"--num_samples={self.num_samples}: must be at most --num_beams={self.num_beams}"
@@ -152,6 +156,13 @@ class GenerationSession:
         self.batch_size = min(config.batch_size, num_sequences)
         self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
         self.params = self.options.sampling_params(tokenizer)
+        if unknown := [
+            number for number in self.options.stop_ids if number >= tokenizer.vocab_size
+        ]:
+            raise ValueError(
+                f"--stop_ids={config.stop_ids}: {unknown[0]} is not the id of a token; "
+                f"the vocabulary has {tokenizer.vocab_size}"
+            )
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         is_sampling = not config.score and config.num_beams == 1
         compile = config.compile if is_sampling else False
@@ -189,8 +200,8 @@ class GenerationSession:
             num_best=self.config.num_samples,
             banned_tokens=banned.banned_next_tokens if banned else None,
         )
-        prompt_ids = self.tokenizer.encode(prompt, bos=True)
-        for hypothesis in beam_search(self.model, prompt_ids, params, self.tokenizer.stop_ids):
+        prompt_ids = self.tokenizer.encode_prompt(prompt)
+        for hypothesis in beam_search(self.model, prompt_ids, params, self.params.stop_ids):
             self.num_tokens += len(hypothesis.tokens)
             record = self._hypothesis_record(prompt, hypothesis)
             if self.config.logprobs:
@@ -200,9 +211,7 @@ class GenerationSession:
 
     def _hypothesis_record(self, prompt: str, hypothesis: Hypothesis) -> dict[str, Any]:
         """The record of a hypothesis, which ends at a stop string."""
-        stream = TextStream(
-            self.tokenizer, self.tokenizer.encode(prompt, bos=True), self.options.stop
-        )
+        stream = TextStream(self.tokenizer, self.tokenizer.encode_prompt(prompt), self.options.stop)
         tokens = stream.push_all(hypothesis.tokens)
         return {
             "prompt": prompt,
@@ -264,7 +273,7 @@ def print_samples(
 def print_prompt(prompt: str, index: int, session: GenerationSession) -> None:
     """Print a prompt as the vocabulary spells it, after a separator unless it is the first."""
     separator = f"{SEPARATOR}\n" if index else ""
-    tokens = session.tokenizer.encode(prompt, bos=True)
+    tokens = session.tokenizer.encode_prompt(prompt)
     print(separator + TextStream(session.tokenizer, tokens).prompt_text, end="", flush=True)
 
 
@@ -305,7 +314,7 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
     min_new_tokens = max(1, session.params.min_new_tokens)
     params = dataclasses.replace(session.params, min_new_tokens=min_new_tokens)
     engine = InferenceEngine(session.prepared)
-    tokens = tokenizer.encode(prompt, bos=True)
+    tokens = tokenizer.encode_prompt(prompt)
     text = TextStream(tokenizer, tokens).prompt_text
     print(text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
@@ -325,7 +334,7 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
         text = stream.prompt_text + stream.emitted
         # Tokens from a stop string on are not part of the text.
         is_whole = not stream.stopped_by_string
-        tokens = request.tokens if is_whole else tokenizer.encode(text, bos=True)
+        tokens = request.tokens if is_whole else tokenizer.encode_prompt(text)
 
 
 def stdin_lines() -> Iterator[str]:

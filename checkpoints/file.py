@@ -3,9 +3,9 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with the keys of llama2.c, so that either project reads the other's files:
 model, optimizer, model_args, iter_num, best_val_loss, config. This project adds scaler, position
-(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, versions,
-and sha256, the hash of all other entries. Random number generator state is not stored: see
-train.py.
+(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash,
+model_metadata (see formats/model_metadata.py), versions, and sha256, the hash of all other entries.
+Random number generator state is not stored: see train.py.
 """
 
 import dataclasses
@@ -63,6 +63,7 @@ FIELD_TYPES = {
     "scaler": dict,
     "position": int,
     "late_norms": list,
+    "model_metadata": str,
 }
 MAX_PROBLEMS = 3  # mismatched weights that an error message lists
 

@@ -17,6 +17,7 @@ from checkpoints.file import (
     is_sharded_checkpoint,
     write_model_args,
 )
+from formats import model_metadata
 from formats.lazy_model import (
     TORCH_DTYPES,
     LazyModel,
@@ -25,11 +26,13 @@ from formats.lazy_model import (
     find_tokenizer,
     same_values,
 )
+from formats.model_metadata import ModelMetadata
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
+METADATA_KEY = "model_metadata"  # of a checkpoint: a ModelMetadata as JSON
 DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
@@ -52,7 +55,19 @@ def read(path: str) -> LazyModel:
     if lm_head and not same_values(lm_head, tensors["tok_embeddings.weight"]):
         raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     read_tokenizer = partial(find_tokenizer, os.path.dirname(path))
-    return LazyModel(path, args, tensors, read_tokenizer, checkpoint.get("tokenizer_hash"))
+    return LazyModel(
+        path,
+        args,
+        tensors,
+        read_tokenizer,
+        checkpoint.get("tokenizer_hash"),
+        read_metadata=partial(read_metadata, checkpoint.get(METADATA_KEY), path),
+    )
+
+
+def read_metadata(content: str | None, path: str) -> ModelMetadata | None:
+    """The metadata in a checkpoint, None if it has none. Raises ValueError if it is damaged."""
+    return None if content is None else model_metadata.from_json(content, path)
 
 
 def read_sharded(path: str) -> LazyModel:
@@ -72,7 +87,14 @@ def read_sharded(path: str) -> LazyModel:
     }
     read_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
     tokenizer_hash = checkpoint.get("tokenizer_hash")
-    return LazyModel(path, checkpoint["model_args"], tensors, read_tokenizer, tokenizer_hash)
+    return LazyModel(
+        path,
+        checkpoint["model_args"],
+        tensors,
+        read_tokenizer,
+        tokenizer_hash,
+        read_metadata=partial(read_metadata, checkpoint.get(METADATA_KEY), path),
+    )
 
 
 # Writing
@@ -80,6 +102,11 @@ def read_sharded(path: str) -> LazyModel:
 
 def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
+
+
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """An empty list: the format stores everything."""
+    return []
 
 
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
@@ -96,6 +123,8 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     }
     if tokenizer or model.tokenizer_hash:
         checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else model.tokenizer_hash
+    if metadata := model.read_metadata():
+        checkpoint[METADATA_KEY] = model_metadata.to_json(metadata)
     with AtomicFile(path) as file:
         write_torch_file(file, checkpoint)
 

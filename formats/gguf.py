@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from formats import tokenizer_json
+from formats import gguf_metadata, tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
     BF16,
@@ -37,6 +37,7 @@ from formats.gguf_file import (
     write_tensor,
 )
 from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
+from formats.model_metadata import ModelMetadata
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
@@ -103,7 +104,14 @@ def read(path: str) -> LazyModel:
         tensors[name] = gguf_tensors.pop(gguf_name)
     if gguf_tensors:
         raise ValueError(f"{path}: {min(gguf_tensors)[:100]} is not a tensor of a Llama")
-    return LazyModel(path, args, tensors, lambda: parse_tokenizer(metadata, path))
+    model_metadata = gguf_metadata.parse_metadata(metadata, path)
+    return LazyModel(
+        path,
+        args,
+        tensors,
+        read_tokenizer=lambda: parse_tokenizer(metadata, path),
+        read_metadata=lambda: model_metadata,
+    )
 
 
 def parse_args(
@@ -222,6 +230,8 @@ def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[
     scores = metadata["tokenizer.ggml.scores"]
     bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
     eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
+    if ("</s>", CONTROL) in zip(names, types, strict=False):
+        eos = "</s>"  # of the vocabulary; the model may end its texts with an added token
     pieces = [
         (name, score, CONTROL if name in (bos, eos) else token_type)
         for name, score, token_type in zip(names, scores, types, strict=True)
@@ -253,6 +263,12 @@ class TensorToWrite(NamedTuple):
 
 def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
+
+
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """The stop ids that llama.cpp does not learn from a file; the rest is stored."""
+    names = tokenizer_json.token_names(tokenizer) if tokenizer else []
+    return gguf_metadata.lost_stop_ids(metadata, names)
 
 
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
@@ -304,10 +320,11 @@ def describe_tensors(tensors: list[TensorToWrite], dtype: str) -> dict[str, Tens
 def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str, MetadataValue]:
     """The metadata of a file."""
     args = model.args
+    model_metadata = model.metadata(tokenizer)
     path_without_suffix, _ = os.path.splitext(os.path.abspath(model.path))
     metadata: dict[str, MetadataValue] = {
         "general.architecture": "llama",
-        "general.name": os.path.basename(path_without_suffix),
+        "general.name": model_metadata.name or os.path.basename(path_without_suffix),
         "general.file_type": TypedValue(UINT32, FILE_TYPES[dtype]),
         "general.quantization_version": TypedValue(UINT32, QUANTIZATION_VERSION),
         "general.alignment": TypedValue(UINT32, ALIGNMENT),
@@ -322,7 +339,8 @@ def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "llama.attention.head_count_kv": TypedValue(UINT32, args.kv_heads),
         "llama.attention.layer_norm_rms_epsilon": TypedValue(FLOAT32, args.norm_eps),
     }
-    return metadata | to_rope_metadata(args.rope_scaling) | to_tokenizer_metadata(tokenizer)
+    metadata |= to_rope_metadata(args.rope_scaling)
+    return metadata | gguf_metadata.to_metadata(model_metadata) | to_tokenizer_metadata(tokenizer)
 
 
 def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
@@ -345,16 +363,10 @@ def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
 
 def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     """The metadata that contains the vocabulary."""
-    metadata: dict[str, MetadataValue] = {
-        "tokenizer.ggml.bos_token_id": TypedValue(UINT32, tokenizer.bos_id),
-        "tokenizer.ggml.eos_token_id": TypedValue(UINT32, tokenizer.eos_id),
-        "tokenizer.ggml.add_bos_token": TypedValue(BOOL, True),
-        "tokenizer.ggml.add_eos_token": TypedValue(BOOL, False),
-    }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return metadata | to_sentencepiece_metadata(tokenizer)
+        return to_sentencepiece_metadata(tokenizer)
     assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
-    return metadata | to_llama3_metadata(tokenizer)
+    return to_llama3_metadata(tokenizer)
 
 
 def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, MetadataValue]:
@@ -375,15 +387,10 @@ def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:
     """The metadata of a Llama 3 vocabulary."""
     types = [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)
     merges = tokenizer_json.rank_merges(tokenizer.ranks)
-    metadata: dict[str, MetadataValue] = {
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": tokenizer_json.token_names(tokenizer),
         "tokenizer.ggml.token_type": TypedValue(INT32, types),
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
     }
-    if "<|eot_id|>" in tokenizer.special:
-        eot_id = tokenizer.special_id("<|eot_id|>")
-        metadata["tokenizer.ggml.eot_token_id"] = TypedValue(UINT32, eot_id)
-        metadata["tokenizer.chat_template"] = tokenizer_json.CHAT_TEMPLATE
-    return metadata

@@ -11,13 +11,22 @@ import json
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from formats import tokenizer_json
 from formats.hugging_face_config import parse_args, to_config, to_generation_config
+from formats.hugging_face_metadata import (
+    MODEL_CARD,
+    TEMPLATE_FILE,
+    is_generated_card,
+    read_metadata,
+    to_model_card,
+    to_post_processor,
+    to_tokenizer_config,
+)
 from formats.lazy_model import (
     TORCH_DTYPES,
     LazyModel,
@@ -28,6 +37,7 @@ from formats.lazy_model import (
     one_line,
     read_json,
 )
+from formats.model_metadata import DEFAULT_TEMPLATE, ModelMetadata
 from formats.safetensors_file import read_safetensors, tensor_size, write_safetensors
 from formats.torch_file import read_torch_file
 from model import ModelArgs
@@ -54,7 +64,7 @@ TENSOR_NAMES = (
 )
 EXPORTED_FILES = re.compile(
     r"(generation_)?config\.json|tokenizer(_config)?\.json|tokenizer\.model"
-    r"|special_tokens_map\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|special_tokens_map\.json|chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 
 
@@ -103,7 +113,9 @@ def read(path: str) -> LazyModel:
             raise ValueError(
                 f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
-    return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
+    cached_tokenizer = cache(partial(read_tokenizer, path, args.vocab_size))
+    cached_metadata = cache(partial(read_metadata, path, config, cached_tokenizer))
+    return LazyModel(path, args, tensors, cached_tokenizer, read_metadata=cached_metadata)
 
 
 def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
@@ -193,32 +205,60 @@ def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
 
 
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """An empty list: the format stores everything."""
+    return []
+
+
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     """Write a folder that from_pretrained loads in transformers 4 and 5."""
     tokenizer = model.read_tokenizer()
     if tokenizer and (reason := tokenizer_json.unsupported_reason(tokenizer)):
         raise ValueError(f"{path}: {reason}")
-    with AtomicFolder(path, is_exported_file) as folder:
-        write_json(folder, "config.json", to_config(model.args, dtype, tokenizer))
-        write_json(folder, "generation_config.json", to_generation_config(tokenizer))
+    metadata = model.metadata(tokenizer)
+    with AtomicFolder(path, partial(is_exported_file, path)) as folder:
+        write_json(folder, "config.json", to_config(model.args, dtype, metadata))
+        write_json(folder, "generation_config.json", to_generation_config(metadata))
+        write_text(folder, TEMPLATE_FILE, single_template(metadata))
+        write_text(folder, MODEL_CARD, to_model_card(metadata))
         if tokenizer:
-            write_tokenizer(folder, tokenizer, model.args.max_seq_len)
+            write_tokenizer(folder, tokenizer, metadata, model.args.max_seq_len)
         write_shards(folder, list_tensors(model, TORCH_DTYPES[dtype]))
 
 
-def is_exported_file(name: str) -> bool:
-    """Whether an export may replace a file of this name."""
+def is_exported_file(folder: str, name: str) -> bool:
+    """Whether an export may replace a file of this name in a folder."""
+    if name == MODEL_CARD:
+        return is_generated_card(os.path.join(folder, name))
     return bool(EXPORTED_FILES.fullmatch(name))
 
 
-def write_tokenizer(folder: str, tokenizer: Tokenizer, max_seq_len: int) -> None:
+def single_template(metadata: ModelMetadata) -> str:
+    """The chat template if there is one only; several are in tokenizer_config.json."""
+    is_single = set(metadata.chat_templates) == {DEFAULT_TEMPLATE}
+    return metadata.chat_templates[DEFAULT_TEMPLATE] if is_single else ""
+
+
+def write_tokenizer(
+    folder: str, tokenizer: Tokenizer, metadata: ModelMetadata, max_seq_len: int
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if it is sufficient, tokenizer.model."""
-    write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
-    write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, max_seq_len))
+    content = tokenizer_json.to_json(tokenizer)
+    content["post_processor"] = to_post_processor(metadata, tokenizer)
+    write_json(folder, "tokenizer.json", content)
+    config = to_tokenizer_config(metadata, tokenizer, max_seq_len)
+    write_json(folder, "tokenizer_config.json", config)
     if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
         return
     with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
         file.write(tokenizer.content)
+
+
+def write_text(folder: str, name: str, content: str) -> None:
+    """Write a file in UTF-8, unless there is nothing to write."""
+    if content:
+        with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
+            file.write(content)
 
 
 def write_json(folder: str, name: str, content: dict[str, Any]) -> None:

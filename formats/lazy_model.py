@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from checkpoints.file import as_bytes, check_weights, max_abs
+from formats.model_metadata import ModelMetadata, complete
 from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
 from textdata.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +40,10 @@ def no_tokenizer() -> None:
     """Used as LazyModel.read_tokenizer where there is no tokenizer."""
 
 
+def no_metadata() -> None:
+    """Used as LazyModel.read_metadata for formats that do not store it."""
+
+
 @dataclass
 class LazyModel:
     """A model in a file.
@@ -52,6 +57,7 @@ class LazyModel:
     tensors: dict[str, LazyTensor]
     read_tokenizer: Callable[[], Tokenizer | None] = no_tokenizer
     tokenizer_hash: str | None = None  # of the tokenizer it was trained with, if the file has it
+    read_metadata: Callable[[], ModelMetadata | None] = no_metadata
 
     def __post_init__(self) -> None:
         check_weights(self.args, self.tensors, self.path)
@@ -63,6 +69,10 @@ class LazyModel:
     def dtype(self) -> torch.dtype:
         """The dtype of the matrices; float32 if they are quantized."""
         return self.tensors["layers.0.attention.wq.weight"].dtype
+
+    def metadata(self, tokenizer: Tokenizer | None) -> ModelMetadata:
+        """The metadata to write with this tokenizer. Raises ValueError if it is damaged."""
+        return complete(self.read_metadata(), tokenizer)
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the state dict."""

@@ -23,6 +23,7 @@ from formats.lazy_model import (
     read_json,
     same_values,
 )
+from formats.model_metadata import ModelMetadata, check_plain_format
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
@@ -57,6 +58,7 @@ OTHER_KEYS = (
     "rope_scaling_factor",
     "rope_high_freq_factor",
 )
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>")  # of Llama 3; Meta's code stops there, too
 EXPORTED_FILES = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
 
 
@@ -231,6 +233,16 @@ def unsupported_reason(args: ModelArgs) -> str | None:
             "use --format=hf or gguf"
         )
     return None
+
+
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """The names of what params.json cannot store. Raises ValueError if its readers never stop."""
+    reader_stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if tokenizer else {*metadata.stop_ids}
+    if isinstance(tokenizer, Llama3Tokenizer):
+        reader_stop_ids |= {
+            tokenizer.special_id(name) for name in END_OF_TURN if name in tokenizer.special
+        }
+    return check_plain_format(metadata, reader_stop_ids, "params.json")
 
 
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:

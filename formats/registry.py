@@ -9,6 +9,7 @@ from typing import Protocol
 
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, one_line
+from formats.model_metadata import ModelMetadata, configure_tokenizer
 from model import ModelArgs, Transformer
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,6 +29,9 @@ class Format(Protocol):
 
     def unsupported_reason(self, args: ModelArgs) -> str | None:
         """Why the format cannot store a model with these ModelArgs."""
+
+    def check_metadata(self, metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+        """The names of what the format cannot store; raises ValueError if it must store it."""
 
     def write(self, model: LazyModel, path: str, target: str, dtype: str) -> None:
         """Write a model atomically."""
@@ -84,7 +88,7 @@ def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -
 
 
 def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer | None:
-    """The tokenizer of a model, or None if it has none.
+    """The tokenizer of a model, or None if it has none. Its stop_ids are those of the model.
 
     tokenizer_path, the option that named it, appears in messages. Raises ValueError if the
     tokenizer does not match the model.
@@ -107,7 +111,7 @@ def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer |
             f"trained with (hash {model.tokenizer_hash[:12]}): "
             "name that one with --tokenizer=PATH"
         )
-    return tokenizer
+    return configure_tokenizer(tokenizer, model.read_metadata())
 
 
 def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:

@@ -14,8 +14,10 @@ SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SINGLE_FILE_FORMATS: tuple[Format, ...] = (ckpt, gguf, llama2c)
 
 
-def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -> None:
+def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -> list[str]:
     """Write a model atomically, and its tokenizer beside it if the format does not contain it.
+
+    Returns the names of what the files of the model say and the format does not store.
 
     Args:
         model: the model to write.
@@ -31,11 +33,29 @@ def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -
         raise ValueError(f"{path}: {reason}")
     dtype = export_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], model)
     check_overwrite(path, module)
+    lost = list_lost_metadata(model, path, module)
     tokenizer_file = tokenizer_target(model, path, module)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     module.write(model, path, target, dtype)
     if tokenizer_file:
         write_atomically(*tokenizer_file)
+    return lost
+
+
+def list_lost_metadata(model: LazyModel, path: str, module: Format) -> list[str]:
+    """The names of what the files of a model say and a format does not store.
+
+    Raises ValueError if its readers would misuse the model without that.
+    """
+    metadata = model.read_metadata()
+    if metadata is None:
+        return []
+    tokenizer = model.read_tokenizer()
+    try:
+        lost = module.check_metadata(model.metadata(tokenizer), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return [*lost, *metadata.unread]
 
 
 def export_dtype(requested: str, target: str, supported: tuple[str, ...], model: LazyModel) -> str:

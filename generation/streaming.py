@@ -156,7 +156,7 @@ def generate(
     params = config.sampling_params(tokenizer)
     completions: dict[Request, Completion] = {}
     for index, prompt in enumerate(prompts):
-        tokens = tokenizer.encode(prompt, bos=True)
+        tokens = tokenizer.encode_prompt(prompt)
         for sample in range(config.num_samples):
             request = Request(tokens, params, request_index(prompt, sample))
             stream = TextStream(tokenizer, tokens, config.stop)

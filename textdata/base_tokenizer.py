@@ -20,6 +20,7 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     stop_ids: frozenset[int]
+    add_bos = True  # whether a prompt begins with BOS
     has_dummy_prefix = False  # whether the tokenizer puts a space before each text
 
     @functools.cached_property
@@ -40,6 +41,10 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The token ids of the text, with bos_id before them if bos."""
         raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids of a prompt, with bos_id before them if add_bos; for no text, bos_id."""
+        return self.encode(text, bos=self.add_bos or not text)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
         """The token ids of each text, encoded in parallel."""

@@ -10,6 +10,14 @@ def split_list(strings: str) -> list[str]:
     return strings.replace("\\n", "\n").split("|") if strings else []
 
 
+def parse_ids(numbers: str) -> tuple[int, ...] | None:
+    """The token ids of an option in which commas separate them; None if one is not a number."""
+    parts = numbers.split(",") if numbers else []
+    if not all(part.isascii() and part.strip().isdigit() and len(part) < 12 for part in parts):
+        return None
+    return tuple(map(int, parts))
+
+
 def read_prompts(start: str) -> list[str]:
     """The prompts that --start names. Raises ValueError if they are not UTF-8 or missing."""
     if start == "-":

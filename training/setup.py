@@ -13,8 +13,9 @@ import torch
 
 from checkpoints.file import FORMAT, write_model_args
 from checkpoints.manager import CheckpointManager
-from formats import llama2c
+from formats import ckpt, llama2c
 from formats.lazy_model import LazyModel, from_state_dict
+from formats.model_metadata import ModelMetadata, configure_tokenizer, fine_tuned, to_json
 from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
 from runtime.distributed import DistContext
@@ -54,9 +55,10 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
 
         start = dataclasses.replace(start, checkpoint=gather_full_state(start.checkpoint))
     check_start_tokenizer(config, start, data.tokenizer, dist_ctx.is_main)
+    metadata = start_metadata(start, data.tokenizer)
     torch.manual_seed(config.seed)
     args, weights = initial_weights(config, start)
-    run = build_components(config, dist_ctx, device, data, args)
+    run = build_components(config, dist_ctx, device, data, args, metadata)
     load_weights(run.model, weights)
     if run.train_dataset.unused > MAX_UNUSED:
         run.log(
@@ -93,7 +95,12 @@ def uses_fsdp(config: Any, dist_ctx: DistContext) -> bool:
 
 
 def build_components(
-    config: Any, dist_ctx: DistContext, device: str, data: Data, args: ModelArgs
+    config: Any,
+    dist_ctx: DistContext,
+    device: str,
+    data: Data,
+    args: ModelArgs,
+    metadata: ModelMetadata | None = None,
 ) -> TrainingRun:
     """Build the components of a run. The model's weights are not set yet."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
@@ -114,7 +121,7 @@ def build_components(
         dist_ctx=dist_ctx,
         device=device,
         dtype=dtype,
-        tokenizer=data.tokenizer,
+        tokenizer=configure_tokenizer(data.tokenizer, metadata),
         train_dataset=data.train,
         val_dataset=data.val,
         model=model,
@@ -126,10 +133,11 @@ def build_components(
             config.keep_checkpoints,
             dist_ctx,
             run_files=tokenizer_files(data.tokenizer),
-            export_best=best_exporter(config.out_dir, args),
+            export_best=best_exporter(config.out_dir, args, metadata, data.tokenizer),
             mesh=mesh,
         ),
         first_nonfinite_step=torch.tensor(-1, device=device),
+        metadata=metadata,
     )
 
 
@@ -141,12 +149,26 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
+def start_metadata(start: StartPoint, tokenizer: Tokenizer) -> ModelMetadata | None:
+    """The metadata of the model to start with. Raises ValueError if it is damaged."""
+    if start.checkpoint:
+        return ckpt.read_metadata(start.checkpoint.get(ckpt.METADATA_KEY), start.path)
+    if start.pretrained:
+        return fine_tuned(start.pretrained.read_metadata(), tokenizer)
+    return None
+
+
 def best_exporter(
-    out_dir: str, args: ModelArgs
+    out_dir: str, args: ModelArgs, metadata: ModelMetadata | None, tokenizer: Tokenizer
 ) -> Callable[[ModelArgs, dict[str, torch.Tensor]], None] | None:
     """A function (args, state dict) that writes model.bin; None where it cannot hold the model."""
     if llama2c.unsupported_reason(args):
         return None
+    if metadata:
+        try:
+            llama2c.check_metadata(metadata, tokenizer)
+        except ValueError:  # its readers would not stop
+            return None
     return partial(export_model_bin, os.path.join(out_dir, "model.bin"))
 
 
@@ -235,7 +257,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
     if run.model.args.tie_embeddings:
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one object, copied once
     state = run.state
-    return {
+    saved = {
         "model": weights,
         "optimizer": run.optimizer.state_dict(),
         "model_args": write_model_args(run.model.args),
@@ -252,6 +274,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
             "python": sys.version.split()[0],
         },
     }
+    return saved | {ckpt.METADATA_KEY: to_json(run.metadata)} if run.metadata else saved
 
 
 def save_state(run: TrainingRun, best: bool = False) -> None:
