@@ -186,12 +186,12 @@ def stop_slots(metadata: ModelMetadata) -> tuple[dict[str, int], list[int]]:
 
 
 def to_stop_metadata(metadata: ModelMetadata) -> dict[str, MetadataValue]:
-    """The stop ids: a key for each of the first three, and a list if there are several."""
+    """The stop ids: a key for each of the first three, and the list of all."""
     slots, _ = stop_slots(metadata)
     written: dict[str, MetadataValue] = {
         f"{PREFIX}{key}": TypedValue(UINT32, number) for key, number in slots.items()
     }
-    if len(slots) > 1:
+    if slots:
         written[STOP_LIST_KEY] = TypedValue(INT32, list(metadata.stop_ids))
     return written
 

@@ -139,16 +139,14 @@ def find_added_tokens(
 ) -> tuple[bool | None, bool | None]:
     """Whether the tokenizer puts BOS before a text, and EOS after it; None: its files do not say.
 
-    transformers follows add_bos_token and add_eos_token of tokenizer_config.json. Without them, the
-    post-processor of tokenizer.json decides.
+    As in transformers 5, the post-processor of tokenizer.json decides if there is one.
     """
-    named = [tokenizer_config.get(key) for key in ("add_bos_token", "add_eos_token")]
-    add_bos, add_eos = (value if isinstance(value, bool) else None for value in named)
     processor = content.get("post_processor")
     if processor is not None:
-        before, after = special_tokens_around(processor)
-        add_bos = before if add_bos is None else add_bos
-        add_eos = after if add_eos is None else add_eos
+        return special_tokens_around(processor)
+    named = [tokenizer_config.get(key) for key in ("add_bos_token", "add_eos_token")]
+    default = False if content else None
+    add_bos, add_eos = (value if isinstance(value, bool) else default for value in named)
     return add_bos, add_eos
 
 

@@ -138,7 +138,7 @@ def complete(metadata: ModelMetadata | None, tokenizer: Tokenizer | None) -> Mod
         return metadata or ModelMetadata()
     eos_id = token_id(tokenizer.eos_id, "eos_id")
     if metadata is None:
-        metadata = ModelMetadata(pad_id=eos_id, chat_templates=usual_templates(tokenizer))
+        metadata = ModelMetadata(chat_templates=usual_templates(tokenizer))
     others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     stop_ids = metadata.stop_ids or token_ids([tokenizer.eos_id, *others], "stop_ids")
     if eos_id not in stop_ids:
@@ -208,8 +208,10 @@ def check_plain_format(
 def described(metadata: ModelMetadata) -> list[str]:
     """The names of everything in the metadata but ids."""
     names = ["chat template"] if metadata.chat_templates else []
-    if metadata.generation:
-        names.append(f"generation defaults ({', '.join(sorted(metadata.generation))[:100]})")
+    # transformers writes switches that are off, and use_cache, for every model.
+    defaults = [key for key, value in metadata.generation.items() if value not in (None, False)]
+    if defaults := sorted({*defaults} - {"use_cache"}):
+        names.append(f"generation defaults ({', '.join(defaults)[:100]})")
     names += ["add_bos_token=false"] if metadata.add_bos is False else []
     names += ["add_eos_token=true"] if metadata.add_eos else []
     names += [f"license {metadata.license}"] if metadata.license else []

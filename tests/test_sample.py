@@ -315,6 +315,24 @@ def test_bos_and_eos_end_a_sample(name, run_sample, tokenizer, tokenizer_path, t
     assert "\n0 tokens" in error
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_ids_end_a_sample(beams, run_sample, out_dir):
+    """A token without text could not end a sample: --stop never saw it."""
+    options = (f"--out_dir={out_dir}", "--start=Once", "--temperature=0", "--format=jsonl")
+    tokens = records(run_sample(*options)[1])[0]["tokens"]
+    stop = next(token for token in tokens[3:] if tokens.index(token) >= 3)
+    options += (f"--num_beams={beams}", f"--stop_ids=511,{stop}")
+    status, output, _ = run_sample(*options)
+    (record,) = records(output)
+    assert status == 0 and stop not in record["tokens"] and record["finish"] == "stop"
+    assert beams > 1 or record["tokens"] == tokens[: tokens.index(stop)]
+
+
+def test_a_stop_id_beyond_the_vocabulary_is_refused(run_sample, out_dir):
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--stop_ids=2,512")
+    assert status == 1 and "--stop_ids=2,512: the ids of this model's tokens are 0 to 511" in error
+
+
 # Log-probabilities and scores
 
 
@@ -459,6 +477,9 @@ INVALID_OPTIONS = [  # options and the message, with status 2
     ("--min_p=-0.1", "--min_p=-0.1: must be at least 0 and at most 1"),
     ("--repetition_penalty=0", "--repetition_penalty=0: must be at least 0.01"),
     ("--repetition_penalty=1e-40", "--repetition_penalty=1e-40: must be at least 0.01"),
+    ("--stop_ids=</s>", "--stop_ids=</s>: not token ids, such as 2 or 2,32000"),
+    ("--stop_ids=2,", "--stop_ids=2,: not token ids"),
+    ("--stop_ids=-1", "--stop_ids=-1: not token ids"),
     ("--bad_words=\udcff", "not UTF-8 text"),
     ("--stop=\udcff", "not UTF-8 text"),
     ("--stop=a|", "--stop=a|: empty string before or after a |"),
