@@ -40,6 +40,7 @@ from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
+from textdata.bpe_merges import from_byte_unicode, rank_merges
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
@@ -236,7 +237,7 @@ def parse_llama3(names: list[str], types: list[int]) -> Tokenizer:
     """A Llama 3 tokenizer: the tokens from the first control token on are special."""
     controls = (i for i, token_type in enumerate(types) if token_type == CONTROL)
     n_ranks = next(controls, len(names))
-    ranks = [tokenizer_json.from_byte_unicode(name) for name in names[:n_ranks]]
+    ranks = [from_byte_unicode(name) for name in names[:n_ranks]]
     return Llama3Tokenizer(ranks, names[n_ranks:])
 
 
@@ -374,7 +375,7 @@ def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Me
 def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:
     """The metadata of a Llama 3 vocabulary."""
     types = [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)
-    merges = tokenizer_json.rank_merges(tokenizer.ranks)
+    merges = rank_merges(tokenizer.ranks)
     metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",

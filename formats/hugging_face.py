@@ -32,7 +32,16 @@ from formats.safetensors_file import read_safetensors, tensor_size, write_safete
 from formats.torch_file import read_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFolder, FileSource
-from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
+from textdata.tokenizer import (
+    CONTROL,
+    UNKNOWN,
+    HuggingFaceTokenizer,
+    Llama3Tokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from textdata.tokenizer_json import has_prefix_space
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000  # maximum bytes of weights in a file
@@ -103,7 +112,7 @@ def read(path: str) -> LazyModel:
             raise ValueError(
                 f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
-    return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
+    return LazyModel(path, args, tensors, lambda: read_tokenizer(path))
 
 
 def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
@@ -164,26 +173,45 @@ def read_shards(
     return tensors
 
 
-def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
+def read_tokenizer(path: str) -> Tokenizer | None:
     """The tokenizer of a folder, None if it has none.
 
-    A SentencePiece tokenizer.model is preferred, because only it has the scores. tokenizer.json is
-    used if it has additional tokens, and for Llama 3, because only it has the names of the special
-    tokens. Raises ValueError if the tokenizer is damaged or not supported.
+    tokenizer.json is what transformers uses. A SentencePiece tokenizer.model beside it is preferred
+    where both have the same tokens and both replace spaces by ▁ in the same way, because only it
+    has the scores. Raises ValueError if the tokenizer is damaged or not supported.
     """
     file = os.path.join(path, "tokenizer.json")
-    tokenizer = find_tokenizer(path)
-    is_complete = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (
-        None,
-        tokenizer.vocab_size,
-    )
-    if is_complete or not os.path.isfile(file):
-        return tokenizer
+    if not os.path.isfile(file):
+        return find_tokenizer(path)
+    beside = find_tokenizer(path)  # tokenizer.json itself, if it is the only one
+    if isinstance(beside, SentencePieceTokenizer) and not beside.is_bpe:
+        return beside  # a unigram model, which is read from tokenizer.model only
     try:
-        with open(file, encoding="utf-8") as text:
-            return tokenizer_json.from_json(text.read())
+        tokenizer = load_tokenizer(file)
     except ValueError as error:
-        raise ValueError(one_line(f"{file}: {error}")) from error
+        raise ValueError(one_line(str(error))) from error
+    is_same = isinstance(beside, SentencePieceTokenizer) and has_same_pieces(beside, tokenizer)
+    return beside if is_same else tokenizer
+
+
+def has_same_pieces(model: SentencePieceTokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer.json represents the pieces of a tokenizer.model, and no other tokens."""
+    names = [piece.text for piece in model.pieces]
+    if names != tokenizer_json.token_names(tokenizer):
+        return False
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return model.has_dummy_prefix == tokenizer.has_dummy_prefix
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return False
+    description = tokenizer.description
+    prefix = has_prefix_space(description["normalizer"], description["pre_tokenizer"])
+    ends = (tokenizer.bos_id, tokenizer.eos_id)
+    special = [piece.text for piece in model.pieces if piece.type in (CONTROL, UNKNOWN)]
+    return (
+        prefix == model.has_dummy_prefix
+        and ends == (model.bos_id, model.eos_id)
+        and {entry["content"] for entry in description["added_tokens"]} <= set(special)
+    )
 
 
 # Writing
@@ -217,8 +245,9 @@ def write_tokenizer(folder: str, tokenizer: Tokenizer, max_seq_len: int) -> None
     write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, max_seq_len))
     if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
         return
-    with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-        file.write(tokenizer.content)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
+            file.write(tokenizer.content)
 
 
 def write_json(folder: str, name: str, content: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ import torch
 from checkpoints.file import as_bytes, check_weights, max_abs
 from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from runtime.lfs import require_content
+from textdata.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READABLE_DTYPES = (*TORCH_DTYPES.values(), torch.float64)
@@ -205,6 +206,7 @@ def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator
 
 def read_json(path: str) -> dict[str, Any]:
     """Read a JSON object from a file. Raises ValueError if it is damaged."""
+    require_content(path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -216,13 +218,9 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def find_tokenizer(*folders: str) -> Tokenizer | None:
-    """Load tokenizer.model or tokenizer.bin from the first of the folders that has one."""
-    for folder in folders:
-        for name in ("tokenizer.model", "tokenizer.bin"):
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                return load_tokenizer(path)
-    return None
+    """Load the tokenizer of the first of the folders that has one."""
+    path = next(filter(None, map(find_tokenizer_file, folders)), None)
+    return load_tokenizer(path) if path else None
 
 
 def one_line(text: str, max_length: int = 400) -> str:
