@@ -25,7 +25,7 @@ from formats.lazy_model import (
     find_tokenizer,
     same_values,
 )
-from formats.torch_file import is_zip, read_torch_file, write_torch_file
+from formats.torch_file import is_old_pickle, is_zip, read_torch_file, write_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
@@ -34,8 +34,9 @@ DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
 def matches(path: str) -> bool:
-    """Whether path is a sharded checkpoint or a zip archive."""
-    return is_sharded_checkpoint(path) or (os.path.isfile(path) and is_zip(path))
+    """Whether path is a sharded checkpoint or a file of torch.save."""
+    is_file = os.path.isfile(path) and (is_zip(path) or is_old_pickle(path))
+    return is_file or is_sharded_checkpoint(path)
 
 
 # Reading

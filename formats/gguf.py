@@ -33,7 +33,7 @@ from formats.gguf_file import (
     TypedValue,
     pack_header,
     pad,
-    read_container,
+    read_split_container,
     write_tensor,
 )
 from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
@@ -91,7 +91,7 @@ def matches(path: str) -> bool:
 
 def read(path: str) -> LazyModel:
     """Open a file. Raises ValueError if it is damaged or not a supported Llama."""
-    metadata, gguf_tensors = read_container(path)
+    metadata, gguf_tensors = read_split_container(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: a model of architecture {architecture!r}, not llama")

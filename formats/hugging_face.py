@@ -7,6 +7,7 @@ The rows of wq and wk are in another order: Hugging Face rotates the pairs (i, i
 half-split layout; model.py rotates the pairs (2i, 2i + 1), the interleaved layout.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from formats.lazy_model import (
     find_tokenizer,
     one_line,
     read_json,
+    same_values,
 )
 from formats.safetensors_file import read_safetensors, tensor_size, write_safetensors
 from formats.torch_file import read_torch_file
@@ -61,6 +63,9 @@ TENSOR_NAMES = (
     ("norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
 )
+# Suffixes of files that may have the weights under another name, and the name to give them
+RENAMED = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+NO_WEIGHTS = ("tokenizer.bin", "training_args.bin", "optimizer.bin", "scheduler.bin")
 EXPORTED_FILES = re.compile(
     r"(generation_)?config\.json|tokenizer(_config)?\.json|tokenizer\.model"
     r"|special_tokens_map\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -99,6 +104,7 @@ def read(path: str) -> LazyModel:
     config = read_json(source.path)
     args = parse_args(config, source.path)
     hf_tensors = read_tensors(path)
+    args = untie_different_head(args, hf_tensors)
     source.open().close()  # raises ValueError if the folder was replaced meanwhile
     tensors = {}
     for name, hf_name in expand_layers(TENSOR_NAMES, args):
@@ -113,6 +119,19 @@ def read(path: str) -> LazyModel:
                 f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
     return LazyModel(path, args, tensors, lambda: read_tokenizer(path))
+
+
+def untie_different_head(args: ModelArgs, hf_tensors: dict[str, LazyTensor]) -> ModelArgs:
+    """The args, with tie_embeddings=False if the file has an LM head unlike the embedding.
+
+    Such a head is the model's, whatever tie_word_embeddings is: transformers 5 uses it, too.
+    """
+    head = hf_tensors.get("lm_head.weight")
+    embedding = hf_tensors.get("model.embed_tokens.weight")
+    if not args.tie_embeddings or head is None or embedding is None:
+        return args
+    is_tied = head.shape == embedding.shape and same_values(head, embedding)
+    return dataclasses.replace(args, tie_embeddings=is_tied)
 
 
 def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
@@ -138,7 +157,13 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
             return reader(file)
         if os.path.isfile(index):
             return read_shards(path, index, reader)
-    raise ValueError(f"{path}: it has neither model.safetensors nor pytorch_model.bin")
+    problem = f"{path}: it has neither model.safetensors nor pytorch_model.bin"
+    names = sorted(os.listdir(path))
+    others = [name for name in names if name.endswith(tuple(RENAMED)) and name not in NO_WEIGHTS]
+    if others:
+        expected = RENAMED[os.path.splitext(others[0])[1]]
+        problem += f"; if {others[0]} has the weights, rename it to {expected}"
+    raise ValueError(problem)
 
 
 def read_state_dict(path: str) -> dict[str, LazyTensor]:

@@ -10,6 +10,7 @@ from typing import Protocol
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, one_line
 from model import ModelArgs, Transformer
+from runtime.lfs import require_content
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -42,10 +43,13 @@ def detect_format(path: str) -> Format:
     if not os.path.exists(path):
         advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
         raise ValueError(f"{path}: there is no such file or folder{advice}")
+    require_content(path)
     for module in FORMATS:
         if module.matches(path):
             return module
     folder = os.path.dirname(path) or "."
+    if path.endswith(".safetensors") and not hugging_face.matches(folder):
+        raise ValueError(f"{path}: weights without the config.json that belongs beside them")
     if os.path.isfile(path) and (hugging_face.matches(folder) or meta.matches(folder)):
         raise ValueError(f"{path}: a file of a model folder; name the folder, {folder}")
     if os.path.isdir(path):
