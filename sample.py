@@ -151,7 +151,7 @@ class GenerationSession:
         self.num_tokens = 0  # generated so far
         self.batch_size = min(config.batch_size, num_sequences)
         self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
-        self.params = self.options.sampling_params(tokenizer)
+        self.params = self.options.sampling_params(tokenizer, model.args.vocab_size)
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         is_sampling = not config.score and config.num_beams == 1
         compile = config.compile if is_sampling else False
@@ -180,14 +180,13 @@ class GenerationSession:
 
     def beam_records(self, prompt: str) -> Iterator[dict[str, Any]]:
         """The records of the best completions that beam search finds, best first."""
-        banned = self.params.banned_strings
         params = BeamSearchParams(
             num_beams=self.config.num_beams,
             max_new_tokens=self.config.max_new_tokens,
             min_new_tokens=self.config.min_new_tokens,
             length_penalty=self.config.length_penalty,
             num_best=self.config.num_samples,
-            banned_tokens=banned.banned_next_tokens if banned else None,
+            banned_tokens=self.params.banned_next_tokens,
         )
         prompt_ids = self.tokenizer.encode(prompt, bos=True)
         for hypothesis in beam_search(self.model, prompt_ids, params, self.tokenizer.stop_ids):

@@ -88,12 +88,13 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
+    vocab_size = tokenizer.vocab_size if tokenizer else model.args.vocab_size
     checkpoint = {
         "model": state_dict(model, TORCH_DTYPES[dtype]),
         "model_args": write_model_args(model.args),
         "iter_num": 0,
         "best_val_loss": scalar_tensor(math.inf),
-        "config": {"vocab_source": "custom", "vocab_size": model.args.vocab_size},
+        "config": {"vocab_source": "custom", "vocab_size": vocab_size},
     }
     if tokenizer or model.tokenizer_hash:
         checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else model.tokenizer_hash

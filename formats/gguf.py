@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from formats import tokenizer_json
+from formats import gguf_tokenizer, tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
     BF16,
@@ -40,10 +40,11 @@ from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
-from textdata.bpe_merges import from_byte_unicode, rank_merges
+from textdata.bpe_merges import rank_merges
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
+    HuggingFaceTokenizer,
     Llama3Tokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -55,7 +56,6 @@ DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
 TENSOR_TYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
 QUANTIZATION_VERSION = 2  # general.quantization_version
-BPE_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")  # tokenizer.ggml.pre of Llama 3
 
 # Name in model.py, name in GGUF
 TENSOR_NAMES = (
@@ -104,7 +104,9 @@ def read(path: str) -> LazyModel:
         tensors[name] = gguf_tensors.pop(gguf_name)
     if gguf_tensors:
         raise ValueError(f"{path}: {min(gguf_tensors)[:100]} is not a tensor of a Llama")
-    return LazyModel(path, args, tensors, lambda: parse_tokenizer(metadata, path))
+    return LazyModel(
+        path, args, tensors, lambda: parse_tokenizer(metadata, path), contains_tokenizer=True
+    )
 
 
 def parse_args(
@@ -199,19 +201,22 @@ def frequency_divisors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
 def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
     """The tokenizer of a file, None if it has none. Raises ValueError if it is not supported."""
     model = metadata.get("tokenizer.ggml.model")
-    pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     if model in (None, "none", "no_vocab"):
         return None
     try:
         names = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its tokens are not a list of strings")
+        if tokenizer := gguf_tokenizer.parse_json(metadata):
+            return tokenizer
         types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
+        count = gguf_tokenizer.without_padding(names, types)
+        names, types = names[:count], types[: len(types) - (len(names) - count)]
         if model == "llama":
             return parse_sentencepiece(metadata, names, types)
-        if model == "gpt2" and pre_tokenizer in BPE_PRE_TOKENIZERS:
-            return parse_llama3(names, types)
-        raise ValueError(f"a vocabulary of type {model!r}, {pre_tokenizer!r}, is not supported")
+        if model == "gpt2":
+            return gguf_tokenizer.parse_byte_level(metadata, names, types)
+        raise ValueError(f"a vocabulary of type {str(model)[:50]!r} is not supported")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"
@@ -220,7 +225,7 @@ def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
 
 def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[int]) -> Tokenizer:
     """A SentencePiece tokenizer. Raises ValueError, LookupError or TypeError if it is damaged."""
-    scores = metadata["tokenizer.ggml.scores"]
+    scores = metadata["tokenizer.ggml.scores"][: len(names)]
     bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
     eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
     pieces = [
@@ -231,14 +236,6 @@ def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[
     return require_bos_eos(
         SentencePieceTokenizer(proto_from_pieces(pieces, bos, eos, has_dummy_prefix))
     )
-
-
-def parse_llama3(names: list[str], types: list[int]) -> Tokenizer:
-    """A Llama 3 tokenizer: the tokens from the first control token on are special."""
-    controls = (i for i, token_type in enumerate(types) if token_type == CONTROL)
-    n_ranks = next(controls, len(names))
-    ranks = [from_byte_unicode(name) for name in names[:n_ranks]]
-    return Llama3Tokenizer(ranks, names[n_ranks:])
 
 
 # Writing
@@ -264,7 +261,10 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
             f"{path}: llama.cpp reads no GGUF file without a vocabulary; "
             "name it with --tokenizer=PATH"
         )
-    if reason := tokenizer_json.unsupported_reason(tokenizer):
+    reason = tokenizer_json.unsupported_reason(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        reason = gguf_tokenizer.unsupported_reason(tokenizer)
+    if reason:
         raise ValueError(f"{path}: {reason}")
     tensors = list_tensors(model)
     infos = describe_tensors(tensors, dtype)
@@ -323,7 +323,7 @@ def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "llama.attention.head_count_kv": TypedValue(UINT32, args.kv_heads),
         "llama.attention.layer_norm_rms_epsilon": TypedValue(FLOAT32, args.norm_eps),
     }
-    return metadata | to_rope_metadata(args.rope_scaling) | to_tokenizer_metadata(tokenizer)
+    return metadata | to_rope_metadata(args.rope_scaling) | to_vocabulary(tokenizer, args)
 
 
 def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
@@ -344,6 +344,11 @@ def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
     return {ROPE_SCALING_KEY: TypedValue(FLOAT64, parameters)}
 
 
+def to_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> dict[str, MetadataValue]:
+    """The metadata of a vocabulary with one token for each embedding."""
+    return gguf_tokenizer.fit_to_embeddings(to_tokenizer_metadata(tokenizer), args.vocab_size)
+
+
 def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     """The metadata that contains the vocabulary."""
     metadata: dict[str, MetadataValue] = {
@@ -354,22 +359,27 @@ def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         return metadata | to_sentencepiece_metadata(tokenizer)
-    assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return metadata | gguf_tokenizer.to_metadata(tokenizer)
+    assert isinstance(tokenizer, Llama3Tokenizer), "there are three types of tokenizers"
     return metadata | to_llama3_metadata(tokenizer)
 
 
 def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, MetadataValue]:
     """The metadata of a SentencePiece vocabulary."""
     names, scores, types = zip(*tokenizer.pieces, strict=True)
-    return {
+    metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": list(names),
         "tokenizer.ggml.scores": TypedValue(FLOAT32, list(scores)),
         "tokenizer.ggml.token_type": TypedValue(INT32, list(types)),
-        "tokenizer.ggml.unknown_token_id": TypedValue(UINT32, tokenizer.processor.unk_id()),
         "tokenizer.ggml.add_space_prefix": TypedValue(BOOL, tokenizer.has_dummy_prefix),
     }
+    if tokenizer.processor.unk_id() >= 0:
+        unknown = tokenizer.processor.unk_id()
+        metadata["tokenizer.ggml.unknown_token_id"] = TypedValue(UINT32, unknown)
+    return metadata
 
 
 def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:

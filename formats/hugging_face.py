@@ -118,7 +118,7 @@ def read(path: str) -> LazyModel:
             raise ValueError(
                 f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
-    return LazyModel(path, args, tensors, lambda: read_tokenizer(path))
+    return LazyModel(path, args, tensors, lambda: read_tokenizer(path), contains_tokenizer=True)
 
 
 def untie_different_head(args: ModelArgs, hf_tensors: dict[str, LazyTensor]) -> ModelArgs:

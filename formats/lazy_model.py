@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -53,6 +52,7 @@ class LazyModel:
     tensors: dict[str, LazyTensor]
     read_tokenizer: Callable[[], Tokenizer | None] = no_tokenizer
     tokenizer_hash: str | None = None  # of the tokenizer it was trained with, if the file has it
+    contains_tokenizer: bool = False  # whether the tokenizer is part of the model's file or folder
 
     def __post_init__(self) -> None:
         check_weights(self.args, self.tensors, self.path)

@@ -83,8 +83,21 @@ def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -
         model = dataclasses.replace(model, args=args)
     if tokenizer:
         loaded = load_tokenizer(tokenizer)
-        model = dataclasses.replace(model, read_tokenizer=lambda: loaded)
+        model = dataclasses.replace(
+            model,
+            read_tokenizer=lambda: loaded,
+            contains_tokenizer=contains_tokenizer(model, loaded.hash),
+        )
     return model
+
+
+def contains_tokenizer(model: LazyModel, tokenizer_hash: str) -> bool:
+    """Whether a tokenizer of this hash is part of the model's file or folder."""
+    try:
+        tokenizer = model.read_tokenizer() if model.contains_tokenizer else None
+    except ValueError:
+        return False
+    return tokenizer is not None and tokenizer.hash == tokenizer_hash
 
 
 def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer | None:
@@ -100,10 +113,18 @@ def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer |
     if tokenizer is None:
         return None
     name = tokenizer_path or f"the tokenizer beside {model.path}"
-    if tokenizer.vocab_size != model.args.vocab_size:
+    # A model may have more embeddings than tokens, to pad its matrices.
+    is_its_own = model.contains_tokenizer or model.tokenizer_hash == tokenizer.hash
+    num_embeddings = model.args.vocab_size
+    if tokenizer.vocab_size != num_embeddings and not is_its_own:
         raise ValueError(
             f"{name} has {tokenizer.vocab_size} tokens, but the model in {model.path} has "
-            f"{model.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
+            f"{num_embeddings}: name the tokenizer it was trained with, --tokenizer=PATH"
+        )
+    if tokenizer.min_embeddings > num_embeddings:
+        raise ValueError(
+            f"{name} encodes texts with ids up to {tokenizer.min_embeddings - 1}, but the model in "
+            f"{model.path} has {num_embeddings} embeddings: its files do not belong together"
         )
     if model.tokenizer_hash not in (None, tokenizer.hash):
         raise ValueError(

@@ -53,8 +53,7 @@ class Tokenizer:
         return self.vocab_size
 
     def ids_without_token(self, num_embeddings: int) -> list[int]:
-        """The ids of a model's embeddings that no text has: those that pad a matrix, for example.
-        """
+        """The ids without a token among a model's embeddings, such as those that pad a matrix."""
         return [*self.unused_ids, *range(self.vocab_size, num_embeddings)]
 
     def encode(self, text: str, bos: bool = False) -> list[int]:

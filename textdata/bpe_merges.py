@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from textdata.sentencepiece_tokenizer import NORMAL
 
-
 # GPT-2's byte-level alphabet
 
 

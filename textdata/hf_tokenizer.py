@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def hash(self) -> str:
         parts: dict[str, Any] = {key: self.description[key] for key in ENCODING_KEYS}
-        parts |= {"bos": self.bos_id, "eos": self.eos_id}
+        parts["bos_id"] = self.bos_id
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property

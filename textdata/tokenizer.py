@@ -47,6 +47,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "find_tokenizer_file",
+    "load_folder_tokenizer",
     "load_tokenizer",
     "proto_from_pieces",
     "require_bos_eos",
@@ -65,7 +66,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     The format is detected from the content. Raises ValueError for another file, OSError if reading
     fails."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a device may never end
-        raise ValueError(f"{path}: not a file; name a tokenizer.model, tokenizer.bin or tokenizer.json")
+        raise ValueError(
+            f"{path}: not a file; name a tokenizer.model, tokenizer.bin or tokenizer.json"
+        )
     if os.path.exists(path) and os.path.getsize(path) > MAX_FILE_SIZE:
         raise ValueError(f"{path}: too large for a vocabulary")
     require_content(path)
@@ -93,6 +96,12 @@ def find_tokenizer_file(folder: str) -> str | None:
     """The path of the tokenizer in a folder, None if there is none."""
     paths = [os.path.join(folder, name) for name in TOKENIZER_FILES]
     return next(filter(os.path.isfile, paths), None)
+
+
+def load_folder_tokenizer(folder: str) -> Tokenizer:
+    """Load the tokenizer of a folder of tokens. Raises ValueError or OSError as load_tokenizer."""
+    path = find_tokenizer_file(folder)
+    return load_tokenizer(path or os.path.join(folder, TOKENIZER_FILES[0]))
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:

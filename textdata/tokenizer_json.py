@@ -45,7 +45,7 @@ def read_special_names(folder: str) -> tuple[str | int | None, str | int | None]
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
         content = read_object(os.path.join(folder, name))
         for key in found:
-            value = content.get(f"{key}_token")
+            value: Any = content.get(f"{key}_token")
             value = value.get("content") if isinstance(value, dict) else value
             value = value or content.get(f"{key}_token_id")
             value = value[0] if isinstance(value, list) and value else value
@@ -64,9 +64,7 @@ def read_object(path: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def from_json(
-    text: str, bos: str | int | None = None, eos: str | int | None = None
-) -> Tokenizer:
+def from_json(text: str, bos: str | int | None = None, eos: str | int | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Args:
