@@ -155,13 +155,11 @@ class GenerationSession:
         self.num_tokens = 0  # generated so far
         self.batch_size = min(config.batch_size, num_sequences)
         self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
-        self.params = self.options.sampling_params(tokenizer)
-        if unknown := [
-            number for number in self.options.stop_ids if number >= tokenizer.vocab_size
-        ]:
+        self.params = self.options.sampling_params(tokenizer, model.args.vocab_size)
+        if max(self.options.stop_ids, default=0) >= model.args.vocab_size:
             raise ValueError(
-                f"--stop_ids={config.stop_ids}: {unknown[0]} is not the id of a token; "
-                f"the vocabulary has {tokenizer.vocab_size}"
+                f"--stop_ids={config.stop_ids}: the ids of this model's tokens are 0 to "
+                f"{model.args.vocab_size - 1}"
             )
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         is_sampling = not config.score and config.num_beams == 1
@@ -191,14 +189,13 @@ class GenerationSession:
 
     def beam_records(self, prompt: str) -> Iterator[dict[str, Any]]:
         """The records of the best completions that beam search finds, best first."""
-        banned = self.params.banned_strings
         params = BeamSearchParams(
             num_beams=self.config.num_beams,
             max_new_tokens=self.config.max_new_tokens,
             min_new_tokens=self.config.min_new_tokens,
             length_penalty=self.config.length_penalty,
             num_best=self.config.num_samples,
-            banned_tokens=banned.banned_next_tokens if banned else None,
+            banned_tokens=self.params.banned_next_tokens,
         )
         prompt_ids = self.tokenizer.encode_prompt(prompt)
         for hypothesis in beam_search(self.model, prompt_ids, params, self.params.stop_ids):

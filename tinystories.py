@@ -33,7 +33,7 @@ from textdata.download import download, plain_reason, unpack
 from textdata.pretokenize import initial_meta, list_jobs, pretokenize
 from textdata.synthetic import story
 from textdata.token_shards import token_dir
-from textdata.tokenizer import load_tokenizer
+from textdata.tokenizer import load_folder_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
 
 DATASET = "TinyStories_all_data"
@@ -187,7 +187,7 @@ def run_pretokenize(config: Pretokenize) -> None:
             stack.enter_context(run_lock(folder))
             prepare_tokenizer(config, files, data_dir, folder)
         dist_ctx.barrier()
-        tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
+        tokenizer = load_folder_tokenizer(folder)
         fractions = val_fractions(config, len(files))
         jobs = list_jobs(files, tokenizer, unescape(config.separator), fractions)
         meta = initial_meta(config.vocab_source, tokenizer)

@@ -27,7 +27,7 @@ from formats.lazy_model import (
     same_values,
 )
 from formats.model_metadata import ModelMetadata
-from formats.torch_file import is_zip, read_torch_file, write_torch_file
+from formats.torch_file import is_old_pickle, is_zip, read_torch_file, write_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
@@ -37,8 +37,9 @@ DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
 def matches(path: str) -> bool:
-    """Whether path is a sharded checkpoint or a zip archive."""
-    return is_sharded_checkpoint(path) or (os.path.isfile(path) and is_zip(path))
+    """Whether path is a sharded checkpoint or a file of torch.save."""
+    is_file = os.path.isfile(path) and (is_zip(path) or is_old_pickle(path))
+    return is_file or is_sharded_checkpoint(path)
 
 
 # Reading
@@ -114,12 +115,13 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
+    vocab_size = tokenizer.vocab_size if tokenizer else model.args.vocab_size
     checkpoint = {
         "model": state_dict(model, TORCH_DTYPES[dtype]),
         "model_args": write_model_args(model.args),
         "iter_num": 0,
         "best_val_loss": scalar_tensor(math.inf),
-        "config": {"vocab_source": "custom", "vocab_size": model.args.vocab_size},
+        "config": {"vocab_source": "custom", "vocab_size": vocab_size},
     }
     if tokenizer or model.tokenizer_hash:
         checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else model.tokenizer_hash

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from formats import gguf_metadata, tokenizer_json
+from formats import gguf_metadata, gguf_tokenizer, tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
     BF16,
@@ -33,7 +33,7 @@ from formats.gguf_file import (
     TypedValue,
     pack_header,
     pad,
-    read_container,
+    read_split_container,
     write_tensor,
 )
 from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
@@ -41,21 +41,20 @@ from formats.model_metadata import ModelMetadata
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
+from textdata.bpe_merges import rank_merges
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
+    HuggingFaceTokenizer,
     Llama3Tokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    proto_from_pieces,
-    require_bos_eos,
 )
 
 DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
 TENSOR_TYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
 QUANTIZATION_VERSION = 2  # general.quantization_version
-BPE_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")  # tokenizer.ggml.pre of Llama 3
 
 # Name in model.py, name in GGUF
 TENSOR_NAMES = (
@@ -91,7 +90,7 @@ def matches(path: str) -> bool:
 
 def read(path: str) -> LazyModel:
     """Open a file. Raises ValueError if it is damaged or not a supported Llama."""
-    metadata, gguf_tensors = read_container(path)
+    metadata, gguf_tensors = read_split_container(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: a model of architecture {architecture!r}, not llama")
@@ -111,6 +110,7 @@ def read(path: str) -> LazyModel:
         tensors,
         read_tokenizer=lambda: parse_tokenizer(metadata, path),
         read_metadata=lambda: model_metadata,
+        contains_tokenizer=True,
     )
 
 
@@ -206,48 +206,26 @@ def frequency_divisors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
 def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
     """The tokenizer of a file, None if it has none. Raises ValueError if it is not supported."""
     model = metadata.get("tokenizer.ggml.model")
-    pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     if model in (None, "none", "no_vocab"):
         return None
     try:
         names = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its tokens are not a list of strings")
+        if tokenizer := gguf_tokenizer.parse_json(metadata):
+            return tokenizer
         types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
+        count = gguf_tokenizer.without_padding(names, types)
+        names, types = names[:count], types[: len(types) - (len(names) - count)]
         if model == "llama":
-            return parse_sentencepiece(metadata, names, types)
-        if model == "gpt2" and pre_tokenizer in BPE_PRE_TOKENIZERS:
-            return parse_llama3(names, types)
-        raise ValueError(f"a vocabulary of type {model!r}, {pre_tokenizer!r}, is not supported")
+            return gguf_tokenizer.parse_sentencepiece(metadata, names, types)
+        if model == "gpt2":
+            return gguf_tokenizer.parse_byte_level(metadata, names, types)
+        raise ValueError(f"a vocabulary of type {str(model)[:50]!r} is not supported")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"
         ) from error
-
-
-def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[int]) -> Tokenizer:
-    """A SentencePiece tokenizer. Raises ValueError, LookupError or TypeError if it is damaged."""
-    scores = metadata["tokenizer.ggml.scores"]
-    bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
-    eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
-    if ("</s>", CONTROL) in zip(names, types, strict=False):
-        eos = "</s>"  # of the vocabulary; the model may end its texts with an added token
-    pieces = [
-        (name, score, CONTROL if name in (bos, eos) else token_type)
-        for name, score, token_type in zip(names, scores, types, strict=True)
-    ]
-    has_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return require_bos_eos(
-        SentencePieceTokenizer(proto_from_pieces(pieces, bos, eos, has_dummy_prefix))
-    )
-
-
-def parse_llama3(names: list[str], types: list[int]) -> Tokenizer:
-    """A Llama 3 tokenizer: the tokens from the first control token on are special."""
-    controls = (i for i, token_type in enumerate(types) if token_type == CONTROL)
-    n_ranks = next(controls, len(names))
-    ranks = [tokenizer_json.from_byte_unicode(name) for name in names[:n_ranks]]
-    return Llama3Tokenizer(ranks, names[n_ranks:])
 
 
 # Writing
@@ -279,7 +257,10 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
             f"{path}: llama.cpp reads no GGUF file without a vocabulary; "
             "name it with --tokenizer=PATH"
         )
-    if reason := tokenizer_json.unsupported_reason(tokenizer):
+    reason = tokenizer_json.unsupported_reason(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        reason = gguf_tokenizer.unsupported_reason(tokenizer)
+    if reason:
         raise ValueError(f"{path}: {reason}")
     tensors = list_tensors(model)
     infos = describe_tensors(tensors, dtype)
@@ -340,7 +321,7 @@ def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "llama.attention.layer_norm_rms_epsilon": TypedValue(FLOAT32, args.norm_eps),
     }
     metadata |= to_rope_metadata(args.rope_scaling)
-    return metadata | gguf_metadata.to_metadata(model_metadata) | to_tokenizer_metadata(tokenizer)
+    return metadata | to_vocabulary(tokenizer, args) | gguf_metadata.to_metadata(model_metadata)
 
 
 def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
@@ -361,32 +342,42 @@ def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
     return {ROPE_SCALING_KEY: TypedValue(FLOAT64, parameters)}
 
 
+def to_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> dict[str, MetadataValue]:
+    """The metadata of a vocabulary with one token for each embedding."""
+    return gguf_tokenizer.fit_to_embeddings(to_tokenizer_metadata(tokenizer), args.vocab_size)
+
+
 def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     """The metadata that contains the vocabulary."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return to_sentencepiece_metadata(tokenizer)
-    assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return gguf_tokenizer.to_metadata(tokenizer)
+    assert isinstance(tokenizer, Llama3Tokenizer), "there are three types of tokenizers"
     return to_llama3_metadata(tokenizer)
 
 
 def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, MetadataValue]:
     """The metadata of a SentencePiece vocabulary."""
     names, scores, types = zip(*tokenizer.pieces, strict=True)
-    return {
+    metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": list(names),
         "tokenizer.ggml.scores": TypedValue(FLOAT32, list(scores)),
         "tokenizer.ggml.token_type": TypedValue(INT32, list(types)),
-        "tokenizer.ggml.unknown_token_id": TypedValue(UINT32, tokenizer.processor.unk_id()),
         "tokenizer.ggml.add_space_prefix": TypedValue(BOOL, tokenizer.has_dummy_prefix),
     }
+    if tokenizer.processor.unk_id() >= 0:
+        unknown = tokenizer.processor.unk_id()
+        metadata["tokenizer.ggml.unknown_token_id"] = TypedValue(UINT32, unknown)
+    return metadata
 
 
 def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:
     """The metadata of a Llama 3 vocabulary."""
     types = [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)
-    merges = tokenizer_json.rank_merges(tokenizer.ranks)
+    merges = rank_merges(tokenizer.ranks)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",

@@ -28,7 +28,7 @@ from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFolder
-from textdata.tokenizer import Llama3Tokenizer, Tokenizer
+from textdata.tokenizer import HuggingFaceTokenizer, Llama3Tokenizer, Tokenizer
 
 DTYPES = {"meta": ("float32", "float16", "bfloat16")}
 SPLIT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
@@ -252,6 +252,11 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            f"{path}: tokenizer.model cannot store the vocabulary of a tokenizer.json; "
+            "use --format=hf, gguf or ckpt"
+        )
     with AtomicFolder(path, is_exported_file) as folder:
         with open(os.path.join(folder, "params.json"), "w", encoding="utf-8") as params_file:
             json.dump(to_params(model.args, tokenizer), params_file)

@@ -23,8 +23,11 @@ import torch
 from checkpoints.file import as_bytes, describe_load_error
 from formats.lazy_model import LazyTensor, read_into, write_values
 from runtime.atomic_files import FileSource
+from runtime.lfs import require_content
 
 ZIP_SIGNATURE = b"PK\3\4"
+# A pickle of protocol 2 of torch.serialization's magic number.
+OLD_SIGNATURE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # Local file header: signature, ..., lengths of the name and of the extra field.
 LOCAL_HEADER = struct.Struct("<4s22x2H")
 ZIP64_SIZE = 1 << 31  # bytes; a record of this size or larger has a zip64 extra field
@@ -47,11 +50,23 @@ def is_zip(path: str) -> bool:
         return file.read(4) == ZIP_SIGNATURE
 
 
+def is_old_pickle(path: str) -> bool:
+    """Whether a file begins as torch.save wrote it before PyTorch 1.6, without a zip archive."""
+    with open(path, "rb") as file:
+        return file.read(len(OLD_SIGNATURE)) == OLD_SIGNATURE
+
+
 def read_torch_file(path: str) -> Any:
     """The content of a file of torch.save, with a LazyTensor for each tensor.
 
     Raises ValueError if it is damaged or contains more than data.
     """
+    require_content(path)
+    if is_old_pickle(path):
+        raise ValueError(
+            f"{path}: a file as PyTorch wrote it before version 1.6; write it again with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
     try:
         source = FileSource(path)
         records = read_records(path)

@@ -332,7 +332,7 @@ def test_stop_ids_end_a_sample(beams, run_sample, out_dir):
 
 def test_a_stop_id_beyond_the_vocabulary_is_refused(run_sample, out_dir):
     status, _, error = run_sample(f"--out_dir={out_dir}", "--stop_ids=2,512")
-    assert status == 1 and "--stop_ids=2,512: 512 is not the id of a token" in error
+    assert status == 1 and "--stop_ids=2,512: the ids of this model's tokens are 0 to 511" in error
 
 
 # Log-probabilities and scores

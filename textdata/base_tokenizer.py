@@ -29,6 +29,11 @@ class Tokenizer:
         raise NotImplementedError
 
     @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files that load_tokenizer reads it from, the main one first."""
+        return {"tokenizer.model": self.content}
+
+    @functools.cached_property
     def hash(self) -> str:
         """The SHA-256, in hexadecimal, of everything that encoding depends on."""
         raise NotImplementedError
@@ -37,6 +42,20 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes that each token adds to the text; none for control tokens."""
         raise NotImplementedError
+
+    @property
+    def unused_ids(self) -> list[int]:
+        """The ids below vocab_size without a token."""
+        return []
+
+    @property
+    def min_embeddings(self) -> int:
+        """The fewest embeddings of a model: 1 + the largest id that encoding gives."""
+        return self.vocab_size
+
+    def ids_without_token(self, num_embeddings: int) -> list[int]:
+        """The ids without a token among a model's embeddings, such as those that pad a matrix."""
+        return [*self.unused_ids, *range(self.vocab_size, num_embeddings)]
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The token ids of the text, with bos_id before them if bos."""

@@ -25,7 +25,7 @@ from runtime.distributed import DistContext
 from textdata.corpus import DocumentChunk, read_documents
 from textdata.fast_encoder import Encoder
 from textdata.token_shards import META_FILE, ShardWriter, token_dtype, train_val_cut, write_meta
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from textdata.tokenizer import Tokenizer, load_folder_tokenizer
 
 BATCH_CHARACTERS = 2**20  # of text encoded at a time
 POLL_INTERVAL = 0.2  # seconds between updates of the progress bar
@@ -299,7 +299,7 @@ def tokenize_file(
 ) -> ShardEntry:
     """Write the shard of one file; returns its entry in meta.json. on_progress is called with the
     number of bytes read since the last call."""
-    tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
+    tokenizer = load_folder_tokenizer(folder)
     path = os.path.join(folder, job["file"])
     progress = ByteProgress(on_progress)
     with ShardWriter(path, tokenizer.vocab_size) as writer:

@@ -20,7 +20,7 @@ from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset, read_meta, token_dir
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from textdata.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from training.metrics import MetricsLogger
 from training.optim import make_optimizer
 from training.parallel import is_sharded, load_weights, shard
@@ -143,7 +143,7 @@ def build_components(
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Name and content of the tokenizer files that a run leaves beside its model."""
-    files = {"tokenizer.model": tokenizer.content}
+    files = dict(tokenizer.files)
     with contextlib.suppress(ValueError):  # the format cannot hold this vocabulary
         files["tokenizer.bin"] = tokenizer.to_bin()
     return files
@@ -224,7 +224,7 @@ def pretrained_tokenizer_hash(pretrained: LazyModel) -> str | None:
         tokenizer = pretrained.read_tokenizer() if pretrained.tokenizer_hash is None else None
     except ValueError:  # a vocabulary that cannot be read
         return None
-    if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:
+    if tokenizer and tokenizer.min_embeddings <= pretrained.args.vocab_size:
         return tokenizer.hash
     return pretrained.tokenizer_hash
 
@@ -233,7 +233,8 @@ def open_data(config: Any) -> Data:
     """Open the tokenizer and both splits. Raises ValueError where they do not fit the options."""
     folder = token_dir(config.data_dir, config.vocab_source, config.vocab_size)
     meta = read_meta(folder)
-    path = config.tokenizer or os.path.join(folder, "tokenizer.model")
+    default = os.path.join(folder, "tokenizer.model")
+    path = config.tokenizer or find_tokenizer_file(folder) or default
     tokenizer = load_tokenizer(path)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise ValueError(

@@ -386,24 +386,41 @@ def test_what_gguf_says_of_its_author_is_named(chat_model, tmp_path):
 # Formats that cannot store it
 
 
+@pytest.fixture
+def plain_model(saved, tokenizer_path) -> SavedModel:
+    """A model with a chat template whose vocabulary every format can store."""
+    saved.tokenizer.chat_template = TEMPLATE
+    path = saved.save(generation_config=DEFAULTS, tokenizer=dict(post_processor=None))
+    shutil.copy(tokenizer_path, path)
+    return saved
+
+
+def change_stop_ids(saved: SavedModel, stop_ids: list[int]) -> None:
+    """The model's files name these stop ids only; its tokenizer_config.json names none."""
+    config = os.path.join(saved.path, "generation_config.json")
+    change_json(config, dict(eos_token_id=stop_ids))
+    change_json(os.path.join(saved.path, "tokenizer_config.json"), dict(eos_token=None))
+
+
 @pytest.mark.parametrize("target", ["v0", "meta"])
-def test_what_a_plain_format_loses_is_named(target, chat_model, tmp_path, run_script):
+def test_what_a_plain_format_loses_is_named(target, plain_model, tmp_path, run_script):
     """One line names the template: readers of model.bin would not use it anyway."""
-    path = chat_model.save(tokenizer=dict(post_processor=None))
-    result = run_script("export.py", tmp_path / "out" / "m", f"--from={path}", f"--format={target}")
+    change_stop_ids(plain_model, [2, 350])
+    options = [f"--from={plain_model.path}", f"--format={target}"]
+    result = run_script("export.py", tmp_path / "out" / "m", *options)
     assert result.returncode == 0, result.stderr
     (note,) = [line for line in result.stdout.splitlines() if line.startswith("note:")]
     assert note == (
-        f"note: {target} does not store: end of text at token 513; chat template; generation "
+        f"note: {target} does not store: end of text at token 350; chat template; generation "
         "defaults (do_sample, repetition_penalty, temperature, top_p); add_bos_token=false"
     )
 
 
 @pytest.mark.parametrize("target", ["v0", "v2", "meta"])
-def test_a_plain_format_that_would_never_stop_is_refused(target, chat_model, tmp_path):
-    path = chat_model.save(generation_config=dict(eos_token_id=513))
-    with pytest.raises(ValueError, match="ends a text with token 513, so its readers would not"):
-        exported(path, tmp_path, target)
+def test_a_plain_format_that_would_never_stop_is_refused(target, plain_model, tmp_path):
+    change_stop_ids(plain_model, [350])
+    with pytest.raises(ValueError, match="ends a text with token 350, so its readers would not"):
+        exported(plain_model.path, tmp_path, target)
     assert not list(tmp_path.glob("as-*/*"))
 
 
