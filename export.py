@@ -25,7 +25,7 @@ import tyro
 
 from checkpoints.latest import latest_path
 from configurator import configure, print_overrides, run_main
-from formats.lazy_model import LazyModel
+from formats.lazy_model import LazyModel, one_line
 from formats.registry import checked_tokenizer, open_model
 from formats.writer import write_model
 from model import MAX_POSITIONS, parameter_shapes
@@ -165,7 +165,9 @@ def export_model(config: ExportConfig) -> None:
     """Convert a model without training state."""
     model = open_model(config.source, config.tokenizer, config.max_seq_len)
     model = with_tokenizer(model, config.tokenizer)
-    write_model(model, config.output, config.target, config.dtype)
+    lost = write_model(model, config.output, config.target, config.dtype)
+    if lost:
+        print(f"note: {config.target} does not store: {one_line('; '.join(lost))}")
     parameters = sum(math.prod(shape) for _, shape in parameter_shapes(model.args))
     print(
         f"wrote {config.output} ({config.target}): {parameters:,} parameters, "

@@ -67,6 +67,7 @@ class SampleConfig:
     max_new_tokens: int = 256  # maximum new tokens; past max_seq_len the context slides by half
     min_new_tokens: int = 0  # suppress end-of-sequence tokens before this many new tokens
     stop: tuple[str, ...] = ()  # stop string; may repeat; \n is a newline, \t a tab, \\ a backslash
+    stop_ids: tuple[int, ...] = ()  # id of a further stop token; may repeat; the model's own stay
     bad_words: tuple[str, ...] = ()  # banned string; may repeat; no completion contains it
     temperature: float = 1.0  # sampling temperature; 0: greedy
     # sample among the k most probable tokens; 0: no limit, because top_p adapts to the model
@@ -106,6 +107,9 @@ class SampleConfig:
             yield f"--length_penalty={self.length_penalty:g}: must be at least -10 and at most 10"
         yield from self._mode_problems()
         yield from self._output_problems()
+        for token in self.stop_ids:
+            if token < 0:
+                yield f"--stop_ids={token}: must be the id of a token, 0 or more"
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 if not text:
@@ -115,9 +119,9 @@ class SampleConfig:
 
     def _mode_problems(self) -> Iterator[str]:
         uses_beams = self.num_beams > 1
-        has_prompt = self.start or self.stop or self.bad_words
+        has_prompt = self.start or self.stop or self.stop_ids or self.bad_words
         if self.score and (has_prompt or self.num_samples > 1 or self.interactive):
-            options = "--start, --stop, --bad_words, --num_samples and --interactive"
+            options = "--start, --stop, --stop_ids, --bad_words, --num_samples and --interactive"
             yield f"--score generates no text: leave out {options}"
         if uses_beams and self.num_samples > self.num_beams:
             yield f"--num_samples={self.num_samples}: must be at most --num_beams={self.num_beams}"
@@ -154,7 +158,12 @@ class GenerationSession:
         self.num_tokens = 0  # generated so far
         self.batch_size = min(config.batch_size, num_sequences)
         self.options = GenerationConfig(**config.sampling_options | {"batch_size": self.batch_size})
-        self.params = self.options.sampling_params(tokenizer)
+        self.params = self.options.sampling_params(tokenizer, model.args.vocab_size)
+        if (largest := max(config.stop_ids, default=0)) >= model.args.vocab_size:
+            raise ValueError(
+                f"--stop_ids={largest}: the ids of this model's tokens are 0 to "
+                f"{model.args.vocab_size - 1}"
+            )
         dtype = "int8" if config.quantize == "int8" else pick_dtype(config.dtype, device)
         is_sampling = not config.score and config.num_beams == 1
         compile = config.compile if is_sampling else False
@@ -183,17 +192,16 @@ class GenerationSession:
 
     def beam_records(self, prompt: str) -> Iterator[dict[str, Any]]:
         """The records of the best completions that beam search finds, best first."""
-        banned = self.params.banned_strings
         params = BeamSearchParams(
             num_beams=self.config.num_beams,
             max_new_tokens=self.config.max_new_tokens,
             min_new_tokens=self.config.min_new_tokens,
             length_penalty=self.config.length_penalty,
             num_best=self.config.num_samples,
-            banned_tokens=banned.banned_next_tokens if banned else None,
+            banned_tokens=self.params.banned_next_tokens,
         )
-        prompt_ids = self.tokenizer.encode(prompt, bos=True)
-        for hypothesis in beam_search(self.model, prompt_ids, params, self.tokenizer.stop_ids):
+        prompt_ids = self.tokenizer.encode_prompt(prompt)
+        for hypothesis in beam_search(self.model, prompt_ids, params, self.params.stop_ids):
             self.num_tokens += len(hypothesis.tokens)
             record = self._hypothesis_record(prompt, hypothesis)
             if self.config.logprobs:
@@ -203,9 +211,7 @@ class GenerationSession:
 
     def _hypothesis_record(self, prompt: str, hypothesis: Hypothesis) -> dict[str, Any]:
         """The record of a hypothesis, which ends at a stop string."""
-        stream = TextStream(
-            self.tokenizer, self.tokenizer.encode(prompt, bos=True), self.options.stop
-        )
+        stream = TextStream(self.tokenizer, self.tokenizer.encode_prompt(prompt), self.options.stop)
         tokens = stream.push_all(hypothesis.tokens)
         return {
             "prompt": prompt,
@@ -267,7 +273,7 @@ def print_samples(
 def print_prompt(prompt: str, index: int, session: GenerationSession) -> None:
     """Print a prompt as the vocabulary spells it, after a separator unless it is the first."""
     separator = f"{SEPARATOR}\n" if index else ""
-    tokens = session.tokenizer.encode(prompt, bos=True)
+    tokens = session.tokenizer.encode_prompt(prompt)
     print(separator + TextStream(session.tokenizer, tokens).prompt_text, end="", flush=True)
 
 
@@ -308,7 +314,7 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
     min_new_tokens = max(1, session.params.min_new_tokens)
     params = dataclasses.replace(session.params, min_new_tokens=min_new_tokens)
     engine = InferenceEngine(session.prepared)
-    tokens = tokenizer.encode(prompt, bos=True)
+    tokens = tokenizer.encode_prompt(prompt)
     text = TextStream(tokenizer, tokens).prompt_text
     print(text, end="")
     for line in itertools.chain([""] if prompt else [], stdin_lines()):
@@ -328,7 +334,7 @@ def interactive_loop(prompt: str, session: GenerationSession) -> None:
         text = stream.prompt_text + stream.emitted
         # Tokens from a stop string on are not part of the text.
         is_whole = not stream.stopped_by_string
-        tokens = request.tokens if is_whole else tokenizer.encode(text, bos=True)
+        tokens = request.tokens if is_whole else tokenizer.encode_prompt(text)
 
 
 def stdin_lines() -> Iterator[str]:

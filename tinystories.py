@@ -38,7 +38,7 @@ from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
 from textdata.text_files import file_format
 from textdata.token_shards import token_dir
-from textdata.tokenizer import load_tokenizer
+from textdata.tokenizer import load_folder_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
 
 DATASET = "TinyStories_all_data"
@@ -213,7 +213,7 @@ def run_pretokenize(config: Pretokenize) -> None:
             check_same_text(folder, files)
             prepare_tokenizer(config, files, data_dir, folder)
         dist_ctx.barrier()
-        tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.model"))
+        tokenizer = load_folder_tokenizer(folder)
         fractions = val_fractions(config, len(files))
         separator = unescape(config.separator)
         jobs = list_jobs(files, tokenizer, separator, fractions, config.text_field)
@@ -235,7 +235,7 @@ def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, fold
 
 
 def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[list[str], str]:
-    """The text files to read and the folder to write to. The report lists the files that are left out."""
+    """The text files to read and the folder to write to. The report lists files left out."""
     data_dir = config.data_dir or default_data_dir(config.input)
     source = config.input or os.path.join(data_dir, DATASET)
     if not config.input and not os.path.isdir(source):

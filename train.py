@@ -47,6 +47,7 @@ from training.parallel import gather_model, grad_sync, is_sharded
 from training.resume import (
     ARCHITECTURE,
     StartPoint,
+    architecture_options,
     check_resumed,
     find_checkpoint,
     open_pretrained,
@@ -184,7 +185,8 @@ def find_start(config: TrainConfig, overrides: dict[str, str]) -> tuple[TrainCon
     if config.init_from not in ("resume", "auto"):
         start = open_pretrained(config, overrides)
         assert start.pretrained is not None, "open_pretrained opens a model"
-        return replace(config, **pretrained_options(start.pretrained.args, overrides)), start
+        args = architecture_options(start.pretrained)
+        return replace(config, **pretrained_options(args, overrides)), start
     checkpoint = find_checkpoint(config)
     if checkpoint is None:  # only with --init_from=auto
         return replace(config, init_from="scratch"), StartPoint()

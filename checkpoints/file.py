@@ -3,9 +3,9 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with the keys of llama2.c, so that either project reads the other's files:
 model, optimizer, model_args, iter_num, best_val_loss, config. This project adds scaler, position
-(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, versions,
-and sha256, the hash of all other entries. Random number generator state is not stored: see
-train.py.
+(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash,
+model_metadata (see formats/model_metadata.py), versions, and sha256, the hash of all other entries.
+Random number generator state is not stored: see train.py.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoints.safe_load import safe_load
+from checkpoints.safe_load import check_not_old, safe_load
 from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFile
+from runtime.lfs import require_content
 from runtime.untrusted import clip, describe_keys, describe_value
 
 FORMAT = 1  # version of the keys that this project adds
@@ -69,6 +70,7 @@ FIELD_TYPES = {
     "scaler": dict,
     "position": int,
     "late_norms": list,
+    "model_metadata": str,
 }
 MAX_PROBLEMS = 3  # mismatched weights that an error message lists
 
@@ -175,6 +177,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         other = "folder" if os.path.isdir(path) else "device or a pipe"
         raise ValueError(f"{path}: is a {other}, not a checkpoint")
+    require_content(path)
+    check_not_old(path)
     try:
         content = read_hashed(path)
     except UNREADABLE as error:

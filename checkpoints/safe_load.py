@@ -20,6 +20,8 @@ import torch
 from runtime.untrusted import clip
 
 ZIP_SIGNATURE = b"PK\3\4"
+# A pickle of protocol 2 of torch.serialization's magic number.
+OLD_SIGNATURE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # Local file header: signature, ..., lengths of the name and of the extra field.
 LOCAL_HEADER = struct.Struct("<4s22x2H")
 # Objects and characters of texts in a pickle, with repetitions. A tensor has about 100.
@@ -44,6 +46,21 @@ GET = ("BINGET", "LONG_BINGET", "GET")
 ADD = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 EMPTY = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
 MARK = pickletools.markobject
+
+
+def is_old_pickle(path: str) -> bool:
+    """Whether a file begins as torch.save wrote it before PyTorch 1.6, without a zip archive."""
+    with open(path, "rb") as file:
+        return file.read(len(OLD_SIGNATURE)) == OLD_SIGNATURE
+
+
+def check_not_old(path: str) -> None:
+    """Raise ValueError if is_old_pickle."""
+    if is_old_pickle(path):
+        raise ValueError(
+            f"{path}: a file as PyTorch wrote it before version 1.6; write it again with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
 
 
 def safe_load(path: str, map_location: str) -> Any:

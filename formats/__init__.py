@@ -11,6 +11,10 @@ llama2c, which comes last because the first version of model.bin has no magic nu
                                         reads weights only to detect tied embeddings
     unsupported_reason(args) -> str | None
                                         why the format cannot store a model with these ModelArgs
+    check_metadata(metadata, tokenizer) -> list[str]
+                                        the names of what the format cannot store of a
+                                        ModelMetadata; raises ValueError if its readers would
+                                        misuse the model without it
     write(model, path, target, dtype)   writes a LazyModel atomically, with one tensor at a time
                                         in memory; target is a key of DTYPES
 

@@ -17,6 +17,8 @@ from checkpoints.file import (
     is_sharded_checkpoint,
     write_model_args,
 )
+from checkpoints.safe_load import is_old_pickle
+from formats import model_metadata
 from formats.lazy_model import (
     TORCH_DTYPES,
     LazyModel,
@@ -25,17 +27,20 @@ from formats.lazy_model import (
     find_tokenizer,
     same_values,
 )
+from formats.model_metadata import ModelMetadata
 from formats.torch_file import is_zip, read_torch_file, write_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFile
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
+METADATA_KEY = "model_metadata"  # of a checkpoint: a ModelMetadata as JSON
 DTYPES = {"ckpt": ("float32", "float16", "bfloat16")}
 
 
 def matches(path: str) -> bool:
-    """Whether path is a sharded checkpoint or a zip archive."""
-    return is_sharded_checkpoint(path) or (os.path.isfile(path) and is_zip(path))
+    """Whether path is a sharded checkpoint or a file of torch.save."""
+    is_file = os.path.isfile(path) and (is_zip(path) or is_old_pickle(path))
+    return is_file or is_sharded_checkpoint(path)
 
 
 # Reading
@@ -52,7 +57,19 @@ def read(path: str) -> LazyModel:
     if lm_head and not same_values(lm_head, tensors["tok_embeddings.weight"]):
         raise ValueError(f"{path}: {TIED_WEIGHTS_MISMATCH}")
     read_tokenizer = partial(find_tokenizer, os.path.dirname(path))
-    return LazyModel(path, args, tensors, read_tokenizer, checkpoint.get("tokenizer_hash"))
+    return LazyModel(
+        path,
+        args,
+        tensors,
+        read_tokenizer,
+        checkpoint.get("tokenizer_hash"),
+        read_metadata=partial(read_metadata, checkpoint.get(METADATA_KEY), path),
+    )
+
+
+def read_metadata(content: str | None, path: str) -> ModelMetadata | None:
+    """The metadata in a checkpoint, None if it has none. Raises ValueError if it is damaged."""
+    return None if content is None else model_metadata.from_json(content, path)
 
 
 def read_sharded(path: str) -> LazyModel:
@@ -72,7 +89,14 @@ def read_sharded(path: str) -> LazyModel:
     }
     read_tokenizer = partial(find_tokenizer, os.path.dirname(path.rstrip(os.sep)))
     tokenizer_hash = checkpoint.get("tokenizer_hash")
-    return LazyModel(path, checkpoint["model_args"], tensors, read_tokenizer, tokenizer_hash)
+    return LazyModel(
+        path,
+        checkpoint["model_args"],
+        tensors,
+        read_tokenizer,
+        tokenizer_hash,
+        read_metadata=partial(read_metadata, checkpoint.get(METADATA_KEY), path),
+    )
 
 
 # Writing
@@ -82,20 +106,28 @@ def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
 
 
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """An empty list: the format stores everything."""
+    return []
+
+
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     """Write a checkpoint without training state; train.py resumes it with a new optimizer state."""
     tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
+    vocab_size = tokenizer.vocab_size if tokenizer else model.args.vocab_size
     checkpoint = {
         "model": state_dict(model, TORCH_DTYPES[dtype]),
         "model_args": write_model_args(model.args),
         "iter_num": 0,
         "best_val_loss": scalar_tensor(math.inf),
-        "config": {"vocab_source": "custom", "vocab_size": model.args.vocab_size},
+        "config": {"vocab_source": "custom", "vocab_size": vocab_size},
     }
     if tokenizer or model.tokenizer_hash:
         checkpoint["tokenizer_hash"] = tokenizer.hash if tokenizer else model.tokenizer_hash
+    if metadata := model.read_metadata():
+        checkpoint[METADATA_KEY] = model_metadata.to_json(metadata)
     with AtomicFile(path) as file:
         write_torch_file(file, checkpoint)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from formats import tokenizer_json
+from formats import gguf_metadata, gguf_tokenizer, tokenizer_json
 from formats.gguf_file import (
     ALIGNMENT,
     BF16,
@@ -33,29 +33,29 @@ from formats.gguf_file import (
     TypedValue,
     pack_header,
     pad,
-    read_container,
+    read_split_container,
     write_tensor,
 )
 from formats.lazy_model import LazyModel, LazyTensor, expand_layers, one_line
+from formats.model_metadata import ModelMetadata
 from model import ModelArgs
 from ops.rope import RopeScaling, rope_frequencies
 from runtime.atomic_files import AtomicFile
 from runtime.untrusted import describe_value
+from textdata.bpe_merges import rank_merges
 from textdata.tokenizer import (
     CONTROL,
     NORMAL,
+    HuggingFaceTokenizer,
     Llama3Tokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    proto_from_pieces,
-    require_bos_eos,
 )
 
 DTYPES = {"gguf": ("float32", "float16", "bfloat16", "q8_0")}
 TENSOR_TYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
 QUANTIZATION_VERSION = 2  # general.quantization_version
-BPE_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")  # tokenizer.ggml.pre of Llama 3
 
 # Name in model.py, name in GGUF
 TENSOR_NAMES = (
@@ -91,7 +91,7 @@ def matches(path: str) -> bool:
 
 def read(path: str) -> LazyModel:
     """Open a file. Raises ValueError if it is damaged or not a supported Llama."""
-    metadata, gguf_tensors = read_container(path)
+    metadata, gguf_tensors = read_split_container(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
@@ -106,7 +106,15 @@ def read(path: str) -> LazyModel:
         tensors[name] = gguf_tensors.pop(gguf_name)
     if gguf_tensors:
         raise ValueError(f"{path}: {min(gguf_tensors)[:100]} is not a tensor of a Llama")
-    return LazyModel(path, args, tensors, lambda: parse_tokenizer(metadata, path))
+    model_metadata = gguf_metadata.parse_metadata(metadata, path)
+    return LazyModel(
+        path,
+        args,
+        tensors,
+        read_tokenizer=lambda: parse_tokenizer(metadata, path),
+        read_metadata=lambda: model_metadata,
+        contains_tokenizer=True,
+    )
 
 
 def parse_args(
@@ -201,47 +209,26 @@ def frequency_divisors(args: ModelArgs, scaling: RopeScaling) -> torch.Tensor:
 def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
     """The tokenizer of a file, None if it has none. Raises ValueError if it is not supported."""
     model = metadata.get("tokenizer.ggml.model")
-    pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     if model in (None, "none", "no_vocab"):
         return None
     try:
         names = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its tokens are not a list of strings")
+        if tokenizer := gguf_tokenizer.parse_json(metadata):
+            return tokenizer
         types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
+        count = gguf_tokenizer.without_padding(names, types)
+        names, types = names[:count], types[: len(types) - (len(names) - count)]
         if model == "llama":
-            return parse_sentencepiece(metadata, names, types)
-        if model == "gpt2" and pre_tokenizer in BPE_PRE_TOKENIZERS:
-            return parse_llama3(names, types)
-        found = f"{describe_value(model)}, {describe_value(pre_tokenizer)}"
-        raise ValueError(f"a vocabulary of type {found}, is not supported")
+            return gguf_tokenizer.parse_sentencepiece(metadata, names, types)
+        if model == "gpt2":
+            return gguf_tokenizer.parse_byte_level(metadata, names, types)
+        raise ValueError(f"a vocabulary of type {describe_value(model)} is not supported")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its vocabulary cannot be read ({one_line(str(error), 100)})"
         ) from error
-
-
-def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[int]) -> Tokenizer:
-    """A SentencePiece tokenizer. Raises ValueError, LookupError or TypeError if it is damaged."""
-    scores = metadata["tokenizer.ggml.scores"]
-    bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
-    eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
-    pieces = [
-        (name, score, CONTROL if name in (bos, eos) else token_type)
-        for name, score, token_type in zip(names, scores, types, strict=True)
-    ]
-    has_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return require_bos_eos(
-        SentencePieceTokenizer(proto_from_pieces(pieces, bos, eos, has_dummy_prefix))
-    )
-
-
-def parse_llama3(names: list[str], types: list[int]) -> Tokenizer:
-    """A Llama 3 tokenizer: the tokens from the first control token on are special."""
-    controls = (i for i, token_type in enumerate(types) if token_type == CONTROL)
-    n_ranks = next(controls, len(names))
-    ranks = [tokenizer_json.from_byte_unicode(name) for name in names[:n_ranks]]
-    return Llama3Tokenizer(ranks, names[n_ranks:])
 
 
 # Writing
@@ -259,6 +246,12 @@ def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
 
 
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """The stop ids that llama.cpp does not learn from a file; the rest is stored."""
+    names = tokenizer_json.token_names(tokenizer) if tokenizer else []
+    return gguf_metadata.lost_stop_ids(metadata, names)
+
+
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     """Write a file. In q8_0, a matrix is float16 if its row length is not a multiple of 32."""
     tokenizer = model.read_tokenizer()
@@ -267,7 +260,10 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
             f"{path}: llama.cpp reads no GGUF file without a vocabulary; "
             "name it with --tokenizer=PATH"
         )
-    if reason := tokenizer_json.unsupported_reason(tokenizer):
+    reason = tokenizer_json.unsupported_reason(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        reason = gguf_tokenizer.unsupported_reason(tokenizer)
+    if reason:
         raise ValueError(f"{path}: {reason}")
     tensors = list_tensors(model)
     infos = describe_tensors(tensors, dtype)
@@ -308,10 +304,11 @@ def describe_tensors(tensors: list[TensorToWrite], dtype: str) -> dict[str, Tens
 def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str, MetadataValue]:
     """The metadata of a file."""
     args = model.args
+    model_metadata = model.metadata(tokenizer)
     path_without_suffix, _ = os.path.splitext(os.path.abspath(model.path))
     metadata: dict[str, MetadataValue] = {
         "general.architecture": "llama",
-        "general.name": os.path.basename(path_without_suffix),
+        "general.name": model_metadata.name or os.path.basename(path_without_suffix),
         "general.file_type": TypedValue(UINT32, FILE_TYPES[dtype]),
         "general.quantization_version": TypedValue(UINT32, QUANTIZATION_VERSION),
         "general.alignment": TypedValue(UINT32, ALIGNMENT),
@@ -326,7 +323,8 @@ def to_metadata(model: LazyModel, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "llama.attention.head_count_kv": TypedValue(UINT32, args.kv_heads),
         "llama.attention.layer_norm_rms_epsilon": TypedValue(FLOAT32, args.norm_eps),
     }
-    return metadata | to_rope_metadata(args.rope_scaling) | to_tokenizer_metadata(tokenizer)
+    metadata |= to_rope_metadata(args.rope_scaling)
+    return metadata | to_vocabulary(tokenizer, args) | gguf_metadata.to_metadata(model_metadata)
 
 
 def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
@@ -347,47 +345,46 @@ def to_rope_metadata(scaling: RopeScaling | None) -> dict[str, MetadataValue]:
     return {ROPE_SCALING_KEY: TypedValue(FLOAT64, parameters)}
 
 
+def to_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> dict[str, MetadataValue]:
+    """The metadata of a vocabulary with one token for each embedding."""
+    return gguf_tokenizer.fit_to_embeddings(to_tokenizer_metadata(tokenizer), args.vocab_size)
+
+
 def to_tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     """The metadata that contains the vocabulary."""
-    metadata: dict[str, MetadataValue] = {
-        "tokenizer.ggml.bos_token_id": TypedValue(UINT32, tokenizer.bos_id),
-        "tokenizer.ggml.eos_token_id": TypedValue(UINT32, tokenizer.eos_id),
-        "tokenizer.ggml.add_bos_token": TypedValue(BOOL, True),
-        "tokenizer.ggml.add_eos_token": TypedValue(BOOL, False),
-    }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return metadata | to_sentencepiece_metadata(tokenizer)
-    assert isinstance(tokenizer, Llama3Tokenizer), "there are two types of tokenizers"
-    return metadata | to_llama3_metadata(tokenizer)
+        return to_sentencepiece_metadata(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return gguf_tokenizer.to_metadata(tokenizer)
+    assert isinstance(tokenizer, Llama3Tokenizer), "there are three types of tokenizers"
+    return to_llama3_metadata(tokenizer)
 
 
 def to_sentencepiece_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, MetadataValue]:
     """The metadata of a SentencePiece vocabulary."""
     names, scores, types = zip(*tokenizer.pieces, strict=True)
-    return {
+    metadata: dict[str, MetadataValue] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": list(names),
         "tokenizer.ggml.scores": TypedValue(FLOAT32, list(scores)),
         "tokenizer.ggml.token_type": TypedValue(INT32, list(types)),
-        "tokenizer.ggml.unknown_token_id": TypedValue(UINT32, tokenizer.processor.unk_id()),
         "tokenizer.ggml.add_space_prefix": TypedValue(BOOL, tokenizer.has_dummy_prefix),
     }
+    if tokenizer.processor.unk_id() >= 0:
+        unknown = tokenizer.processor.unk_id()
+        metadata["tokenizer.ggml.unknown_token_id"] = TypedValue(UINT32, unknown)
+    return metadata
 
 
 def to_llama3_metadata(tokenizer: Llama3Tokenizer) -> dict[str, MetadataValue]:
     """The metadata of a Llama 3 vocabulary."""
     types = [NORMAL] * len(tokenizer.ranks) + [CONTROL] * len(tokenizer.special)
-    merges = tokenizer_json.rank_merges(tokenizer.ranks)
-    metadata: dict[str, MetadataValue] = {
+    merges = rank_merges(tokenizer.ranks)
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": tokenizer_json.token_names(tokenizer),
         "tokenizer.ggml.token_type": TypedValue(INT32, types),
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
     }
-    if "<|eot_id|>" in tokenizer.special:
-        eot_id = tokenizer.special_id("<|eot_id|>")
-        metadata["tokenizer.ggml.eot_token_id"] = TypedValue(UINT32, eot_id)
-        metadata["tokenizer.chat_template"] = tokenizer_json.CHAT_TEMPLATE
-    return metadata

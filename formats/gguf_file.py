@@ -2,11 +2,15 @@
 The container of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a header,
 metadata as key-value pairs, descriptions of the tensors, and, aligned, their values.
 
-Q8_0 stores blocks of 32 values of a row, each as a float16 scale and 32 int8.
+Q8_0 stores blocks of 32 values of a row, each as a float16 scale and 32 int8. The other quantized
+types are dequantized by the gguf package. llama.cpp splits a large model into several files.
 """
 
+import functools
 import math
 import mmap
+import os
+import re
 import struct
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -23,6 +27,7 @@ from formats.lazy_model import (
     write_values,
 )
 from runtime.atomic_files import FileSource
+from runtime.lfs import require_content
 from runtime.untrusted import describe_value
 
 MAGIC = b"GGUF"
@@ -34,6 +39,7 @@ MAX_DIMENSIONS = 4
 # Types of tensors (ggml_type)
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 TORCH_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 GROUP_SIZE = 32  # values in a block of Q8_0
 BLOCK_SIZE = 2 + GROUP_SIZE  # bytes of a block of Q8_0
 
@@ -69,16 +75,42 @@ class TensorInfo:
     """The description of a tensor."""
 
     shape: tuple[int, ...]  # as in PyTorch; the file has it in reverse
-    type: int  # F32, F16, Q8_0 or BF16
+    type: int  # ggml_type
     offset: int  # in bytes, from the first value of the file
 
     @property
     def size(self) -> int:
         """Size of the values in bytes."""
-        count = math.prod(self.shape)
-        if self.type == Q8_0:
-            return count // GROUP_SIZE * BLOCK_SIZE
-        return count * TORCH_DTYPES[self.type].itemsize
+        block = block_of(self.type)
+        return math.prod(self.shape) // block.num_values * block.num_bytes
+
+
+class Block(NamedTuple):
+    """The unit of a type of tensors: as many values are stored in as many bytes."""
+
+    num_values: int
+    num_bytes: int
+    name: str
+
+
+@functools.cache
+def block_of(tensor_type: int) -> Block:
+    """The block of a type. Raises ValueError if the type cannot be read."""
+    if tensor_type in TORCH_DTYPES:
+        return Block(1, TORCH_DTYPES[tensor_type].itemsize, "")
+    if tensor_type == Q8_0:
+        return Block(GROUP_SIZE, BLOCK_SIZE, "Q8_0")
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        known = GGMLQuantizationType(tensor_type)
+        num_values, num_bytes = GGML_QUANT_SIZES[known]
+        dequantize(np.zeros((1, num_bytes), np.uint8), known)
+    except ValueError:
+        raise NotImplementedError(f"type {tensor_type}, unknown to the gguf package") from None
+    except NotImplementedError:
+        raise NotImplementedError(f"type {known.name}") from None
+    return Block(num_values, num_bytes, known.name)
 
 
 # Reading
@@ -130,6 +162,40 @@ class BinaryReader:
         return [self.string() for _ in range(count)]
 
 
+def read_split_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """The metadata and the tensors of a file, or of all files of a split model, of which path is
+    any. Raises ValueError if one is damaged or missing."""
+    metadata, tensors = read_container(path)
+    count = metadata.get("split.count", 1)
+    if count in (0, 1):
+        return metadata, tensors
+    match = SPLIT_NAME.fullmatch(os.path.basename(path))
+    if not match or int(match["count"]) != count:
+        raise ValueError(
+            f"{path}: one of {count} files of a split model; give it its name again, "
+            f"NAME-00001-of-{count:05d}.gguf for the first"
+        )
+    tensors = {}
+    first_metadata: dict[str, Any] = {}
+    for number in range(1, count + 1):
+        name = f"{match['prefix']}-{number:05d}-of-{count:05d}.gguf"
+        part = os.path.join(os.path.dirname(path), name)
+        if not os.path.isfile(part):
+            raise ValueError(f"{path}: {name} of the same split model is not beside it")
+        require_content(part)
+        metadata, part_tensors = read_container(part)
+        if metadata.get("split.no") != number - 1 or metadata.get("split.count") != count:
+            raise ValueError(f"{part}: not file {number} of {count} of a split model")
+        if repeated := tensors.keys() & part_tensors.keys():
+            raise ValueError(f"{part}: {min(repeated)[:100]} is in another of the files, too")
+        first_metadata = first_metadata or metadata
+        tensors |= part_tensors
+    expected = first_metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise ValueError(f"{path}: the files have {len(tensors)} tensors, not {expected}")
+    return first_metadata, tensors
+
+
 def read_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """The metadata and the tensors of a file. Raises ValueError if it is damaged."""
     source = FileSource(path)
@@ -139,6 +205,8 @@ def read_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             metadata, infos = read_header(reader)
         except (ValueError, struct.error) as error:
             raise ValueError(f"{path}: damaged, or not a GGUF file ({error})") from None
+        except NotImplementedError as error:
+            raise ValueError(f"{path}: {error}, which cannot be read") from None
         size = len(content)
         position = reader.position
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -182,12 +250,11 @@ def read_tensor_info(reader: BinaryReader, name: str) -> TensorInfo:
         raise ValueError(f"{name[:100]} has {dimensions} dimensions")
     shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
     info = TensorInfo(shape, type=reader.scalar("<I"), offset=reader.scalar("<Q"))
-    if info.type not in (*TORCH_DTYPES, Q8_0):
-        raise ValueError(
-            f"{name[:100]} is quantized in type {info.type}; "
-            "only F32, F16, BF16 and Q8_0 are supported"
-        )
-    if min(shape) < 1 or (info.type == Q8_0 and shape[-1] % GROUP_SIZE):
+    try:
+        block = block_of(info.type)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name[:100]} is quantized in {error}") from None
+    if min(shape) < 1 or shape[-1] % block.num_values:
         raise ValueError(f"{name[:100]} has the shape {shape}")
     return info
 
@@ -211,14 +278,33 @@ def check_offsets(infos: dict[str, TensorInfo], data_size: int, alignment: int, 
 
 
 def open_tensor(source: FileSource, data_offset: int, info: TensorInfo) -> LazyTensor:
-    """The tensor of a description; one in Q8_0 is read as float32."""
+    """The tensor of a description; a quantized one is read as float32."""
     offset = data_offset + info.offset
-    if info.type != Q8_0:
+    if info.type in TORCH_DTYPES:
         return tensor_in_file(source, offset, TORCH_DTYPES[info.type], info.shape)
-    return LazyTensor(info.shape, torch.float32, lambda: read_quantized(source, offset, info.shape))
+    if info.type == Q8_0:
+        read = functools.partial(read_q8_0, source, offset, info.shape)
+    else:
+        read = functools.partial(read_quantized, source, offset, info)
+    return LazyTensor(info.shape, torch.float32, read)
 
 
-def read_quantized(source: FileSource, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+def read_quantized(source: FileSource, offset: int, info: TensorInfo) -> torch.Tensor:
+    """Read a quantized tensor and dequantize it to float32 with the gguf package."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    block = block_of(info.type)
+    values = torch.empty(math.prod(info.shape) // block.num_values, block.num_values)
+    with source.open(offset) as file:
+        for blocks in values.split(max(1, BLOCK // block.num_values)):  # (N, num_values)
+            raw = torch.empty(len(blocks), block.num_bytes, dtype=torch.uint8)
+            read_into(file, raw, source.path)
+            dequantized = dequantize(raw.numpy(), GGMLQuantizationType(info.type))
+            blocks.copy_(torch.from_numpy(dequantized).view_as(blocks))
+    return values.view(info.shape)
+
+
+def read_q8_0(source: FileSource, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Read a tensor in Q8_0 and dequantize it to float32."""
     values = torch.empty(math.prod(shape) // GROUP_SIZE, GROUP_SIZE)
     with source.open(offset) as file:

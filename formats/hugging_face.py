@@ -7,17 +7,27 @@ The rows of wq and wk are in another order: Hugging Face rotates the pairs (i, i
 half-split layout; model.py rotates the pairs (2i, 2i + 1), the interleaved layout.
 """
 
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from formats import tokenizer_json
 from formats.hugging_face_config import parse_args, to_config, to_generation_config
+from formats.hugging_face_metadata import (
+    MODEL_CARD,
+    TEMPLATE_FILE,
+    is_generated_card,
+    read_metadata,
+    to_model_card,
+    to_post_processor,
+    to_tokenizer_config,
+)
 from formats.lazy_model import (
     TORCH_DTYPES,
     LazyModel,
@@ -27,12 +37,23 @@ from formats.lazy_model import (
     find_tokenizer,
     one_line,
     read_json,
+    same_values,
 )
+from formats.model_metadata import DEFAULT_TEMPLATE, ModelMetadata
 from formats.safetensors_file import read_safetensors, tensor_size, write_safetensors
 from formats.torch_file import read_torch_file
 from model import ModelArgs
 from runtime.atomic_files import AtomicFolder, FileSource
-from textdata.tokenizer import Llama3Tokenizer, SentencePieceTokenizer, Tokenizer
+from textdata.tokenizer import (
+    CONTROL,
+    UNKNOWN,
+    HuggingFaceTokenizer,
+    Llama3Tokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from textdata.tokenizer_json import has_prefix_space
 
 DTYPES = {"hf": ("float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000  # maximum bytes of weights in a file
@@ -52,9 +73,12 @@ TENSOR_NAMES = (
     ("norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
 )
+# Suffixes of files that may have the weights under another name, and the name to give them
+RENAMED = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+NO_WEIGHTS = ("tokenizer.bin", "training_args.bin", "optimizer.bin", "scheduler.bin")
 EXPORTED_FILES = re.compile(
     r"(generation_)?config\.json|tokenizer(_config)?\.json|tokenizer\.model"
-    r"|special_tokens_map\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|special_tokens_map\.json|chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 
 
@@ -90,6 +114,7 @@ def read(path: str) -> LazyModel:
     config = read_json(source.path)
     args = parse_args(config, source.path)
     hf_tensors = read_tensors(path)
+    args = untie_different_head(args, hf_tensors)
     source.open().close()  # raises ValueError if the folder was replaced meanwhile
     tensors = {}
     for name, hf_name in expand_layers(TENSOR_NAMES, args):
@@ -103,7 +128,28 @@ def read(path: str) -> LazyModel:
             raise ValueError(
                 f"{path}: {hf_name} is not a tensor of the Llama that its config.json describes"
             )
-    return LazyModel(path, args, tensors, lambda: read_tokenizer(path, args.vocab_size))
+    cached_tokenizer = cache(partial(read_tokenizer, path))
+    return LazyModel(
+        path,
+        args,
+        tensors,
+        cached_tokenizer,
+        read_metadata=cache(partial(read_metadata, path, config, cached_tokenizer)),
+        contains_tokenizer=True,
+    )
+
+
+def untie_different_head(args: ModelArgs, hf_tensors: dict[str, LazyTensor]) -> ModelArgs:
+    """The args, with tie_embeddings=False if the file has an LM head unlike the embedding.
+
+    Such a head is the model's, whatever tie_word_embeddings is: transformers 5 uses it, too.
+    """
+    head = hf_tensors.get("lm_head.weight")
+    embedding = hf_tensors.get("model.embed_tokens.weight")
+    if not args.tie_embeddings or head is None or embedding is None:
+        return args
+    is_tied = head.shape == embedding.shape and same_values(head, embedding)
+    return dataclasses.replace(args, tie_embeddings=is_tied)
 
 
 def interleave_lazily(tensor: LazyTensor, n_heads: int | None) -> LazyTensor:
@@ -129,7 +175,13 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
             return reader(file)
         if os.path.isfile(index):
             return read_shards(path, index, reader)
-    raise ValueError(f"{path}: it has neither model.safetensors nor pytorch_model.bin")
+    problem = f"{path}: it has neither model.safetensors nor pytorch_model.bin"
+    names = sorted(os.listdir(path))
+    others = [name for name in names if name.endswith(tuple(RENAMED)) and name not in NO_WEIGHTS]
+    if others:
+        expected = RENAMED[os.path.splitext(others[0])[1]]
+        problem += f"; if {others[0]} has the weights, rename it to {expected}"
+    raise ValueError(problem)
 
 
 def read_state_dict(path: str) -> dict[str, LazyTensor]:
@@ -164,26 +216,45 @@ def read_shards(
     return tensors
 
 
-def read_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer | None:
+def read_tokenizer(path: str) -> Tokenizer | None:
     """The tokenizer of a folder, None if it has none.
 
-    A SentencePiece tokenizer.model is preferred, because only it has the scores. tokenizer.json is
-    used if it has additional tokens, and for Llama 3, because only it has the names of the special
-    tokens. Raises ValueError if the tokenizer is damaged or not supported.
+    tokenizer.json is what transformers uses. A SentencePiece tokenizer.model beside it is preferred
+    where both have the same tokens and both replace spaces by ▁ in the same way, because only it
+    has the scores. Raises ValueError if the tokenizer is damaged or not supported.
     """
     file = os.path.join(path, "tokenizer.json")
-    tokenizer = find_tokenizer(path)
-    is_complete = isinstance(tokenizer, SentencePieceTokenizer) and vocab_size in (
-        None,
-        tokenizer.vocab_size,
-    )
-    if is_complete or not os.path.isfile(file):
-        return tokenizer
+    if not os.path.isfile(file):
+        return find_tokenizer(path)
+    beside = find_tokenizer(path)  # tokenizer.json itself, if it is the only one
+    if isinstance(beside, SentencePieceTokenizer) and not beside.is_bpe:
+        return beside  # a unigram model, which is read from tokenizer.model only
     try:
-        with open(file, encoding="utf-8") as text:
-            return tokenizer_json.from_json(text.read())
+        tokenizer = load_tokenizer(file)
     except ValueError as error:
-        raise ValueError(one_line(f"{file}: {error}")) from error
+        raise ValueError(one_line(str(error))) from error
+    is_same = isinstance(beside, SentencePieceTokenizer) and has_same_pieces(beside, tokenizer)
+    return beside if is_same else tokenizer
+
+
+def has_same_pieces(model: SentencePieceTokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer.json represents the pieces of a tokenizer.model, and no other tokens."""
+    names = [piece.text for piece in model.pieces]
+    if names != tokenizer_json.token_names(tokenizer):
+        return False
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return model.has_dummy_prefix == tokenizer.has_dummy_prefix
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return False
+    description = tokenizer.description
+    prefix = has_prefix_space(description["normalizer"], description["pre_tokenizer"])
+    ends = (tokenizer.bos_id, tokenizer.eos_id)
+    special = [piece.text for piece in model.pieces if piece.type in (CONTROL, UNKNOWN)]
+    return (
+        prefix == model.has_dummy_prefix
+        and ends == (model.bos_id, model.eos_id)
+        and {entry["content"] for entry in description["added_tokens"]} <= set(special)
+    )
 
 
 # Writing
@@ -193,32 +264,60 @@ def unsupported_reason(args: ModelArgs) -> None:
     """None: the format stores every model."""
 
 
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """An empty list: the format stores everything."""
+    return []
+
+
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     """Write a folder that from_pretrained loads in transformers 4 and 5."""
     tokenizer = model.read_tokenizer()
     if tokenizer and (reason := tokenizer_json.unsupported_reason(tokenizer)):
         raise ValueError(f"{path}: {reason}")
-    with AtomicFolder(path, is_exported_file) as folder:
-        write_json(folder, "config.json", to_config(model.args, dtype, tokenizer))
-        write_json(folder, "generation_config.json", to_generation_config(tokenizer))
+    metadata = model.metadata(tokenizer)
+    with AtomicFolder(path, partial(is_exported_file, path)) as folder:
+        write_json(folder, "config.json", to_config(model.args, dtype, metadata))
+        write_json(folder, "generation_config.json", to_generation_config(metadata))
+        write_text(folder, TEMPLATE_FILE, single_template(metadata))
+        write_text(folder, MODEL_CARD, to_model_card(metadata))
         if tokenizer:
-            write_tokenizer(folder, tokenizer, model.args.max_seq_len)
+            write_tokenizer(folder, tokenizer, metadata, model.args.max_seq_len)
         write_shards(folder, list_tensors(model, TORCH_DTYPES[dtype]))
 
 
-def is_exported_file(name: str) -> bool:
-    """Whether an export may replace a file of this name."""
+def is_exported_file(folder: str, name: str) -> bool:
+    """Whether an export may replace a file of this name in a folder."""
+    if name == MODEL_CARD:
+        return is_generated_card(os.path.join(folder, name))
     return bool(EXPORTED_FILES.fullmatch(name))
 
 
-def write_tokenizer(folder: str, tokenizer: Tokenizer, max_seq_len: int) -> None:
+def single_template(metadata: ModelMetadata) -> str:
+    """The chat template if there is one only; several are in tokenizer_config.json."""
+    is_single = set(metadata.chat_templates) == {DEFAULT_TEMPLATE}
+    return metadata.chat_templates[DEFAULT_TEMPLATE] if is_single else ""
+
+
+def write_tokenizer(
+    folder: str, tokenizer: Tokenizer, metadata: ModelMetadata, max_seq_len: int
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if it is sufficient, tokenizer.model."""
-    write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer))
-    write_json(folder, "tokenizer_config.json", tokenizer_json.to_config(tokenizer, max_seq_len))
+    post_processor = {"post_processor": to_post_processor(metadata, tokenizer)}
+    write_json(folder, "tokenizer.json", tokenizer_json.to_json(tokenizer) | post_processor)
+    config = to_tokenizer_config(metadata, tokenizer, max_seq_len)
+    write_json(folder, "tokenizer_config.json", config)
     if isinstance(tokenizer, Llama3Tokenizer) and tokenizer.has_custom_special_tokens:
         return
-    with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-        file.write(tokenizer.content)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
+            file.write(tokenizer.content)
+
+
+def write_text(folder: str, name: str, content: str) -> None:
+    """Write a file in UTF-8, unless there is nothing to write."""
+    if content:
+        with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
+            file.write(content)
 
 
 def write_json(folder: str, name: str, content: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 config.json and generation_config.json of transformers 4 and 5.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from formats.model_metadata import ModelMetadata
 from model import ModelArgs
 from ops.rope import RopeScaling
 from runtime.untrusted import describe_value
-from textdata.tokenizer import Tokenizer
 
 # Keys of config.json that change the computation, and the only value that model.py supports.
 SUPPORTED_VALUES = {
@@ -107,9 +108,10 @@ def parse_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 # Writing
 
 
-def to_config(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def to_config(args: ModelArgs, dtype: str, metadata: ModelMetadata) -> dict[str, Any]:
     """The content of config.json."""
     rope = to_rope_parameters(args)
+    eos_ids = [number for number in metadata.stop_ids if number != metadata.bos_id]
     rope_scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -135,7 +137,8 @@ def to_config(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict[
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
-        **bos_eos(tokenizer),
+        "bos_token_id": metadata.bos_id,
+        "eos_token_id": one_or_list(eos_ids or metadata.stop_ids),
     }
 
 
@@ -155,18 +158,15 @@ def to_rope_parameters(args: ModelArgs) -> dict[str, Any]:
     return rope
 
 
-def bos_eos(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The ids of the tokens that begin and end a text."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-
-
-def to_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def to_generation_config(metadata: ModelMetadata) -> dict[str, Any]:
     """The content of generation_config.json: generate() stops at each of stop_ids."""
-    config = {"_from_model_config": False, **bos_eos(tokenizer)}
-    if tokenizer:
-        others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-        config["eos_token_id"] = [tokenizer.eos_id, *others]
-        config["pad_token_id"] = tokenizer.eos_id
-    return config
+    config = {"_from_model_config": False} | metadata.generation
+    config |= {"bos_token_id": metadata.bos_id, "eos_token_id": one_or_list(metadata.stop_ids)}
+    return config if metadata.pad_id is None else config | {"pad_token_id": metadata.pad_id}
+
+
+def one_or_list(ids: Sequence[int]) -> int | list[int] | None:
+    """Token ids as transformers writes them: null, a number, or a list of several."""
+    if len(ids) > 1:
+        return list(ids)
+    return ids[0] if ids else None

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -14,10 +13,12 @@ from typing import IO, Any
 import torch
 
 from checkpoints.file import as_bytes, check_weights, max_abs
+from formats.model_metadata import ModelMetadata, complete
 from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
+from runtime.lfs import require_content
 from runtime.untrusted import clip
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from textdata.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READABLE_DTYPES = (*TORCH_DTYPES.values(), torch.float64)
@@ -40,6 +41,10 @@ def no_tokenizer() -> None:
     """Used as LazyModel.read_tokenizer where there is no tokenizer."""
 
 
+def no_metadata() -> None:
+    """Used as LazyModel.read_metadata for formats that do not store it."""
+
+
 @dataclass
 class LazyModel:
     """A model in a file.
@@ -53,6 +58,8 @@ class LazyModel:
     tensors: dict[str, LazyTensor]
     read_tokenizer: Callable[[], Tokenizer | None] = no_tokenizer
     tokenizer_hash: str | None = None  # of the tokenizer it was trained with, if the file has it
+    read_metadata: Callable[[], ModelMetadata | None] = no_metadata
+    contains_tokenizer: bool = False  # whether the tokenizer is part of the model's file or folder
 
     def __post_init__(self) -> None:
         check_weights(self.args, self.tensors, self.path)
@@ -64,6 +71,10 @@ class LazyModel:
     def dtype(self) -> torch.dtype:
         """The dtype of the matrices; float32 if they are quantized."""
         return self.tensors["layers.0.attention.wq.weight"].dtype
+
+    def metadata(self, tokenizer: Tokenizer | None) -> ModelMetadata:
+        """The metadata to write with this tokenizer. Raises ValueError if it is damaged."""
+        return complete(self.read_metadata(), tokenizer)
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the state dict."""
@@ -146,13 +157,10 @@ def cast_lazily(
 
 
 def same_values(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors are equal bit for bit. Reads at most one of them at a time.
-
-    Tensors without a checksum count as different unless they have the same location.
-    """
+    """Whether two tensors are equal bit for bit. Reads at most one of them at a time."""
     if a.location is not None and a.location == b.location:
         return True
-    if a.checksum is None or a.checksum != b.checksum:
+    if a.checksum != b.checksum or a.dtype != b.dtype:
         return False
     digests = [hashlib.sha256(as_bytes(tensor.read())).digest() for tensor in (a, b)]
     return digests[0] == digests[1]
@@ -206,6 +214,7 @@ def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator
 
 def read_json(path: str) -> dict[str, Any]:
     """Read a JSON object from a file. Raises ValueError if it is damaged."""
+    require_content(path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -217,13 +226,9 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def find_tokenizer(*folders: str) -> Tokenizer | None:
-    """Load tokenizer.model or tokenizer.bin from the first of the folders that has one."""
-    for folder in folders:
-        for name in ("tokenizer.model", "tokenizer.bin"):
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                return load_tokenizer(path)
-    return None
+    """Load the tokenizer of the first of the folders that has one."""
+    path = next(filter(None, map(find_tokenizer_file, folders)), None)
+    return load_tokenizer(path) if path else None
 
 
 def one_line(text: str, max_length: int = 400) -> str:

@@ -28,9 +28,11 @@ from formats.lazy_model import (
     tensor_in_file,
     write_values,
 )
+from formats.model_metadata import ModelMetadata, check_plain_format
 from model import ModelArgs, parameter_shapes
 from ops.rope import precompute_rope_cache
 from runtime.atomic_files import AtomicFile, FileSource
+from textdata.tokenizer import BOS_ID, EOS_ID, Tokenizer
 
 DTYPES = {"v0": ("float32",), "v1": ("float32",), "v2": ("q8_0",)}
 SHAPE = struct.Struct("<7i")
@@ -271,6 +273,11 @@ def unsupported_reason(args: ModelArgs) -> str | None:
     if args.rope_scaling:
         return f"model.bin cannot store {args.rope_scaling.type} rope scaling; {ALTERNATIVES}"
     return None
+
+
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """The names of what model.bin cannot store. Raises ValueError if its readers never stop."""
+    return check_plain_format(metadata, (BOS_ID, EOS_ID), "model.bin")
 
 
 def write(model: LazyModel, path: str, target: str = "v0", dtype: str = "float32") -> None:

@@ -23,12 +23,13 @@ from formats.lazy_model import (
     read_json,
     same_values,
 )
+from formats.model_metadata import ModelMetadata, check_plain_format
 from formats.torch_file import read_torch_file, write_torch_file
 from model import ModelArgs
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFolder
 from runtime.untrusted import clip, describe_value
-from textdata.tokenizer import Llama3Tokenizer, Tokenizer
+from textdata.tokenizer import HuggingFaceTokenizer, Llama3Tokenizer, Tokenizer
 
 DTYPES = {"meta": ("float32", "float16", "bfloat16")}
 SPLIT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
@@ -58,6 +59,7 @@ OTHER_KEYS = (
     "rope_scaling_factor",
     "rope_high_freq_factor",
 )
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>")  # of Llama 3; Meta's code stops there, too
 EXPORTED_FILES = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
 
 
@@ -234,6 +236,16 @@ def unsupported_reason(args: ModelArgs) -> str | None:
     return None
 
 
+def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+    """The names of what params.json cannot store. Raises ValueError if its readers never stop."""
+    reader_stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if tokenizer else {*metadata.stop_ids}
+    if isinstance(tokenizer, Llama3Tokenizer):
+        reader_stop_ids |= {
+            tokenizer.special_id(name) for name in END_OF_TURN if name in tokenizer.special
+        }
+    return check_plain_format(metadata, reader_stop_ids, "params.json")
+
+
 def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     """Write a folder with one shard, for Meta's code of Llama 2 or, by the tokenizer, Llama 3."""
     if reason := unsupported_reason(model.args):
@@ -241,6 +253,11 @@ def write(model: LazyModel, path: str, target: str, dtype: str) -> None:
     tokenizer = model.read_tokenizer()
     if reason := special_tokens_problem(tokenizer):
         raise ValueError(f"{path}: {reason}")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            f"{path}: tokenizer.model cannot store the vocabulary of a tokenizer.json; "
+            "use --format=hf, gguf or ckpt"
+        )
     with AtomicFolder(path, is_exported_file) as folder:
         with open(os.path.join(folder, "params.json"), "w", encoding="utf-8") as params_file:
             json.dump(to_params(model.args, tokenizer), params_file)

@@ -9,7 +9,9 @@ from typing import Protocol
 
 from formats import ckpt, gguf, hugging_face, llama2c, meta
 from formats.lazy_model import LazyModel, one_line
+from formats.model_metadata import ModelMetadata, configure_tokenizer
 from model import ModelArgs, Transformer
+from runtime.lfs import require_content
 from textdata.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -29,6 +31,9 @@ class Format(Protocol):
     def unsupported_reason(self, args: ModelArgs) -> str | None:
         """Why the format cannot store a model with these ModelArgs."""
 
+    def check_metadata(self, metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
+        """The names of what the format cannot store; raises ValueError if it must store it."""
+
     def write(self, model: LazyModel, path: str, target: str, dtype: str) -> None:
         """Write a model atomically."""
 
@@ -42,10 +47,13 @@ def detect_format(path: str) -> Format:
     if not os.path.exists(path):
         advice = "; train one with python train.py" if os.path.basename(path) == "ckpt.pt" else ""
         raise ValueError(f"{path}: there is no such file or folder{advice}")
+    require_content(path)
     for module in FORMATS:
         if module.matches(path):
             return module
     folder = os.path.dirname(path) or "."
+    if path.endswith(".safetensors") and not hugging_face.matches(folder):
+        raise ValueError(f"{path}: weights without the config.json that belongs beside them")
     if os.path.isfile(path) and (hugging_face.matches(folder) or meta.matches(folder)):
         raise ValueError(f"{path}: a file of a model folder; name the folder, {folder}")
     if os.path.isdir(path):
@@ -79,12 +87,25 @@ def open_model(path: str, tokenizer: str = "", max_seq_len: int | None = None) -
         model = dataclasses.replace(model, args=args)
     if tokenizer:
         loaded = load_tokenizer(tokenizer)
-        model = dataclasses.replace(model, read_tokenizer=lambda: loaded)
+        model = dataclasses.replace(
+            model,
+            read_tokenizer=lambda: loaded,
+            contains_tokenizer=contains_tokenizer(model, loaded.hash),
+        )
     return model
 
 
+def contains_tokenizer(model: LazyModel, tokenizer_hash: str) -> bool:
+    """Whether a tokenizer of this hash is part of the model's file or folder."""
+    try:
+        tokenizer = model.read_tokenizer() if model.contains_tokenizer else None
+    except ValueError:
+        return False
+    return tokenizer is not None and tokenizer.hash == tokenizer_hash
+
+
 def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer | None:
-    """The tokenizer of a model, or None if it has none.
+    """The tokenizer of a model, or None if it has none. Its stop_ids are those of the model.
 
     tokenizer_path, the option that named it, appears in messages. Raises ValueError if the
     tokenizer does not match the model.
@@ -96,10 +117,18 @@ def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer |
     if tokenizer is None:
         return None
     name = tokenizer_path or f"the tokenizer beside {model.path}"
-    if tokenizer.vocab_size != model.args.vocab_size:
+    # A model may have more embeddings than tokens, to pad its matrices.
+    is_its_own = model.contains_tokenizer or model.tokenizer_hash == tokenizer.hash
+    num_embeddings = model.args.vocab_size
+    if tokenizer.vocab_size != num_embeddings and not is_its_own:
         raise ValueError(
             f"{name} has {tokenizer.vocab_size} tokens, but the model in {model.path} has "
-            f"{model.args.vocab_size}: name the tokenizer it was trained with, --tokenizer=PATH"
+            f"{num_embeddings}: name the tokenizer it was trained with, --tokenizer=PATH"
+        )
+    if tokenizer.min_embeddings > num_embeddings:
+        raise ValueError(
+            f"{name} encodes texts with ids up to {tokenizer.min_embeddings - 1}, but the model in "
+            f"{model.path} has {num_embeddings} embeddings: its files do not belong together"
         )
     if model.tokenizer_hash not in (None, tokenizer.hash):
         raise ValueError(
@@ -107,7 +136,7 @@ def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer |
             f"trained with (hash {model.tokenizer_hash[:12]}): "
             "name that one with --tokenizer=PATH"
         )
-    return tokenizer
+    return configure_tokenizer(tokenizer, model.read_metadata())
 
 
 def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:

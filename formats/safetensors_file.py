@@ -16,6 +16,7 @@ import torch
 
 from formats.lazy_model import LazyTensor, tensor_in_file, write_values
 from runtime.atomic_files import FileSource
+from runtime.lfs import require_content
 
 HEADER_LENGTH = struct.Struct("<Q")
 MAX_HEADER_LENGTH = 100_000_000  # bytes; the limit of the format
@@ -47,6 +48,7 @@ class Entry(NamedTuple):
 
 def read_safetensors(path: str) -> dict[str, LazyTensor]:
     """The tensors of a file by name. Raises ValueError if the header does not match the file."""
+    require_content(path)
     source = FileSource(path)
     size = os.path.getsize(path)
     with source.open() as file:

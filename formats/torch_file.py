@@ -22,12 +22,14 @@ from checkpoints.file import as_bytes, describe_load_error
 from checkpoints.safe_load import (
     LOCAL_HEADER,
     ZIP_SIGNATURE,
+    check_not_old,
     check_tensor,
     load_on_meta,
     read_records,
 )
 from formats.lazy_model import LazyTensor, read_into, write_values
 from runtime.atomic_files import FileSource
+from runtime.lfs import require_content
 
 ZIP64_SIZE = 1 << 31  # bytes; a record of this size or larger has a zip64 extra field
 ZIP64_EXTRA_SIZE = 20  # bytes
@@ -54,6 +56,8 @@ def read_torch_file(path: str) -> Any:
 
     Raises ValueError if it is damaged or contains more than data.
     """
+    require_content(path)
+    check_not_old(path)
     try:
         source = FileSource(path)
         records = read_records(path)

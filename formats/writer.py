@@ -4,18 +4,20 @@ Write a model in any format, without overwriting other files.
 
 import os
 
-from formats import ckpt, gguf, llama2c
+from formats import ckpt, gguf, llama2c, meta
 from formats.lazy_model import LazyModel
 from formats.registry import FORMATS, Format
 from runtime.atomic_files import write_atomically
-from textdata.tokenizer import load_tokenizer
+from textdata.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SINGLE_FILE_FORMATS: tuple[Format, ...] = (ckpt, gguf, llama2c)
 
 
-def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -> None:
+def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -> list[str]:
     """Write a model atomically, and its tokenizer beside it if the format does not contain it.
+
+    Returns the names of what the files of the model say and the format does not store.
 
     Args:
         model: the model to write.
@@ -29,13 +31,44 @@ def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -
     module = next(module for module in FORMATS if target in module.DTYPES)
     if reason := module.unsupported_reason(model.args):
         raise ValueError(f"{path}: {reason}")
+    if module in (llama2c, meta):
+        check_unpadded(model, path, target)
     dtype = export_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], model)
     check_overwrite(path, module)
-    tokenizer_file = tokenizer_target(model, path, module)
+    lost = list_lost_metadata(model, path, module)
+    files = tokenizer_files(model, path, module)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     module.write(model, path, target, dtype)
-    if tokenizer_file:
-        write_atomically(*tokenizer_file)
+    for file, content in files.items():
+        write_atomically(file, content)
+    return lost
+
+
+def list_lost_metadata(model: LazyModel, path: str, module: Format) -> list[str]:
+    """The names of what the files of a model say and a format does not store.
+
+    Raises ValueError if its readers would misuse the model without that.
+    """
+    metadata = model.read_metadata()
+    if metadata is None:
+        return []
+    tokenizer = model.read_tokenizer()
+    try:
+        lost = module.check_metadata(model.metadata(tokenizer), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return [*lost, *metadata.unread]
+
+
+def check_unpadded(model: LazyModel, path: str, target: str) -> None:
+    """Raise ValueError if a model does not have one embedding for each token of its tokenizer."""
+    tokenizer = model.read_tokenizer()
+    if tokenizer and tokenizer.vocab_size != model.args.vocab_size:
+        raise ValueError(
+            f"{path}: readers of {target} need one embedding for each token, but this model has "
+            f"{model.args.vocab_size} embeddings and {tokenizer.vocab_size} tokens; "
+            "use --format=hf, gguf or ckpt"
+        )
 
 
 def export_dtype(requested: str, target: str, supported: tuple[str, ...], model: LazyModel) -> str:
@@ -94,17 +127,17 @@ def is_model(path: str, module: Format) -> bool:
         return False
 
 
-def tokenizer_target(model: LazyModel, path: str, module: Format) -> tuple[str, bytes] | None:
-    """Path and content of the tokenizer file to write beside a model.
+def tokenizer_files(model: LazyModel, path: str, module: Format) -> dict[str, bytes]:
+    """Paths and contents of the tokenizer's files to write beside a model.
 
     None if the format contains the tokenizer, if the model has none or if it is already there.
     Raises ValueError if another tokenizer is there, because readers would use it for this model.
     """
     if module not in (ckpt, llama2c):
-        return None
+        return {}
     tokenizer = model.read_tokenizer()
     folder = os.path.dirname(path)
-    for name in ("tokenizer.model", "tokenizer.bin"):
+    for name in TOKENIZER_FILES:
         existing = os.path.join(folder, name)
         if not os.path.lexists(existing):
             continue
@@ -116,9 +149,7 @@ def tokenizer_target(model: LazyModel, path: str, module: Format) -> tuple[str, 
         if load_tokenizer(existing).hash != tokenizer.hash:
             raise ValueError(f"{existing}: is another model's; write elsewhere")
     if tokenizer is None:
-        return None
-    if module is ckpt:
-        target, content = os.path.join(folder, "tokenizer.model"), tokenizer.content
-    else:
-        target, content = os.path.join(folder, "tokenizer.bin"), tokenizer.to_bin()
-    return None if os.path.exists(target) else (target, content)
+        return {}
+    files = tokenizer.files if module is ckpt else {"tokenizer.bin": tokenizer.to_bin()}
+    paths = {os.path.join(folder, name): content for name, content in files.items()}
+    return {file: content for file, content in paths.items() if not os.path.exists(file)}

@@ -184,8 +184,7 @@ def update_constraints(
     sampling.is_seen[index] = False
     sampling.is_seen[index, tokens] = True
     sampling.bias[index] = 0
-    if request.params.banned_strings:
-        banned = request.params.banned_strings.banned_next_tokens(tokens)
+    if banned := request.params.banned_next_tokens(tokens):
         sampling.bias[index, banned] = float("-inf")
 
 

@@ -24,12 +24,18 @@ class SamplingParams:
     seed: int = 1337
     stop_ids: Collection[int] = ()  # tokens that end a completion
     banned_strings: BannedStrings | None = None
+    banned_tokens: Collection[int] = ()  # such as ids without a token, which pad an embedding
     # None: no log-probabilities; N: of each new token and of the N most probable ones
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for problem in sampling_problems(vars(self)):
             raise ValueError(problem)
+
+    def banned_next_tokens(self, tokens: list[int]) -> list[int]:
+        """The tokens that must not follow these tokens."""
+        banned = self.banned_strings.banned_next_tokens(tokens) if self.banned_strings else []
+        return [*self.banned_tokens, *banned]
 
 
 def sampling_problems(options: Mapping[str, Any]) -> Iterator[str]:

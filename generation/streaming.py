@@ -119,12 +119,14 @@ class GenerationConfig(SamplingParams):
             )
         super().__post_init__()
 
-    def sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
-        """The sampling parameters of the requests, with the tokenizer's stop tokens."""
+    def sampling_params(self, tokenizer: Tokenizer, num_embeddings: int) -> SamplingParams:
+        """The sampling parameters of the requests: the tokenizer's stop tokens end a completion,
+        and a model with more embeddings than tokens gives none of the others."""
         names = [field.name for field in dataclasses.fields(SamplingParams)]
         options = {name: getattr(self, name) for name in names}
         if self.bad_words:
             options["banned_strings"] = BannedStrings(self.bad_words, tokenizer.token_bytes)
+        options["banned_tokens"] = tokenizer.ids_without_token(num_embeddings)
         return SamplingParams(**options | {"stop_ids": {*self.stop_ids, *tokenizer.stop_ids}})
 
 
@@ -153,10 +155,11 @@ def generate(
     """
     check_strings(prompts=prompts)
     config = GenerationConfig(**options)
-    params = config.sampling_params(tokenizer)
+    args = model.model.args if isinstance(model, PreparedModel) else model.args
+    params = config.sampling_params(tokenizer, args.vocab_size)
     completions: dict[Request, Completion] = {}
     for index, prompt in enumerate(prompts):
-        tokens = tokenizer.encode(prompt, bos=True)
+        tokens = tokenizer.encode_prompt(prompt)
         for sample in range(config.num_samples):
             request = Request(tokens, params, request_index(prompt, sample))
             stream = TextStream(tokenizer, tokens, config.stop)

@@ -318,6 +318,26 @@ def test_bos_and_eos_end_a_sample(name, run_sample, tokenizer, tokenizer_path, t
     assert "\n0 tokens" in error
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_stop_ids_end_a_sample(beams, run_sample, out_dir):
+    """A token without text could not end a sample: --stop never saw it."""
+    options = (f"--out_dir={out_dir}", "--start=Once", "--format=jsonl", f"--num_beams={beams}")
+    options += ("--num_samples=4", "--max_new_tokens=20")
+    samples = [record["tokens"] for record in records(run_sample(*options)[1])]
+    stop = max(samples, key=len)[-1]
+    stopped = records(run_sample(*options, "--stop_ids=511", f"--stop_ids={stop}")[1])
+    assert len(stopped) == 4 and not any({stop, 511} & {*record["tokens"]} for record in stopped)
+    if beams == 1:  # beam search finds other texts instead
+        ends = [next((i for i, t in enumerate(ids) if t in (stop, 511)), None) for ids in samples]
+        cut = [ids[:end] for ids, end in zip(samples, ends, strict=True)]
+        assert [record["tokens"] for record in stopped] == cut
+
+
+def test_a_stop_id_beyond_the_vocabulary_is_refused(run_sample, out_dir):
+    status, _, error = run_sample(f"--out_dir={out_dir}", "--stop_ids=2", "--stop_ids=512")
+    assert status == 1 and "--stop_ids=512: the ids of this model's tokens are 0 to 511" in error
+
+
 # Log-probabilities and scores
 
 
@@ -462,6 +482,9 @@ INVALID_OPTIONS = [  # options and the message, with status 2
     ("--min_p=-0.1", "--min_p=-0.1: must be at least 0 and at most 1"),
     ("--repetition_penalty=0", "--repetition_penalty=0: must be at least 0.01"),
     ("--repetition_penalty=1e-40", "--repetition_penalty=1e-40: must be at least 0.01"),
+    ("--stop_ids=</s>", "--stop_ids=</s>: must be a whole number"),
+    ("--stop_ids=2,32000", "--stop_ids=2,32000: must be a whole number"),
+    ("--stop_ids=-1", "--stop_ids=-1: must be the id of a token, 0 or more"),
     ("--bad_words=\udcff", "not UTF-8 text"),
     ("--stop=\udcff", "not UTF-8 text"),
     ("--score=a.txt --start=a", "--score generates no text: leave out --start"),

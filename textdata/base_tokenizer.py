@@ -20,12 +20,18 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     stop_ids: frozenset[int]
+    add_bos = True  # whether a prompt begins with BOS
     has_dummy_prefix = False  # whether the tokenizer puts a space before each text
 
     @functools.cached_property
     def content(self) -> bytes:
         """The content of its tokenizer.model file."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files that load_tokenizer reads it from, the main one first."""
+        return {"tokenizer.model": self.content}
 
     @functools.cached_property
     def hash(self) -> str:
@@ -37,9 +43,27 @@ class Tokenizer:
         """The bytes that each token adds to the text; none for control tokens."""
         raise NotImplementedError
 
+    @property
+    def unused_ids(self) -> list[int]:
+        """The ids below vocab_size without a token."""
+        return []
+
+    @property
+    def min_embeddings(self) -> int:
+        """The fewest embeddings of a model: 1 + the largest id that encoding gives."""
+        return self.vocab_size
+
+    def ids_without_token(self, num_embeddings: int) -> list[int]:
+        """The ids without a token among a model's embeddings, such as those that pad a matrix."""
+        return [*self.unused_ids, *range(self.vocab_size, num_embeddings)]
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The token ids of the text, with bos_id before them if bos."""
         raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids of a prompt, with bos_id before them if add_bos; for no text, bos_id."""
+        return self.encode(text, bos=self.add_bos or not text)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
         """The token ids of each text, encoded in parallel."""

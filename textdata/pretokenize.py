@@ -30,7 +30,7 @@ from textdata.shard_jobs import (
     write_record,
 )
 from textdata.token_shards import ShardWriter, token_dtype, train_val_cut, write_meta
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from textdata.tokenizer import Tokenizer, load_folder_tokenizer
 
 BATCH_CHARACTERS = 2**20  # of text encoded at a time
 POLL_INTERVAL = 0.2  # seconds between updates of the progress bar
@@ -198,7 +198,7 @@ def add_bytes_read(num_bytes: int) -> None:
 def run_job(job: Job, folder: str, num_threads: int, on_progress: Callable[[int], object]) -> None:
     """Write the shard of the job and its record. on_progress is called with the number of bytes
     read since the last call."""
-    encoder = load_encoder(os.path.join(folder, "tokenizer.model"), job["tokenizer_hash"])
+    encoder = load_encoder(folder, job["tokenizer_hash"])
     path = os.path.join(folder, job["file"])
     report = CorpusReport()
     write_record(folder, ShardRecord(job, None, 0, report))
@@ -216,12 +216,14 @@ def run_job(job: Job, folder: str, num_threads: int, on_progress: Callable[[int]
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(path: str, tokenizer_hash: str) -> Encoder:
-    """The encoder of the vocabulary at path, which has this hash. Its word cache serves all jobs of
-    a process."""
-    tokenizer = load_tokenizer(path)
+def load_encoder(folder: str, tokenizer_hash: str) -> Encoder:
+    """The encoder of the folder's vocabulary, which has this hash. Its word cache serves all jobs
+    of a process."""
+    tokenizer = load_folder_tokenizer(folder)
     if tokenizer.hash != tokenizer_hash:
-        raise ValueError(f"{path} changed while text was tokenized; run pretokenize again")
+        raise ValueError(
+            f"the vocabulary in {folder} changed while text was tokenized; run pretokenize again"
+        )
     return Encoder(tokenizer, token_dtype(tokenizer.vocab_size))
 
 

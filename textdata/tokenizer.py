@@ -1,6 +1,6 @@
 """
-Tokenizers: the interface, SentencePiece's (Llama 2, llama2.c and new vocabularies) and Llama 3's,
-and load_tokenizer, which reads any of them from a file.
+Tokenizers: the interface, SentencePiece's (Llama 2, llama2.c and new vocabularies), Llama 3's and
+Hugging Face's, and load_tokenizer, which reads any of them from a file.
 """
 
 import os
@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from runtime.lfs import require_content
 from textdata.base_tokenizer import Tokenizer
+from textdata.hf_tokenizer import HuggingFaceTokenizer
 from textdata.llama3_tokenizer import LLAMA3_PATTERN, Llama3Tokenizer, parse_ranks
 from textdata.sentencepiece_tokenizer import (
     BOS_ID,
@@ -26,6 +28,7 @@ from textdata.sentencepiece_tokenizer import (
     proto_from_pieces,
     train_sentencepiece,
 )
+from textdata.tokenizer_json import read_tokenizer_json
 
 __all__ = [
     "BOS_ID",
@@ -38,10 +41,13 @@ __all__ = [
     "UNKNOWN_ID",
     "UNUSED",
     "USER_DEFINED",
+    "HuggingFaceTokenizer",
     "Llama3Tokenizer",
     "Piece",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "find_tokenizer_file",
+    "load_folder_tokenizer",
     "load_tokenizer",
     "proto_from_pieces",
     "require_bos_eos",
@@ -49,29 +55,53 @@ __all__ = [
 ]
 
 MAX_FILE_SIZE = 1 << 28  # bytes
+# Names of a tokenizer's file; where a folder has several, the first counts.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.bin", "tokenizer.json")
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound=Tokenizer)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Read a tokenizer.model (SentencePiece's or Llama 3's) or a tokenizer.bin. The format is
-    detected from the content. Raises ValueError for another file, OSError if reading fails."""
+    """Read a tokenizer.model (SentencePiece's or Llama 3's), a tokenizer.bin or a tokenizer.json.
+    The format is detected from the content. Raises ValueError for another file, OSError if reading
+    fails."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a device may never end
-        raise ValueError(f"{path}: not a file; name a tokenizer.model or tokenizer.bin")
+        raise ValueError(
+            f"{path}: not a file; name a tokenizer.model, tokenizer.bin or tokenizer.json"
+        )
     if os.path.exists(path) and os.path.getsize(path) > MAX_FILE_SIZE:
         raise ValueError(f"{path}: too large for a vocabulary")
+    require_content(path)
     with open(path, "rb") as file:
         content = file.read()
+    try:
+        if content.lstrip().startswith(b"{"):
+            return read_tokenizer_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         tokenizer = parse_tokenizer(content)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks"
+            f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks, nor "
+            "a tokenizer.json"
         ) from error
     try:
         return require_bos_eos(tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def find_tokenizer_file(folder: str) -> str | None:
+    """The path of the tokenizer in a folder, None if there is none."""
+    paths = [os.path.join(folder, name) for name in TOKENIZER_FILES]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def load_folder_tokenizer(folder: str) -> Tokenizer:
+    """Load the tokenizer of a folder of tokens. Raises ValueError or OSError as load_tokenizer."""
+    path = find_tokenizer_file(folder)
+    return load_tokenizer(path or os.path.join(folder, TOKENIZER_FILES[0]))
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:

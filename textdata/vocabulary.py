@@ -2,12 +2,18 @@
 Learn a vocabulary from text files, and choose the one to tokenize with.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 from runtime.atomic_files import write_atomically
 from textdata.corpus import read_documents
-from textdata.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from textdata.tokenizer import (
+    TOKENIZER_FILES,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 MAX_TRAINING_TEXT = 100_000_000  # characters to learn a vocabulary from
 
@@ -60,12 +66,19 @@ def find_or_learn_vocabulary(
 
 
 def install_tokenizer(path: str, folder: str, vocab_size: int | None) -> None:
-    """Copy the vocabulary at path to FOLDER/tokenizer.model. Raises ValueError if it does not have
-    vocab_size tokens, unless that is None."""
+    """Copy the vocabulary at path to a folder, instead of another one there.
+
+    Raises ValueError if it does not have vocab_size tokens, unless that is None.
+    """
     tokenizer = load_tokenizer(path)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
             f"{path} has {tokenizer.vocab_size} tokens, not --vocab_size={vocab_size}; "
             f"give --vocab_size={tokenizer.vocab_size}"
         )
-    write_atomically(os.path.join(folder, "tokenizer.model"), tokenizer.content)
+    for name, content in tokenizer.files.items():
+        write_atomically(os.path.join(folder, name), content)
+    for name in TOKENIZER_FILES:
+        if name not in tokenizer.files:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))

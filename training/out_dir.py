@@ -24,7 +24,9 @@ from training.resume import StartPoint
 from training.state import TrainingRun
 
 # The names of the files that a run writes.
-RUN_FILE_PATTERN = r"(ckpt\w*|best)\.(pt|dcp)|model\.bin|loss\.png|metrics\.jsonl|tokenizer\.\w+"
+RUN_FILE_PATTERN = (
+    r"(ckpt\w*|best)\.(pt|dcp)|model\.bin|loss\.png|metrics\.jsonl|tokenizer(_config)?\.\w+"
+)
 
 
 def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:

@@ -75,8 +75,20 @@ def open_pretrained(config: Any, overrides: Mapping[str, str]) -> StartPoint:
             f"{path} has a context of {context} tokens; give the length of the training sequences "
             "with --max_seq_len"
         )
-    check_architecture(config, overrides, pretrained.args, path)
+    check_architecture(config, overrides, architecture_options(pretrained), path)
     return StartPoint(pretrained=pretrained)
+
+
+def architecture_options(pretrained: LazyModel) -> ModelArgs:
+    """The args of a pretrained model, with the vocab_size of its tokenizer, which names the folder
+    of the tokens. It is smaller than the model's if the embedding is padded."""
+    try:
+        tokenizer = pretrained.read_tokenizer() if pretrained.contains_tokenizer else None
+    except ValueError:  # a vocabulary that cannot be read
+        tokenizer = None
+    if tokenizer is None or tokenizer.min_embeddings > pretrained.args.vocab_size:
+        return pretrained.args
+    return dataclasses.replace(pretrained.args, vocab_size=tokenizer.vocab_size)
 
 
 def saved_options(config: Any, overrides: Mapping[str, str], start: StartPoint) -> dict[str, Any]:
@@ -86,6 +98,9 @@ def saved_options(config: Any, overrides: Mapping[str, str], start: StartPoint) 
     checkpoint = start.checkpoint
     assert checkpoint is not None, "a resumed run has a checkpoint"
     args: ModelArgs = checkpoint["model_args"]
+    vocab_size = checkpoint.get("config", {}).get("vocab_size")  # of the tokenizer
+    if type(vocab_size) is int and vocab_size > 0:
+        args = dataclasses.replace(args, vocab_size=vocab_size)
     check_architecture(config, overrides, args, start.path)
     current = {*OWN_OPTIONS, *overrides}
     if "versions" not in checkpoint:  # written by llama2.c, perhaps on another type of machine

@@ -13,13 +13,14 @@ import torch
 
 from checkpoints.file import FORMAT, write_model_args
 from checkpoints.manager import CheckpointManager
-from formats import llama2c
+from formats import ckpt, llama2c
 from formats.lazy_model import LazyModel, from_state_dict
+from formats.model_metadata import ModelMetadata, configure_tokenizer, fine_tuned, to_json
 from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset, read_meta, token_dir
-from textdata.tokenizer import Tokenizer, load_tokenizer
+from textdata.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from training.metrics import MetricsLogger
 from training.optim import make_optimizer
 from training.parallel import is_sharded, load_weights, shard
@@ -55,9 +56,10 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
 
         start = dataclasses.replace(start, checkpoint=gather_full_state(start.checkpoint))
     check_start_tokenizer(config, start, data.tokenizer, dist_ctx.is_main)
+    metadata = start_metadata(start, data.tokenizer)
     torch.manual_seed(config.seed)
     args, weights = initial_weights(config, start)
-    run = build_components(config, dist_ctx, device, data, args)
+    run = build_components(config, dist_ctx, device, data, args, metadata)
     load_weights(run.model, weights)
     if run.train_dataset.unused > MAX_UNUSED:
         run.log(
@@ -96,7 +98,12 @@ def uses_fsdp(config: Any, dist_ctx: DistContext) -> bool:
 
 
 def build_components(
-    config: Any, dist_ctx: DistContext, device: str, data: Data, args: ModelArgs
+    config: Any,
+    dist_ctx: DistContext,
+    device: str,
+    data: Data,
+    args: ModelArgs,
+    metadata: ModelMetadata | None = None,
 ) -> TrainingRun:
     """Build the components of a run. The model's weights are not set yet."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays float32
@@ -117,7 +124,7 @@ def build_components(
         dist_ctx=dist_ctx,
         device=device,
         dtype=dtype,
-        tokenizer=data.tokenizer,
+        tokenizer=configure_tokenizer(data.tokenizer, metadata),
         train_dataset=data.train,
         val_dataset=data.val,
         model=model,
@@ -129,27 +136,42 @@ def build_components(
             config.keep_checkpoints,
             dist_ctx,
             run_files=tokenizer_files(data.tokenizer),
-            export_best=best_exporter(config.out_dir, args),
+            export_best=best_exporter(config.out_dir, args, metadata, data.tokenizer),
             mesh=mesh,
         ),
         first_nonfinite_step=torch.tensor(-1, device=device),
+        metadata=metadata,
     )
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Name and content of the tokenizer files that a run leaves beside its model."""
-    files = {"tokenizer.model": tokenizer.content}
+    files = dict(tokenizer.files)
     with contextlib.suppress(ValueError):  # the format cannot hold this vocabulary
         files["tokenizer.bin"] = tokenizer.to_bin()
     return files
 
 
+def start_metadata(start: StartPoint, tokenizer: Tokenizer) -> ModelMetadata | None:
+    """The metadata of the model to start with. Raises ValueError if it is damaged."""
+    if start.checkpoint:
+        return ckpt.read_metadata(start.checkpoint.get(ckpt.METADATA_KEY), start.path)
+    if start.pretrained:
+        return fine_tuned(start.pretrained.read_metadata(), tokenizer)
+    return None
+
+
 def best_exporter(
-    out_dir: str, args: ModelArgs
+    out_dir: str, args: ModelArgs, metadata: ModelMetadata | None, tokenizer: Tokenizer
 ) -> Callable[[ModelArgs, dict[str, torch.Tensor]], None] | None:
     """A function (args, state dict) that writes model.bin; None where it cannot hold the model."""
     if llama2c.unsupported_reason(args):
         return None
+    if metadata:
+        try:
+            llama2c.check_metadata(metadata, tokenizer)
+        except ValueError:  # its readers would not stop
+            return None
     return partial(export_model_bin, os.path.join(out_dir, "model.bin"))
 
 
@@ -205,7 +227,7 @@ def pretrained_tokenizer_hash(pretrained: LazyModel) -> str | None:
         tokenizer = pretrained.read_tokenizer() if pretrained.tokenizer_hash is None else None
     except ValueError:  # a vocabulary that cannot be read
         return None
-    if tokenizer and tokenizer.vocab_size == pretrained.args.vocab_size:
+    if tokenizer and tokenizer.min_embeddings <= pretrained.args.vocab_size:
         return tokenizer.hash
     return pretrained.tokenizer_hash
 
@@ -214,7 +236,8 @@ def open_data(config: Any) -> Data:
     """Open the tokenizer and both splits. Raises ValueError where they do not fit the options."""
     folder = token_dir(config.data_dir, config.vocab_source, config.vocab_size)
     meta = read_meta(folder)
-    path = config.tokenizer or os.path.join(folder, "tokenizer.model")
+    default = os.path.join(folder, "tokenizer.model")
+    path = config.tokenizer or find_tokenizer_file(folder) or default
     tokenizer = load_tokenizer(path)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise ValueError(
@@ -238,7 +261,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
     if run.model.args.tie_embeddings:
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one object, copied once
     state = run.state
-    return {
+    saved = {
         "model": weights,
         "optimizer": run.optimizer.state_dict(),
         "model_args": write_model_args(run.model.args),
@@ -255,6 +278,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
             "python": sys.version.split()[0],
         },
     }
+    return saved | {ckpt.METADATA_KEY: to_json(run.metadata)} if run.metadata else saved
 
 
 def save_state(run: TrainingRun, best: bool = False) -> None:

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.manager import CheckpointManager
+from formats.model_metadata import ModelMetadata
 from model import Transformer
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset
@@ -48,6 +49,7 @@ class TrainingRun:
     first_nonfinite_step: (
         torch.Tensor
     )  # on the device: -1, or the first step with a NaN or Inf norm
+    metadata: ModelMetadata | None = None  # of the model that the run started from
     state: TrainState = field(default_factory=TrainState)
 
     @property

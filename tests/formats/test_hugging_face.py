@@ -12,6 +12,7 @@ import transformers
 
 from formats import hugging_face, hugging_face_config
 from formats.lazy_model import from_model
+from formats.model_metadata import ModelMetadata
 from formats.registry import open_model
 from formats.writer import write_model
 from ops.rope import RopeScaling
@@ -64,7 +65,7 @@ def test_transformers_computes_the_logits_of_a_published_model(shared, tmp_path)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_that_transformers_saved_has_the_same_logits(shards, tied, extra, tmp_path):
     settings = hugging_face_config.to_config(
-        random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", None
+        random_model(n_kv_heads=2, tie_embeddings=tied, **extra).args, "float32", ModelMetadata()
     )
     torch.manual_seed(0)
     hf_model = transformers.LlamaForCausalLM(
