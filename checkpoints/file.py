@@ -3,9 +3,9 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with the keys of llama2.c, so that either project reads the other's files:
 model, optimizer, model_args, iter_num, best_val_loss, config. This project adds scaler, position
-(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, versions,
-and sha256, the hash of all other entries. Random number generator state is not stored: see
-train.py.
+(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, eval_hash (of
+the windows that best_val_loss was measured on), versions, and sha256, the hash of all other
+entries. Random number generator state is not stored: see train.py.
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ FIELD_TYPES = {
     "config": dict,
     "iter_num": int,
     "tokenizer_hash": str,
+    "eval_hash": str,
     "scaler": dict,
     "position": int,
     "late_norms": list,
@@ -87,7 +88,8 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
     for name, weight in checkpoint["model"].items():
         if not math.isfinite(max_abs(weight)):
             raise ValueError(
-                f"{path} not written: the weights contain NaN or Inf values (first in {name})"
+                f"{path} not written: the weights of step {checkpoint['iter_num']} contain NaN or "
+                f"Inf values (first in {name})"
             )
     write_hashed(path, checkpoint)
 

@@ -125,10 +125,12 @@ def test_deleted_folder_is_made_again_with_all_its_files(tmp_path):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     manager, model = make_manager(out_dir), random_model()
-    assert not manager.save(make_checkpoint(model), model.args, best=False)
+    manager.save(make_checkpoint(model), model.args, best=True)
     manager.flush()
+    assert not manager.is_best_lost()
     shutil.rmtree(out_dir)
-    assert manager.save(make_checkpoint(model, iter_num=8), model.args, best=False)
+    assert manager.is_best_lost()
+    manager.save(make_checkpoint(model, iter_num=8), model.args, best=True)
     manager.flush()
     assert checkpoint_steps(out_dir) == {"best.pt": 8, "ckpt.pt": 8, "ckpt_000008.pt": 8}
     assert (out_dir / "tokenizer.model").read_bytes() == b"x"
