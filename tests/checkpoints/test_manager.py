@@ -111,8 +111,9 @@ def test_best_state_is_written_before_the_latest(tmp_path, monkeypatch):
         save(path, state)
 
     monkeypatch.setattr(manager_module, "save_checkpoint", recorded)
-    manager = make_manager(tmp_path, export_best=lambda args, weights: written.append("model.bin"))
-    model = random_model()
+    manager, model = make_manager(tmp_path), random_model()
+    manager.export_best = lambda args, weights: recorded(str(tmp_path / "model.bin"), state)
+    state = make_checkpoint(model)
     manager.save(make_checkpoint(model), model.args, best=True)
     manager.flush()
     assert written == ["best.pt", "model.bin", "ckpt.pt"]
