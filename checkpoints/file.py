@@ -183,13 +183,17 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def read_hashed(path: str) -> Any:
+def read_hashed(path: str, mmap: bool = False) -> Any:
     """Load a file of torch.save and verify its SHA-256 entry, if it has one.
 
-    Raises one of the exceptions in UNREADABLE.
+    mmap: map the tensors into memory instead of reading them. Raises one of the exceptions in
+    UNREADABLE.
     """
-    with open(path, "rb") as file:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+    if mmap:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    else:
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     expected = content.get("sha256") if isinstance(content, dict) else None
     if expected is not None and expected != content_hash(content):
         raise ValueError("its sha256 does not match; if you changed the file, delete that key")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint
+from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint, read_hashed
 
 LATEST_NAMES = ("ckpt.pt", "ckpt.dcp")
 BEST_NAMES = ("best.pt", "best.dcp")
@@ -74,15 +74,11 @@ def open_checkpoint(path: str) -> dict:
     return load_checkpoint(path)
 
 
-def state_file(path: str) -> str:
-    """The file of a checkpoint that holds what is not sharded: itself, or run.pt in a folder."""
-    return os.path.join(path, "run.pt") if os.path.isdir(path) else path
-
-
 def read_step(path: str) -> int:
     """The step that a checkpoint holds, read without its tensors; -1 if it cannot be read."""
+    file = os.path.join(path, "run.pt") if os.path.isdir(path) else path
     try:
-        content = torch.load(state_file(path), map_location="meta", weights_only=True)
+        content = torch.load(file, map_location="meta", weights_only=True)
         return int(content["iter_num"])
     except UNREADABLE:
         return -1
@@ -98,9 +94,11 @@ class BestRecord(NamedTuple):
 
 
 def read_best_record(path: str) -> BestRecord | None:
-    """The record in a checkpoint, read without its other tensors; None if it cannot be read."""
+    """The record in a checkpoint, whose hash is verified; None if it is damaged.
+
+    The tensors are mapped, not loaded."""
     try:
-        content = torch.load(state_file(path), map_location="cpu", weights_only=True, mmap=True)
+        content = open_checkpoint(path) if os.path.isdir(path) else read_hashed(path, mmap=True)
         return BestRecord(
             float(content.get("best_val_loss", math.inf)),
             str(content.get("eval_hash", "")),

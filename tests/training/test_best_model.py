@@ -12,6 +12,7 @@ from checkpoints.file import load_checkpoint, save_checkpoint
 from checkpoints.latest import BestRecord, read_best_record
 from runtime.distributed import DistContext
 from tests import helpers
+from tests.checkpoints.test_latest import cut, flip
 from tests.checkpoints.test_manager import checkpoint_steps, make_manager
 from tests.helpers import TINY_RUN, make_checkpoint, random_model
 from textdata.token_shards import TokenDataset
@@ -158,8 +159,11 @@ def test_model_bin_alone_has_the_loss_in_the_latest_checkpoint(tmp_path):
     assert run.state.best_val_loss == 2.5 and not update_best(run, 3.0)
 
 
-def test_damaged_best_checkpoint_is_renamed(tmp_path):
-    (tmp_path / "best.pt").write_bytes(b"damaged")
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_damaged_best_checkpoint_is_renamed(damage, tmp_path):
+    """The run kept it as its best model, unless it improved."""
+    save_best(tmp_path / "best.pt", 1.5)
+    damage(tmp_path / "best.pt")
     run = fake_run(tmp_path)
     restore_best(run)
     assert run.state.best_val_loss == math.inf and (tmp_path / "best.damaged").exists()
