@@ -316,9 +316,10 @@ class Outcome(NamedTuple):
 class FaultInjection:
     """Undisturbed runs, and runs with faults that are compared with them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, faults: list[str]) -> None:
         self.folder = folder
         self.seed = seed
+        self.faults = faults
         self.data = make_data(folder / "data")
         (folder / "link").symlink_to(self.data)
         self.references = {
@@ -359,7 +360,7 @@ class FaultInjection:
         rng = random.Random(f"{self.seed} {number}")
         setup = SETUPS[number % len(SETUPS)]
         dropout = rng.choice((WITH_DROPOUT, WITHOUT_DROPOUT))
-        faults = [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
+        faults = [rng.choice(self.faults) for _ in range(rng.randint(1, 3))]
         out_dir = self.folder / f"run{number}"
         struck: list[str] = []
 
@@ -431,8 +432,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=int, default=100, help="runs with faults")
     parser.add_argument("--seed", type=int, default=1, help="another seed gives other faults")
+    parser.add_argument("--faults", nargs="+", default=FAULTS, choices=FAULTS, help="only these")
     options = parser.parse_args(argv)
-    injection = FaultInjection(Path(tempfile.mkdtemp(prefix="faults")), options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    injection = FaultInjection(folder, options.seed, list(options.faults))
     injection.run_undisturbed()
     outcomes, problems = [], []
     for number in range(options.runs):
