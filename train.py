@@ -13,7 +13,6 @@ a resumed run continues where it stopped, bit for bit on a CPU, on any number of
 within rounding.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from tqdm import tqdm
 from configurator import configure, print_overrides, restore_options, run_main
 from generation.streaming import generate
 from model import ModelArgs, flops_per_token
-from runtime.atomic_files import run_lock
 from runtime.device import autocast, disable_malloc_trim, peak_flops, pick_device, translate_oom
 from runtime.distributed import (
     DistContext,
@@ -38,11 +36,12 @@ from runtime.distributed import (
 )
 from textdata.loader import dropout_seed, prefetch, training_batches
 from training import monitor
+from training.best_model import restore_best, update_best
 from training.compile import maybe_compile
 from training.evaluation import evaluate
 from training.inspect_step import inspect_step
-from training.interrupt import GracefulInterrupt
-from training.out_dir import finish_saving, plot_loss, prepare_out_dir
+from training.interrupt import GracefulInterrupt, complete_saves
+from training.out_dir import finish_saving, lock_out_dir, plot_loss, prepare_out_dir
 from training.parallel import gather_model, grad_sync, is_sharded
 from training.resume import (
     ARCHITECTURE,
@@ -54,7 +53,7 @@ from training.resume import (
     pretrained_options,
     saved_options,
 )
-from training.setup import build_run, save_state
+from training.setup import build_run, same_start, save_state
 from training.state import TrainingRun
 from training.step_timer import StepTimer
 from training.validation import range_errors
@@ -165,17 +164,20 @@ class TrainConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Train with the options on the command line."""
-    config, overrides = configure(TrainConfig, argv)
-    config, start = find_start(config, overrides)
-    if config.debug_step is not None and "RANK" in os.environ:
+    requested, overrides = configure(TrainConfig, argv)
+    if requested.debug_step is not None and "RANK" in os.environ:
         raise ValueError("--debug_step: one process is enough; start it without torchrun")
-    dist_ctx, device = init_distributed(pick_device(config.device), config.timeout)
-    disable_malloc_trim()
-    if dist_ctx.is_main:
-        print_overrides(config, overrides)
-    with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), translate_oom():
-        run_training(config, start, dist_ctx, device)
-        shutdown_distributed()
+    with lock_out_dir(requested):  # before the look for checkpoints: another run may be saving one
+        config, start = find_start(requested, overrides)
+        dist_ctx, device = init_distributed(pick_device(config.device), config.timeout)
+        disable_malloc_trim()
+        if dist_ctx.is_main:
+            print_overrides(config, overrides)
+        with translate_dist_errors(f"for {config.timeout:g} s (--timeout)"), translate_oom():
+            if not same_start(start.checkpoint, dist_ctx) and not dist_ctx.is_main:
+                config, start = find_start(requested, overrides)  # rank 0 has the lock by now
+            run_training(config, start, dist_ctx, device)
+            shutdown_distributed()
 
 
 def find_start(config: TrainConfig, overrides: dict[str, str]) -> tuple[TrainConfig, StartPoint]:
@@ -200,21 +202,22 @@ def run_training(
     config: TrainConfig, start: StartPoint, dist_ctx: DistContext, device: str
 ) -> None:
     """Build the run and train it; or inspect one step of it."""
-    is_writer = dist_ctx.is_main and not config.eval_only and config.debug_step is None
-    with run_lock(config.out_dir) if is_writer else contextlib.nullcontext():
-        run = build_run(config, start, dist_ctx, device)
-        if config.debug_step is not None:
-            return inspect_step(run, config.debug_step)
-        if is_writer:
+    run = build_run(config, start, dist_ctx, device)
+    if config.debug_step is not None:
+        return inspect_step(run, config.debug_step)
+    if not config.eval_only:
+        if dist_ctx.is_main:
             prepare_out_dir(run, start)
-        run.log(
-            f"{run.model.num_parameters():,} parameters; {config.sequences_per_step} sequences of "
-            f"{config.max_seq_len} tokens per step on {dist_ctx.size} x {device}, {run.dtype}"
-        )
-        try:
-            train(run)
-        finally:
-            run.checkpoints.join()  # before the lock is released
+        restore_best(run)
+    run.log(
+        f"{run.model.num_parameters():,} parameters; {config.sequences_per_step} sequences of "
+        f"{config.max_seq_len} tokens per step on {dist_ctx.size} x {device}, {run.dtype}"
+    )
+    step = run.state.iter_num
+    if step >= config.max_iters and not config.eval_only:
+        run.log(f"the run is complete at step {step}: a --max_iters above it continues training")
+    with complete_saves(run.checkpoints):
+        train(run)
 
 
 def train(run: TrainingRun) -> None:
@@ -254,7 +257,7 @@ def train(run: TrainingRun) -> None:
             if stop or is_due:
                 last_step = state.iter_num - 1
                 monitor.check_finite(run, last_step, loss.item(), grad_norm.item())
-                save_state(run)
+                save_state(run, update_best(run))
                 timer.restart()
             for message in run.checkpoints.poll():
                 run.log(f"step {state.iter_num}: {message}")
@@ -327,17 +330,16 @@ def evaluate_and_save(run: TrainingRun, forward: torch.nn.Module) -> None:
     )
     if config.eval_only:
         return
+    monitor.check_evaluation(run, val_result.loss)
     run.log_metrics(
         train_loss=train_result.loss,
         val_loss=val_result.loss,
         perplexity=val_result.perplexity,
         bits_per_byte=val_result.bits_per_byte,
     )
-    is_best = val_result.loss < state.best_val_loss
-    if is_best:
-        state.best_val_loss = val_result.loss
+    is_best = update_best(run, val_result.loss)
     if config.always_save_checkpoint or is_best or state.iter_num >= config.max_iters:
-        save_state(run, best=is_best)
+        save_state(run, is_best)
     plot_loss(run)
     if config.sample_interval and state.iter_num % config.sample_interval == 0:
         log_sample(run)

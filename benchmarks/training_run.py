@@ -120,7 +120,7 @@ def prepare_out_dir(run: TrainingRun) -> None:
 
 def start_saving(run: TrainingRun) -> None:
     """Start writing a checkpoint in the background."""
-    save_state(run)
+    save_state(run, best=False)
 
 
 def finish_saving(run: TrainingRun) -> None:

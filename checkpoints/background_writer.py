@@ -18,7 +18,10 @@ class BackgroundWriter:
         """retries_alone: retry between saves. False where several processes write together."""
         self.retries_alone = retries_alone
         self.pending: dict[str, Callable[[], None]] = {}  # path -> the job that writes it
-        self.thread: threading.Thread | None = None
+        # Thread.join interrupted by Ctrl-C takes a running thread for a finished one (Python 3.11).
+        self.is_idle = threading.Event()
+        self.is_idle.set()
+        self.is_cancelled = False
         self.failure: OSError | None = None  # of the last attempt
         self.error: Exception | None = None  # one that a retry cannot mend
         self.last_attempt = 0.0  # time.monotonic()
@@ -33,13 +36,25 @@ class BackgroundWriter:
         self._start()
 
     def _start(self) -> None:
-        self.thread = threading.Thread(target=self._write_pending)
-        self.thread.start()
+        self.is_idle.clear()
+        try:
+            threading.Thread(target=self._run).start()
+        except RuntimeError:  # the system allows no more threads
+            self.is_idle.set()
+            raise
+
+    def _run(self) -> None:
+        try:
+            self._write_pending()
+        finally:
+            self.is_idle.set()
 
     def _write_pending(self) -> None:
         was_failing = self.failure is not None
         self.failure = None
         for path, job in list(self.pending.items()):
+            if self.is_cancelled:
+                return
             try:
                 if self.retries_alone:
                     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -59,8 +74,11 @@ class BackgroundWriter:
 
     def join(self) -> None:
         """Wait until no job runs."""
-        if self.thread:
-            self.thread.join()
+        self.is_idle.wait()
+
+    def cancel(self) -> None:
+        """Start no further job. The one that runs is completed; join waits for it."""
+        self.is_cancelled = True
 
     def wait_or_raise(self) -> None:
         """Wait until no job runs. Raises the error of a job that cannot be retried."""
@@ -73,7 +91,7 @@ class BackgroundWriter:
         """The messages since the last call; starts a retry when it is due.
 
         Raises as wait_or_raise."""
-        if not (self.thread and self.thread.is_alive()):
+        if self.is_idle.is_set():
             self.wait_or_raise()
             is_due = time.monotonic() - self.last_attempt > RETRY_SECONDS
             if self.failure and self.retries_alone and is_due:

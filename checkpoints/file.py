@@ -3,9 +3,10 @@ Training state on disk: saved atomically, loaded strictly and without running co
 
 A checkpoint is a dict with the keys of llama2.c, so that either project reads the other's files:
 model, optimizer, model_args, iter_num, best_val_loss, config. This project adds scaler, position
-(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash,
-model_metadata (see formats/model_metadata.py), versions, and sha256, the hash of all other entries.
-Random number generator state is not stored: see train.py.
+(number of sequences read so far), late_norms (recent gradient norms), tokenizer_hash, eval_hash (of
+the windows that best_val_loss was measured on), model_metadata (see formats/model_metadata.py),
+versions, and sha256, the hash of all other entries. Random number generator state is not stored:
+see train.py.
 """
 
 import dataclasses
@@ -67,6 +68,7 @@ FIELD_TYPES = {
     "config": dict,
     "iter_num": int,
     "tokenizer_hash": str,
+    "eval_hash": str,
     "scaler": dict,
     "position": int,
     "late_norms": list,
@@ -95,7 +97,8 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
     for name, weight in checkpoint["model"].items():
         if not math.isfinite(max_abs(weight)):
             raise ValueError(
-                f"{path} not written: the weights contain NaN or Inf values (first in {name})"
+                f"{path} not written: the weights of step {checkpoint['iter_num']} contain NaN or "
+                f"Inf values (first in {name})"
             )
     write_hashed(path, checkpoint)
 
@@ -192,12 +195,13 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def read_hashed(path: str) -> Any:
+def read_hashed(path: str, mmap: bool = False) -> Any:
     """Load a file of torch.save and verify its SHA-256 entry, if it has one.
 
-    Raises one of the exceptions in UNREADABLE.
+    mmap: map the tensors into memory instead of reading them. Raises one of the exceptions in
+    UNREADABLE.
     """
-    content = safe_load(path, "cpu")
+    content = safe_load(path, "cpu", mmap)
     expected = content.get("sha256") if isinstance(content, dict) else None
     if expected is not None and expected != content_hash(content):
         raise ValueError("its sha256 does not match; if you changed the file, delete that key")

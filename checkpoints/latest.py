@@ -7,14 +7,14 @@
 A sharded checkpoint is a folder with the suffix .dcp instead of .pt.
 """
 
-import contextlib
 import glob
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint
+from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint, read_hashed
 from checkpoints.safe_load import safe_load
 
 LATEST_NAMES = ("ckpt.pt", "ckpt.dcp")
@@ -50,17 +50,18 @@ def numbered_checkpoints(out_dir: str) -> list[str]:
     return sorted(paths, key=step_of, reverse=True)
 
 
-def checkpoint_mtime(path: str) -> float:
-    """When a checkpoint was written, in seconds since the epoch; 0 for an incomplete one."""
-    with contextlib.suppress(OSError):
-        return os.path.getmtime(os.path.join(path, "run.pt") if os.path.isdir(path) else path)
-    return 0.0
-
-
 def latest_path(out_dir: str) -> str:
-    """The path of the latest checkpoint, or where it would be."""
+    """The path of the latest checkpoint, or where it would be.
+
+    Where a file and a folder have that name, it is the one of the higher step. One that cannot be
+    read counts as the highest, so that its damage is reported and not passed over."""
     paths = [os.path.join(out_dir, name) for name in LATEST_NAMES]
-    return max(filter(os.path.lexists, paths), key=checkpoint_mtime, default=paths[0])
+    existing = [path for path in paths if os.path.lexists(path)]
+    if len(existing) < 2:
+        return (existing or paths)[0]
+    steps = [read_step(path) for path in existing]
+    ranks = [step if step >= 0 else math.inf for step in steps]
+    return existing[ranks.index(max(ranks))]
 
 
 def open_checkpoint(path: str) -> dict:
@@ -80,6 +81,31 @@ def read_step(path: str) -> int:
         return int(content["iter_num"])
     except UNREADABLE:
         return -1
+
+
+class BestRecord(NamedTuple):
+    """What a checkpoint records of the lowest validation loss of its run."""
+
+    loss: float  # nats per token
+    eval_hash: str  # of the windows that it was measured on; "" in older checkpoints
+    config: dict  # the options of the run
+    step: int  # of the checkpoint
+
+
+def read_best_record(path: str) -> BestRecord | None:
+    """The record in a checkpoint, whose hash is verified; None if it is damaged.
+
+    The tensors are mapped, not loaded."""
+    try:
+        content = open_checkpoint(path) if os.path.isdir(path) else read_hashed(path, mmap=True)
+        return BestRecord(
+            float(content.get("best_val_loss", math.inf)),
+            str(content.get("eval_hash", "")),
+            dict(content.get("config", {})),
+            int(content["iter_num"]),
+        )
+    except UNREADABLE:
+        return None
 
 
 def load_latest(out_dir: str, log: Callable[[str], None] = print) -> LatestCheckpoint | None:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from checkpoints.background_writer import BackgroundWriter, describe_error
-from checkpoints.file import save_checkpoint
-from checkpoints.latest import LATEST_NAMES, numbered_checkpoints, step_of, step_path
+from checkpoints.file import load_checkpoint, save_checkpoint
+from checkpoints.latest import BEST_NAMES, LATEST_NAMES, numbered_checkpoints, step_of, step_path
 from checkpoints.links import link_checkpoint, remove_checkpoint
 from checkpoints.snapshot import snapshot
 from model import ModelArgs
@@ -27,7 +27,7 @@ class CheckpointManager:
     processes write their shards of ckpt_STEP.dcp together, and ckpt.dcp and best.dcp are folders of
     hard links to its files.
 
-    If the output folder is deleted, the next save also writes run_files."""
+    A save also writes the run_files and the model.bin that were deleted meanwhile."""
 
     def __init__(
         self,
@@ -56,54 +56,72 @@ class CheckpointManager:
         self.mesh = mesh
         self.writer = BackgroundWriter(retries_alone=mesh is None)
         self.last_saved_step: int | None = None  # of the latest checkpoint that is complete
+        self.submitted_step: int | None = None  # of the latest save
+        self.has_best = False  # whether a best model was written or found
         self.best_pending = False  # a sharded best checkpoint that could not be written yet
 
     def path(self, name: str) -> str:
         """The path of a file in the output folder."""
         return os.path.join(self.out_dir, name)
 
-    def save(self, state: dict, args: ModelArgs, best: bool) -> bool:
+    def save(self, state: dict, args: ModelArgs, best: bool) -> None:
         """Start writing a training state as the latest checkpoint; if best, also as best.pt.
 
-        Called by the main process; by all processes where the checkpoints are sharded. Returns
-        whether the output folder had been deleted. Raises the error of an earlier save that a
-        retry cannot fix, such as weights with NaN."""
+        Called by the main process; by all processes where the checkpoints are sharded. Raises the
+        error of an earlier save that a retry cannot fix, such as weights with NaN."""
         self.writer.wait_or_raise()  # before memory is taken for another copy
+        self.submitted_step = state["iter_num"]
         if self.mesh is not None:
             return self._save_sharded(state, args, best)
         self.writer.pending.pop(self.path("ckpt.pt"), None)  # its state is outdated; frees memory
-        was_deleted = self._is_folder_deleted()
         copied = snapshot(state)
-        jobs: dict[str, Callable[[], None]] = {}
-        if was_deleted:
-            best = True  # the latest state replaces the lost best one
-            jobs |= self._run_file_jobs()
+        jobs = self._run_file_jobs()
         if best:  # before the latest, which records how good the best is
             jobs[self.path("best.pt")] = partial(self._write_best, copied)
-            if self.export_best:
-                weights = copied["model"]
-                jobs[self.path("model.bin")] = partial(self.export_best, args, weights)
+        if self.export_best and best:
+            jobs[self.path("model.bin")] = partial(self.export_best, args, copied["model"])
+        elif self._is_model_bin_lost():
+            jobs[self.path("model.bin")] = self._export_best_again
         jobs[self.path("ckpt.pt")] = partial(self._write_latest, copied)
         self.writer.submit(jobs)
-        return was_deleted
 
-    def _is_folder_deleted(self) -> bool:
-        """Whether the output folder lacks the first of the run files, the tokenizer."""
-        return not os.path.exists(self.path(next(iter(self.run_files))))
+    def is_best_lost(self) -> bool:
+        """Whether the best model was deleted in all its forms. Waits until nothing is written."""
+        self.join()
+        names = (*BEST_NAMES, "model.bin")
+        return self.has_best and not any(os.path.exists(self.path(name)) for name in names)
+
+    def _is_model_bin_lost(self) -> bool:
+        has_model_bin = os.path.exists(self.path("model.bin"))
+        is_pending = self.path("model.bin") in self.writer.pending
+        has_source = os.path.exists(self.path("best.pt"))
+        return bool(self.export_best) and has_source and not has_model_bin and not is_pending
+
+    def _export_best_again(self) -> None:
+        """Write the model.bin of best.pt. Raises OSError."""
+        assert self.export_best, "the format can hold the model"
+        try:
+            checkpoint = load_checkpoint(self.path("best.pt"))
+        except ValueError as error:  # damaged: no reason to end the run
+            raise OSError(str(error)) from error
+        self.export_best(checkpoint["model_args"], checkpoint["model"])
 
     def _run_file_jobs(self) -> dict[str, Callable[[], None]]:
+        """The jobs that write the missing run files."""
         return {
             self.path(name): partial(write_atomically, self.path(name), content)
             for name, content in self.run_files.items()
+            if not os.path.exists(self.path(name))
         }
 
     def write_run_files(self) -> None:
         """Write the files that belong to every run's folder, now. Raises OSError."""
-        for job in self._run_file_jobs().values():
-            job()
+        for name, content in self.run_files.items():
+            write_atomically(self.path(name), content)
 
     def _write_best(self, state: dict) -> None:
         save_checkpoint(self.path("best.pt"), state)
+        self.has_best = True
         remove_checkpoint(self.path("best.dcp"))
 
     def _write_latest(self, state: dict) -> None:
@@ -124,29 +142,26 @@ class CheckpointManager:
             with contextlib.suppress(OSError):  # tried again at the next save
                 remove_checkpoint(path)
 
-    def _save_sharded(self, state: dict, args: ModelArgs, best: bool) -> bool:
+    def _save_sharded(self, state: dict, args: ModelArgs, best: bool) -> None:
         from checkpoints.sharded import cpu_copy, save_sharded, split_sharded, without_tied_head
 
         assert self.mesh is not None, "a sharded save takes a mesh"
         self.writer.pending.clear()
-        is_main = self.dist_ctx.is_main
-        was_deleted = self.dist_ctx.any_rank(is_main and self._is_folder_deleted())
-        self.best_pending |= best or was_deleted  # a later state replaces one that failed
+        self.best_pending |= best  # a later state replaces one that failed
         shards, rest = split_sharded(state)
         shards = {
             name: cpu_copy(shard, self.mesh)
             for name, shard in without_tied_head(shards, args).items()
         }
-        commit = partial(self._commit_sharded, state["iter_num"], was_deleted)
+        commit = partial(self._commit_sharded, state["iter_num"])
         folder = self.path("ckpt.dcp")
         job = partial(save_sharded, shards, snapshot(rest), folder, self.mesh, commit)
         self.writer.submit({folder: job})
-        return was_deleted
 
-    def _commit_sharded(self, step: int, was_deleted: bool, folder: str) -> None:
+    def _commit_sharded(self, step: int, folder: str) -> None:
         """Give the complete folder its names; called on the main process."""
-        if was_deleted:
-            self.write_run_files()
+        for write_run_file in self._run_file_jobs().values():
+            write_run_file()
         best_error = None
         if self.best_pending:  # before the latest, which records how good the best is
             try:
@@ -168,6 +183,7 @@ class CheckpointManager:
 
     def _publish_best_sharded(self, folder: str) -> None:
         link_checkpoint(folder, self.path("best.dcp"))
+        self.has_best = True
         self.best_pending = False
         for name in ("best.pt", "model.bin"):  # of a worse model
             remove_checkpoint(self.path(name))
@@ -179,6 +195,11 @@ class CheckpointManager:
     def join(self) -> None:
         """Wait until nothing is being written."""
         self.writer.join()
+
+    def cancel(self) -> bool:
+        """Write nothing but the file that is being written; returns whether there is one."""
+        self.writer.cancel()
+        return not self.writer.is_idle.is_set()
 
     def flush(self) -> None:
         """Write the pending jobs. Raises ValueError if that fails."""

@@ -63,15 +63,15 @@ def check_not_old(path: str) -> None:
         )
 
 
-def safe_load(path: str, map_location: str) -> Any:
+def safe_load(path: str, map_location: str, mmap: bool = False) -> Any:
     """torch.load with weights_only=True, after the checks.
 
-    Raises ValueError or one of the exceptions of zipfile, pickletools and torch.load."""
+    mmap: map the tensors into memory instead of reading them. Raises ValueError or one of the
+    exceptions of zipfile, pickletools and torch.load."""
     content = load_on_meta(path, read_records(path))
     if map_location == "meta":
         return content
-    with open(path, "rb") as file:
-        return torch.load(file, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def load_on_meta(path: str, records: dict[int, zipfile.ZipInfo]) -> Any:

@@ -16,13 +16,16 @@ import pytest
 import torch
 
 import model as model_module
+import train as train_module
 from checkpoints.file import load_checkpoint
 from formats import llama2c
 from model import ModelArgs, Transformer
+from runtime.atomic_files import run_lock
 from tests.helpers import TINY_RUN, load_model, read_metrics, same_tensors, same_training_state
 from tests.processes import ROOT, run_ranks, train_on_ranks
 from textdata.token_shards import TokenDataset
 from training.monitor import check_against_cpu
+from training.resume import find_checkpoint
 
 
 @pytest.fixture
@@ -149,6 +152,87 @@ def test_nan_stops_the_run_and_keeps_a_good_checkpoint(train, tmp_path):
     assert result.returncode == 1 and "ckpt.pt of step 2" in result.stderr
     kept = load_checkpoint(str(tmp_path / "ckpt.pt"))
     assert all(weight.isfinite().all() for weight in kept["model"].values())
+
+
+DIVERGING = (
+    *TINY_RUN,
+    "--learning_rate=1e30",
+    "--warmup_iters=0",
+    "--grad_clip=0",
+    "--eval_interval=3",
+    "--log_interval=50",
+    "--checkpoint_interval=0",
+    "--max_iters=60",
+)
+
+
+def test_nan_at_an_evaluation_names_the_step(train, tmp_path):
+    """With log_interval above eval_interval the error named the first weight with NaN only."""
+    result = train(*DIVERGING, f"--out_dir={tmp_path}")
+    assert result.returncode == 1
+    assert (
+        "step 1, which reads from sequence 8 on: the validation loss after it is" in result.stderr
+    )
+    assert "ckpt.pt of step 0 is intact" in result.stderr and "--debug_step=1" in result.stderr
+
+
+def test_all_ranks_name_the_step_of_nan(data_dir, tmp_path):
+    """Rank 1 said that nothing was saved."""
+    options = (*DIVERGING, f"--data_dir={data_dir}", f"--out_dir={tmp_path}")
+    first, second = run_ranks("train.py", 2, *options)
+    for result in (first, second):
+        assert result.returncode == 1 and "step 1, which reads from sequence 8" in result.stderr
+    assert "ckpt.pt of step 0 is intact" in first.stderr and "nothing is saved" not in second.stderr
+
+
+def test_resuming_a_complete_run_keeps_its_checkpoint(train, tmp_path):
+    """It was written again with the peak learning rate, and no line said that it was complete."""
+    assert train(*TINY_RUN, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
+    names = ("ckpt.pt", "ckpt_000020.pt", "best.pt", "model.bin", "metrics.jsonl")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    result = train("--init_from=resume", f"--out_dir={tmp_path}")
+    assert result.returncode == 0 and "the run is complete at step 20" in result.stdout
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+
+
+def test_state_saved_again_keeps_its_learning_rate(train, tmp_path):
+    """A resumed run that evaluates first writes best.pt before its first step."""
+    assert train(*TINY_RUN, "--max_iters=20", f"--out_dir={tmp_path}").returncode == 0
+    rates = lambda: [g["lr"] for g in load_checkpoint(best)["optimizer"]["param_groups"]]
+    best = str(tmp_path / "best.pt")
+    before = rates()
+    os.remove(best)
+    os.remove(tmp_path / "model.bin")
+    assert train("--init_from=resume", f"--out_dir={tmp_path}").returncode == 0
+    assert rates() == before and before[0] < 1e-2
+
+
+def test_checkpoints_are_looked_for_under_the_lock(train, tmp_path, monkeypatch):
+    """A second process read the older checkpoint while the first still saved, then overwrote the
+    newer one."""
+    looks = []
+
+    def locked_find(config):
+        with pytest.raises(ValueError, match="another process"), run_lock(config.out_dir):
+            pass
+        looks.append(config.out_dir)
+        return find_checkpoint(config)
+
+    monkeypatch.setattr(train_module, "find_checkpoint", locked_find)
+    options = (*TINY_RUN, "--max_iters=1", f"--out_dir={tmp_path}")
+    for init_from in ("auto", "resume"):
+        assert train(*options, f"--init_from={init_from}").returncode == 0
+    assert len(looks) == 2
+    monkeypatch.setattr(train_module, "find_checkpoint", lambda config: pytest.fail("looked"))
+    with run_lock(str(tmp_path)):
+        result = train(*options, "--init_from=auto")
+    assert result.returncode == 1 and "another process is writing here" in result.stderr
+
+
+def test_resuming_nothing_leaves_no_folder(train, tmp_path):
+    result = train("--init_from=resume", f"--out_dir={tmp_path / 'typo'}")
+    assert result.returncode == 1 and "there is no checkpoint" in result.stderr
+    assert not (tmp_path / "typo").exists()
 
 
 def test_float16_overflow_skips_the_step_and_lowers_the_scale(train, tmp_path):

@@ -73,6 +73,12 @@ def training_batches(
         yield collate([dataset[i] for i in indices], batch_size, dataset.seq_len)
 
 
+def evaluation_indices(dataset: TokenDataset, batch_size: int, num_batches: int) -> list[int]:
+    """The windows of an evaluation, spread evenly over the split; all of it for 0 batches."""
+    num_windows = min(num_batches * batch_size or len(dataset), len(dataset))
+    return [i * len(dataset) // num_windows for i in range(num_windows)]
+
+
 def evaluation_batches(
     dataset: TokenDataset, batch_size: int, num_batches: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
@@ -85,9 +91,8 @@ def evaluation_batches(
         rank: this process.
         world_size: number of processes. Each gets as many batches; its last may have no targets.
     """
-    num_windows = min(num_batches * batch_size or len(dataset), len(dataset))
-    indices = [i * len(dataset) // num_windows for i in range(num_windows)]
-    for start in range(0, num_windows, batch_size * world_size):
+    indices = evaluation_indices(dataset, batch_size, num_batches)
+    for start in range(0, len(indices), batch_size * world_size):
         rank_indices = indices[start + rank * batch_size :][:batch_size]
         yield collate([dataset[i] for i in rank_indices], batch_size, dataset.seq_len)
 

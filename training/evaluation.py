@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a model over fixed windows of a split."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from runtime.device import autocast
 from runtime.distributed import DistContext
-from textdata.loader import evaluation_batches
+from textdata.loader import evaluation_batches, evaluation_indices
 from textdata.token_shards import TokenDataset
 
 SINGLE_PROCESS = DistContext()
@@ -69,3 +70,16 @@ def evaluate(model: torch.nn.Module, dataset: TokenDataset, settings: EvalSettin
     model.train(was_training)
     nats, tokens, text_bytes = dist_ctx.all_reduce_sum([nats, num_tokens, num_bytes])
     return EvalResult(nats / tokens, nats / math.log(2) / max(1, text_bytes))
+
+
+def evaluation_hash(dataset: TokenDataset, batch_size: int, num_batches: int) -> str:
+    """SHA-256 of the windows that an evaluation reads: losses on the same windows compare.
+
+    Options that read the same windows give the same hash: another path of the data, half the
+    batch_size with twice the num_batches."""
+    digest = hashlib.sha256()
+    for index in evaluation_indices(dataset, batch_size, num_batches):
+        window = dataset[index]  # (T + 1,), or fewer at the end of a shard
+        digest.update(len(window).to_bytes(8, "little"))
+        digest.update(window.astype("<u4").tobytes())
+    return digest.hexdigest()

@@ -59,7 +59,7 @@ class MetricsLogger:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.records.append(finite)
         if self.needs_rewrite:
-            if not self.last_attempt or time.monotonic() - self.last_attempt > RETRY_SECONDS:
+            if time.monotonic() - self.last_attempt > RETRY_SECONDS:
                 self.flush()
             return
         self.needs_rewrite = True
@@ -69,14 +69,10 @@ class MetricsLogger:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.needs_rewrite = False
 
-    def mark_missing(self) -> None:
-        """Note that the file was deleted: the next write rewrites it."""
-        self.needs_rewrite = True
-        self.last_attempt = 0.0
-
     def flush(self) -> None:
-        """Write the records that the file lacks, if that is possible now."""
-        if self.needs_rewrite:
+        """Write the records that the file lacks, all if it was deleted, if that is possible now."""
+        if self.needs_rewrite or not os.path.exists(self.path):
+            self.needs_rewrite = True
             with contextlib.suppress(OSError):
                 self.rewrite()
 

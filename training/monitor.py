@@ -70,16 +70,29 @@ def check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) -> 
             return
     elif math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    raise divergence_error(run, step, f"the loss is {loss} and the gradient norm {grad_norm}")
+
+
+def check_evaluation(run: TrainingRun, val_loss: float) -> None:
+    """Raise ValueError if the validation loss is NaN or Inf after the last step.
+
+    Before the first step the weights are to blame, and saving them names the first."""
+    if run.state.iter_num and not run.scaler.is_enabled() and not math.isfinite(val_loss):
+        last_step = run.state.iter_num - 1
+        raise divergence_error(run, last_step, f"the validation loss after it is {val_loss}")
+
+
+def divergence_error(run: TrainingRun, step: int, reason: str) -> ValueError:
+    """The error of a run that diverged at a step, or at an earlier one with a NaN or Inf norm."""
     run.checkpoints.join()  # a checkpoint may be being written
     first_step = int(run.first_nonfinite_step)
     if not run.scaler.is_enabled() and 0 <= first_step < step:
         step = first_step  # the loss is read at log_interval only
     config = run.config
-    saved = describe_saved(run)
     sequence = run.state.position + (step - run.state.iter_num) * config.sequences_per_step
-    raise ValueError(
-        f"step {step}, which reads from sequence {sequence} on: the loss is {loss} and the "
-        f"gradient norm {grad_norm}; {saved}. Lower --learning_rate or raise --warmup_iters; "
+    return ValueError(
+        f"step {step}, which reads from sequence {sequence} on: {reason}; {describe_saved(run)}. "
+        "Lower --learning_rate or raise --warmup_iters; "
         f"python train.py --init_from=auto --out_dir={config.out_dir} --debug_step={step} shows "
         "that batch, with your other options"
     )

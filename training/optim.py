@@ -107,7 +107,7 @@ class CombinedOptimizer:
 def load_optimizer(
     optimizer: "torch.optim.Optimizer | CombinedOptimizer", saved: dict, path: str
 ) -> None:
-    """Load the moments of a saved state dict; the hyperparameters of optimizer stay.
+    """Load the moments and learning rates of a saved state dict; other hyperparameters stay.
 
     Raises ValueError, with the checkpoint's path, where the state does not fit the parameters."""
     try:
@@ -126,9 +126,14 @@ def load_optimizer(
 
 
 def merge_groups(optimizer: "torch.optim.Optimizer | CombinedOptimizer", saved: dict) -> list[dict]:
-    """The optimizer's parameter groups with the parameter numbers of a saved state dict."""
+    """The optimizer's parameter groups with the parameter numbers of a saved state dict.
+
+    The learning rate is that of the last step; the next step sets it again."""
     pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-    return [{**group, "params": saved_group["params"]} for group, saved_group in pairs]
+    return [
+        {**group, "lr": float(saved_group.get("lr", group["lr"])), "params": saved_group["params"]}
+        for group, saved_group in pairs
+    ]
 
 
 def group_state(group: dict, numbers: list[int], saved: dict) -> dict[int, dict]:

@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from checkpoints.latest import (
@@ -18,26 +19,44 @@ from checkpoints.latest import (
 )
 from checkpoints.links import link_checkpoint, remove_checkpoint
 from formats import llama2c
+from runtime.atomic_files import run_lock
 from runtime.untrusted import clip
 from training.parallel import is_sharded
-from training.resume import StartPoint
+from training.resume import StartPoint, no_checkpoint_error
 from training.state import TrainingRun
 
 # The names of the files that a run writes.
 RUN_FILE_PATTERN = (
-    r"(ckpt\w*|best)\.(pt|dcp)|model\.bin|loss\.png|metrics\.jsonl|tokenizer(_config)?\.\w+"
+    r"(ckpt\w*|best(_\d+)*)\.(pt|dcp)|model(_\d+)*\.bin|loss\.png|metrics\.jsonl"
+    r"|tokenizer(_config)?\.\w+"
 )
+UNFINISHED = ".partial"  # the suffix of an archive to which files are still being moved
+
+
+@contextlib.contextmanager
+def lock_out_dir(config: Any) -> Iterator[None]:
+    """Lock and repair the output folder, in the process that writes to it, during the block.
+
+    Raises ValueError if another process holds the lock, or if there is nothing to resume."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main or config.eval_only or config.debug_step is not None:
+        yield
+        return
+    if config.init_from == "resume" and not os.path.isdir(config.out_dir):
+        raise no_checkpoint_error(config.out_dir)  # run_lock would make the folder
+    with run_lock(config.out_dir):
+        repair_out_dir(config.out_dir)
+        yield
 
 
 def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
     """Make the output folder ready for a run (main process only). Raises OSError.
 
-    A new run moves the files of an earlier one to a subfolder. A resumed run removes what a killed
-    process left unfinished, and gives its checkpoint the names that later saves expect."""
+    A new run moves the files of an earlier one to a subfolder. A resumed run gives its checkpoint
+    the names that later saves expect."""
     config = run.config
     if config.wandb_log:
         start_wandb(config)
-    remove_partial_files(config.out_dir)
     if config.init_from != "resume":
         archive_previous_run(config.out_dir)
     if start.path:
@@ -69,25 +88,52 @@ def start_wandb(config: Any) -> None:
         ) from error
 
 
+def repair_out_dir(out_dir: str) -> None:
+    """Complete or undo what a killed process began in the output folder. Raises OSError.
+
+    The caller holds the folder's lock, and looks for checkpoints afterwards."""
+    remove_partial_files(out_dir)
+    for name in sorted(os.listdir(out_dir)):
+        if re.fullmatch(rf"previous\d+{UNFINISHED}", name):
+            move_run_files(out_dir, os.path.join(out_dir, name))
+
+
 def archive_previous_run(out_dir: str) -> None:
     """Move the files of an earlier run to OUT_DIR/previousN, so that nothing overwrites them."""
-    pattern = re.compile(rf"{RUN_FILE_PATTERN}|(ckpt\w*|best)\.damaged(\.dcp)?")
-    paths = glob.glob(os.path.join(glob.escape(out_dir), "*"))
-    paths = [path for path in paths if pattern.fullmatch(os.path.basename(path))]
-    if not any(path.endswith((".pt", ".dcp")) for path in paths):
-        return
-    folder = new_archive(out_dir)
-    for path in paths:
-        os.rename(path, os.path.join(folder, os.path.basename(path)))
+    names = map(os.path.basename, run_file_paths(out_dir))
+    if any(name.endswith((".pt", ".dcp")) or name == "model.bin" for name in names):
+        unfinished = f"{unused_archive(out_dir)}{UNFINISHED}"
+        os.mkdir(unfinished)
+        move_run_files(out_dir, unfinished)
+
+
+def move_run_files(out_dir: str, unfinished: str) -> None:
+    """Move the files of a run to a folder, which gets its final name after the last of them.
+
+    If the process is killed, the next one that locks the output folder moves the rest. A file of a
+    name that is already in the folder belongs to a later run: then all files stay."""
+    moves = {
+        path: os.path.join(unfinished, os.path.basename(path)) for path in run_file_paths(out_dir)
+    }
+    if not any(map(os.path.lexists, moves.values())):
+        for path, target in moves.items():
+            os.rename(path, target)
+    folder = unfinished.removesuffix(UNFINISHED)
+    os.rename(unfinished, folder)
     print(f"moved the earlier run in {out_dir} to {folder}")
 
 
-def new_archive(out_dir: str) -> str:
-    """Make the first folder OUT_DIR/previousN that does not exist; returns its path."""
+def run_file_paths(out_dir: str) -> list[str]:
+    """The paths of all files in a folder that have names of a run's files, damaged ones too."""
+    pattern = re.compile(rf"{RUN_FILE_PATTERN}|(ckpt\w*|best)\.damaged(\.dcp)?")
+    paths = glob.glob(os.path.join(glob.escape(out_dir), "*"))
+    return [path for path in paths if pattern.fullmatch(os.path.basename(path))]
+
+
+def unused_archive(out_dir: str) -> str:
+    """The first of the paths OUT_DIR/previous1, previous2, ... that does not exist."""
     paths = (os.path.join(out_dir, f"previous{number}") for number in itertools.count(1))
-    folder = next(path for path in paths if not os.path.exists(path))
-    os.makedirs(folder)
-    return folder
+    return next(path for path in paths if not os.path.exists(path))
 
 
 def remove_partial_files(out_dir: str) -> None:
@@ -154,8 +200,9 @@ def archive_later_checkpoints(out_dir: str, step: int) -> None:
     model_bin = os.path.join(out_dir, "model.bin")
     if later_best and os.path.exists(model_bin):
         later_best.append(model_bin)
-    folder = new_archive(out_dir)
-    for path in later + later_best:
+    folder = unused_archive(out_dir)
+    os.mkdir(folder)
+    for path in later_best + later:  # if it is killed, the next start finds some of later
         os.rename(path, os.path.join(folder, os.path.basename(path)))
     print(f"moved {len(later)} checkpoint(s) of steps after {step} to {folder}")
 

@@ -1,7 +1,6 @@
 """Where a run starts: from new weights, from its latest checkpoint, or from a pretrained model."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ ARCHITECTURE = (
 MAX_IMPLICIT_CONTEXT = 4096  # tokens; a longer context of a pretrained model must be requested
 # The options that always come from the current command line.
 OWN_OPTIONS = ("out_dir", "init_from", "eval_only", "debug_step")
-# The options that choose the windows of an evaluation: a best loss holds for these only.
-EVAL_OPTIONS = ("data_dir", "eval_iters", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,16 @@ def find_checkpoint(config: Any) -> StartPoint | None:
     is_main = os.environ.get("RANK", "0") == "0"
     found = load_latest(config.out_dir, print if is_main else lambda text: None)
     if found is None and config.init_from == "resume":
-        path = os.path.join(config.out_dir, "ckpt.pt")
-        raise ValueError(f"{path}: there is no checkpoint; train a model with python train.py")
+        raise no_checkpoint_error(config.out_dir)
     if found is None:
         return None
     return StartPoint(found.path, found.checkpoint, found.damaged)
+
+
+def no_checkpoint_error(out_dir: str) -> ValueError:
+    """The error of --init_from=resume in a folder without a checkpoint."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    return ValueError(f"{path}: there is no checkpoint; train a model with python train.py")
 
 
 def open_pretrained(config: Any, overrides: Mapping[str, str]) -> StartPoint:
@@ -166,6 +168,8 @@ def check_architecture(
 def restore_state(run: TrainingRun, start: StartPoint) -> None:
     """Restore the moments, the loss scale and the TrainState from a checkpoint.
 
+    The best loss is that of the best checkpoint (see best_model.py).
+
     The weights are already set, except those of a sharded checkpoint. Raises ValueError where a
     value in the checkpoint has the wrong type or does not fit."""
     checkpoint, path = start.checkpoint, start.path
@@ -189,10 +193,8 @@ def restore_state(run: TrainingRun, start: StartPoint) -> None:
         state.recent_grad_norms = [float(norm) for norm in checkpoint.get("late_norms", [])]
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{path}: its late_norms are not numbers") from None
-    saved, current = checkpoint.get("config", {}), dataclasses.asdict(run.config)
-    if all(saved.get(name, current[name]) == current[name] for name in EVAL_OPTIONS):
-        state.best_val_loss = read_best_val_loss(checkpoint, path)
     run.checkpoints.last_saved_step = state.iter_num
+    run.checkpoints.submitted_step = state.iter_num
 
 
 def read_shards(run: TrainingRun, checkpoint: dict) -> None:
@@ -202,11 +204,3 @@ def read_shards(run: TrainingRun, checkpoint: dict) -> None:
     state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     shards, _ = split_sharded(state)
     checkpoint["sharded_tensors"].read(without_tied_head(shards, run.model.args))
-
-
-def read_best_val_loss(checkpoint: dict, path: str) -> float:
-    """The lowest validation loss of a checkpoint, in nats; Inf if it has none."""
-    try:
-        return float(checkpoint.get("best_val_loss", math.inf))
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{path}: its best_val_loss is not a number") from None

@@ -74,11 +74,17 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
     return run
 
 
-def check_ranks_agree(config: Any, checkpoint: dict | None, dist_ctx: DistContext) -> None:
-    """Raise ValueError, in all processes, unless checkpoint and options are the same in all."""
+def same_start(checkpoint: dict | None, dist_ctx: DistContext) -> bool:
+    """Whether all processes start from a checkpoint of the same step, file or folder."""
     step = checkpoint["iter_num"] if checkpoint else 0
     is_sharded_checkpoint = checkpoint is not None and "sharded_tensors" in checkpoint
-    if not dist_ctx.all_equal(2 * step + is_sharded_checkpoint):
+    return dist_ctx.all_equal(2 * step + is_sharded_checkpoint)
+
+
+def check_ranks_agree(config: Any, checkpoint: dict | None, dist_ctx: DistContext) -> None:
+    """Raise ValueError, in all processes, unless checkpoint and options are the same in all."""
+    if not same_start(checkpoint, dist_ctx):
+        step = checkpoint["iter_num"] if checkpoint else 0
         raise ValueError(
             f"this process would start at step {step}, others elsewhere: "
             f"--out_dir={config.out_dir} must be one folder that all machines see and can read"
@@ -267,6 +273,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
         "model_args": write_model_args(run.model.args),
         "iter_num": state.iter_num,
         "best_val_loss": torch.tensor(state.best_val_loss, dtype=torch.float64),
+        "eval_hash": run.eval_hash if run.dist_ctx.is_main else "",  # only its state is written
         "config": dataclasses.asdict(run.config),
         "scaler": run.scaler.state_dict(),
         "position": state.position,
@@ -281,11 +288,13 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
     return saved | {ckpt.METADATA_KEY: to_json(run.metadata)} if run.metadata else saved
 
 
-def save_state(run: TrainingRun, best: bool = False) -> None:
+def save_state(run: TrainingRun, best: bool) -> None:
     """Start saving the training state in the background.
 
-    The main process writes all of it, or all processes their shards."""
-    if run.dist_ctx.is_main or is_sharded(run.model):
-        was_deleted = run.checkpoints.save(training_state(run), run.model.args, best)
-        if was_deleted and run.dist_ctx.is_main:
-            run.metrics.mark_missing()
+    The main process writes all of it, or all processes their shards. A state that is already saved
+    is saved again only as the best one."""
+    is_new = run.checkpoints.submitted_step != run.state.iter_num
+    if (best or is_new) and (run.dist_ctx.is_main or is_sharded(run.model)):
+        run.checkpoints.save(training_state(run), run.model.args, best)
+    if run.dist_ctx.is_main:
+        run.metrics.flush()

@@ -1,6 +1,7 @@
 """The state of a training run, which a checkpoint holds, and its fixed components."""
 
 import contextlib
+import functools
 import math
 import os
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from model import Transformer
 from runtime.distributed import DistContext
 from textdata.token_shards import TokenDataset
 from textdata.tokenizer import Tokenizer
-from training.evaluation import EvalSettings
+from training.evaluation import EvalSettings, evaluation_hash
 from training.metrics import MetricsLogger
 from training.optim import CombinedOptimizer, LRSchedule, lr_at_step
 
@@ -78,6 +79,12 @@ class TrainingRun:
             dtype=self.dtype,
             dist_ctx=self.dist_ctx,
         )
+
+    @functools.cached_property
+    def eval_hash(self) -> str:
+        """The hash of the validation windows that the run evaluates on."""
+        config = self.config
+        return evaluation_hash(self.val_dataset, config.batch_size, config.eval_iters)
 
     def path(self, name: str) -> str:
         """The path of a file in the run's output folder."""

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from checkpoints import latest as latest_module
-from checkpoints.file import save_checkpoint
-from checkpoints.latest import load_latest, numbered_checkpoints, read_step, step_path
+from checkpoints.file import load_checkpoint, save_checkpoint
+from checkpoints.latest import (
+    latest_path,
+    load_latest,
+    numbered_checkpoints,
+    read_step,
+    step_path,
+)
 from checkpoints.links import link_checkpoint
+from checkpoints.sharded import write_single_rank
 from tests import helpers
 from tests.checkpoints.test_manager import checkpoint_steps, save_steps
 from tests.helpers import make_checkpoint
@@ -49,6 +56,33 @@ def test_fallback_goes_by_step_and_not_by_modification_time(tmp_path):
     cut(tmp_path / "ckpt.pt")
     os.utime(tmp_path / "best.pt", (2e9, 2e9))
     assert load_latest(str(tmp_path), lambda text: None).path == str(tmp_path / "ckpt_000010.pt")
+
+
+@pytest.mark.parametrize("later", ["ckpt.pt", "ckpt.dcp"])
+def test_file_and_folder_are_compared_by_step(later, tmp_path):
+    """In a folder copied without times, the modification times say nothing."""
+    file_step = 10 if later == "ckpt.pt" else 5
+    save_checkpoint(
+        str(tmp_path / "x.pt"), make_checkpoint(random_model(), iter_num=15 - file_step)
+    )
+    write_single_rank(load_checkpoint(str(tmp_path / "x.pt")), str(tmp_path / "ckpt.dcp"))
+    os.remove(tmp_path / "x.pt")
+    save_checkpoint(str(tmp_path / "ckpt.pt"), make_checkpoint(random_model(), iter_num=file_step))
+    for time in (1e9, 2e9):
+        os.utime(tmp_path / "ckpt.pt", (time, time))
+        os.utime(tmp_path / "ckpt.dcp" / "run.pt", (3e9 - time, 3e9 - time))
+        assert latest_path(str(tmp_path)) == str(tmp_path / later)
+        assert load_latest(str(tmp_path)).checkpoint["iter_num"] == 10
+
+
+def test_unreadable_latest_beside_another_is_reported(tmp_path):
+    save_steps(tmp_path, [5, 10], keep_checkpoints=1)
+    (tmp_path / "ckpt.dcp").mkdir()
+    (tmp_path / "ckpt.dcp" / "run.pt").write_bytes(b"damaged")
+    messages = []
+    found = load_latest(str(tmp_path), messages.append)
+    assert found.checkpoint["iter_num"] == 10 and found.damaged == [str(tmp_path / "ckpt.dcp")]
+    assert "ckpt.dcp" in messages[0]
 
 
 def test_best_checkpoint_of_a_later_step_is_the_fallback(tmp_path):

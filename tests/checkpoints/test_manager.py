@@ -111,8 +111,9 @@ def test_best_state_is_written_before_the_latest(tmp_path, monkeypatch):
         save(path, state)
 
     monkeypatch.setattr(manager_module, "save_checkpoint", recorded)
-    manager = make_manager(tmp_path, export_best=lambda args, weights: written.append("model.bin"))
-    model = random_model()
+    manager, model = make_manager(tmp_path), random_model()
+    manager.export_best = lambda args, weights: recorded(str(tmp_path / "model.bin"), state)
+    state = make_checkpoint(model)
     manager.save(make_checkpoint(model), model.args, best=True)
     manager.flush()
     assert written == ["best.pt", "model.bin", "ckpt.pt"]
@@ -125,10 +126,12 @@ def test_deleted_folder_is_made_again_with_all_its_files(tmp_path):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     manager, model = make_manager(out_dir), random_model()
-    assert not manager.save(make_checkpoint(model), model.args, best=False)
+    manager.save(make_checkpoint(model), model.args, best=True)
     manager.flush()
+    assert not manager.is_best_lost()
     shutil.rmtree(out_dir)
-    assert manager.save(make_checkpoint(model, iter_num=8), model.args, best=False)
+    assert manager.is_best_lost()
+    manager.save(make_checkpoint(model, iter_num=8), model.args, best=True)
     manager.flush()
     assert checkpoint_steps(out_dir) == {"best.pt": 8, "ckpt.pt": 8, "ckpt_000008.pt": 8}
     assert (out_dir / "tokenizer.model").read_bytes() == b"x"

@@ -4,14 +4,17 @@ Inject faults into training runs at random moments and check that they end with 
     python -m tests.tools.fault_injection --runs=100 --seed=1
 
 A run of a small model on 1, 2 or 4 processes, with ddp, fsdp or a mixture, is started several
-times. In each attempt but the last a fault strikes at a random moment. The run must end with
-the weights of the undisturbed run: the same bits on one process, within 1e-5 on several. A table
-goes to standard output.
+times, with the data under another path, another eval_iters, or half the batch_size. In each
+attempt but the last a fault strikes at a random moment. The run must end with the weights of the
+undisturbed run: the same bits on one process, within 1e-5 on several. Then it goes on with a
+learning rate that makes the model worse. No attempt may lose the newest checkpoint or the best
+model. A table goes to standard output.
 """
 
 import argparse
 import collections
 import contextlib
+import math
 import os
 import random
 import resource
@@ -22,11 +25,17 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints.latest import latest_path, load_latest, numbered_checkpoints
+from checkpoints.latest import (
+    latest_path,
+    load_latest,
+    numbered_checkpoints,
+    open_checkpoint,
+    read_best_record,
+)
 from checkpoints.links import remove_checkpoint, same_checkpoint
 from tests.helpers import VOCAB_SIZE, max_weight_difference, write_tinystories_shard
 from tests.processes import ROOT
@@ -44,24 +53,40 @@ OPTIONS = (
     "--n_layers=2",
     "--n_heads=4",
     "--max_seq_len=32",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=4",
     "--learning_rate=1e-3",
     "--warmup_iters=2",
-    "--eval_interval=50",
-    "--eval_iters=2",
+    "--eval_interval=20",
     "--compile=False",
     "--device=cpu",
     "--dtype=float32",
-    "--dropout=0.1",
     "--checkpoint_interval=4",
     "--keep_checkpoints=2",
     f"--max_iters={STEPS}",
     f"--timeout={TIMEOUT}",
 )
+# With half the batch_size, dropout draws other masks: runs that change it have no dropout.
+WITH_DROPOUT = ("--dropout=0.1",)
+WITHOUT_DROPOUT = ("--dropout=0",)
+BATCHES = (  # the same sequences per step, and the same windows per evaluation
+    ("--batch_size=2", "--gradient_accumulation_steps=4", "--eval_iters=2"),
+    ("--batch_size=1", "--gradient_accumulation_steps=8", "--eval_iters=4"),
+)
+OTHER_WINDOWS = ("--eval_iters=7",)
+WORSE_STEPS = 84
+WORSE = (f"--max_iters={WORSE_STEPS}", "--learning_rate=1", "--decay_lr=False")
 SINGLE, MIXED = "1 process", "mixed"  # mixed: each attempt has another setup
 SETUPS = (SINGLE, "2 ddp", "2 fsdp", "4 ddp", "4 fsdp", MIXED)
-FAULTS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "cut checkpoint", "deleted checkpoint")
+FAULTS = (
+    "SIGKILL",
+    "SIGTERM",
+    "SIGSTOP",
+    "full disk",
+    "cut checkpoint",
+    "deleted checkpoint",
+    "overlapping processes",
+    "copied folder",
+)
+KILLS_ALL = ("cut checkpoint", "deleted checkpoint", "copied folder")
 
 
 def make_data(folder: Path) -> Path:
@@ -87,13 +112,15 @@ def make_data(folder: Path) -> Path:
 class Attempt:
     """One start of a run: train.py, or torchrun with several processes of it."""
 
-    def __init__(self, data: Path, out_dir: Path, setup: str, disk_is_full: bool = False) -> None:
+    def __init__(
+        self, out_dir: Path, setup: str, options: Iterable[str], disk_is_full: bool = False
+    ) -> None:
         self.is_single = setup == SINGLE
         self.token = uuid.uuid4().hex  # identifies its processes
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CRIA_ATTEMPT": self.token}
         with open(f"{out_dir}.log", "a") as log:
             self.process = subprocess.Popen(
-                command_of(data, out_dir, setup),
+                command_of(out_dir, setup, options),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -133,14 +160,14 @@ class Attempt:
             time.sleep(0.2)
 
 
-def command_of(data: Path, out_dir: Path, setup: str) -> list[str]:
+def command_of(out_dir: Path, setup: str, options: Iterable[str]) -> list[str]:
     """The command line of an attempt."""
     count, parallel = setup.replace("process", "ddp").split()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     torchrun += ["--max-restarts=1"]
     command = [sys.executable, *(torchrun if count != "1" else []), str(ROOT / "train.py")]
-    command += [*OPTIONS, f"--data_dir={data}", f"--out_dir={out_dir}"]
-    return [*command, "--init_from=auto", f"--parallel={parallel}"]
+    command += [*OPTIONS, f"--out_dir={out_dir}", "--init_from=auto", f"--parallel={parallel}"]
+    return [*command, *options]
 
 
 def limit_file_size() -> None:
@@ -154,9 +181,7 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def run_attempt(
-    attempt: Attempt, out_dir: Path, fault: str, delay: float
-) -> tuple[bool, int | None]:
+def run_attempt(attempt: Attempt, fault: str, delay: float) -> tuple[bool, int | None]:
     """Inject a fault after delay seconds; returns whether it struck, and the status."""
     if fault == "full disk":
         status = attempt.wait()
@@ -171,19 +196,55 @@ def run_attempt(
     if name == "SIGSTOP":
         attempt.wait_for_others(pid)
         send(pid, signal.SIGCONT)
-    if "checkpoint" in fault:
+    if fault in KILLS_ALL:
         for pid in pids:
             send(pid, signal.SIGKILL)
         attempt.process.kill()
-    status = attempt.wait()
+    return True, attempt.wait()
+
+
+def run_overlapping(
+    first: Attempt, start_second: Callable[[], Attempt], delay: float
+) -> tuple[bool, int | None]:
+    """Stop an attempt while a second one starts, which looks for checkpoints as the first saves.
+
+    The second one may be refused. Returns whether they overlapped, and the status of the first;
+    None if one of them hangs."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return False, first.process.wait(delay)
+    second = start_second()
+    time.sleep(random.Random(delay).uniform(0, 6))  # it imports PyTorch for some seconds
+    pids = first.workers()
+    for pid in pids:
+        send(pid, signal.SIGTERM)
+    status = first.wait()
+    return bool(pids), None if second.wait() is None else status
+
+
+def damage_folder(out_dir: Path, fault: str, rng: random.Random) -> None:
+    """Do to the files of an ended attempt what belongs to the fault."""
     newest = Path(latest_path(str(out_dir)))
-    if newest.exists() and fault == "cut checkpoint":
-        cut_checkpoint(newest, random.Random(delay))
-    elif newest.exists() and fault == "deleted checkpoint":
+    if not newest.exists():
+        return
+    if fault == "cut checkpoint":
+        cut_checkpoint(newest, rng)
+    elif fault == "deleted checkpoint":
         same = [p for p in numbered_checkpoints(str(out_dir)) if same_checkpoint(p, str(newest))]
         for path in [*same, str(newest)]:
             remove_checkpoint(path)
-    return True, status
+    elif fault == "copied folder":
+        copy_without_times(out_dir, rng)
+
+
+def copy_without_times(out_dir: Path, rng: random.Random) -> None:
+    """Replace a folder by a copy: no links, and modification times that say nothing."""
+    copy = Path(f"{out_dir}.copy")
+    shutil.copytree(out_dir, copy, copy_function=shutil.copyfile)
+    for path in sorted(copy.rglob("*")):
+        seconds = rng.uniform(1e9, 1.5e9)
+        os.utime(path, (seconds, seconds))
+    shutil.rmtree(out_dir)
+    copy.rename(out_dir)
 
 
 def cut_checkpoint(path: Path, rng: random.Random) -> None:
@@ -203,6 +264,47 @@ def newest_step(out_dir: Path) -> int:
     return newest[1]["iter_num"] if newest else -1
 
 
+class FolderState(NamedTuple):
+    """What a run may not lose."""
+
+    newest_step: int
+    best_losses: dict[str, float]  # hash of the evaluated windows -> lowest loss of an intact file
+    archived: set[str]  # intact checkpoints that a resumed run moved away as of later steps
+
+
+def folder_state(out_dir: Path) -> FolderState:
+    """The newest checkpoint and the best models in an output folder, archived ones included."""
+    best_losses: dict[str, float] = {}
+    for path in [*out_dir.glob("best*"), *out_dir.glob("previous*/best*")]:
+        record = read_best_record(str(path)) if path.suffix in (".pt", ".dcp") else None
+        if record:
+            loss = min(record.loss, best_losses.get(record.eval_hash, math.inf))
+            best_losses[record.eval_hash] = loss
+    archived = {str(path) for path in out_dir.glob("previous*/ckpt*") if is_intact(path)}
+    return FolderState(newest_step(out_dir), best_losses, archived)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint can be loaded."""
+    try:
+        open_checkpoint(str(path))
+    except ValueError:
+        return False
+    return True
+
+
+def describe_loss(before: FolderState, after: FolderState) -> str:
+    """What an attempt lost, or ''."""
+    if after.newest_step < before.newest_step:
+        return f"lost checkpoint {before.newest_step}, has {after.newest_step}"
+    if moved := after.archived - before.archived:
+        return f"resumed from an older checkpoint than {min(moved)}"
+    for eval_hash, loss in before.best_losses.items():
+        if after.best_losses.get(eval_hash, math.inf) > loss:
+            return f"lost the best model of loss {loss}"
+    return ""
+
+
 class Outcome(NamedTuple):
     """What happened to a run; problem is '' if it ended well."""
 
@@ -214,54 +316,102 @@ class Outcome(NamedTuple):
 class FaultInjection:
     """Undisturbed runs, and runs with faults that are compared with them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, faults: list[str]) -> None:
         self.folder = folder
         self.seed = seed
-        self.data = make_data(folder)
-        self.reference = folder / f"undisturbed {SINGLE}"
+        self.faults = faults
+        self.data = make_data(folder / "data")
+        (folder / "link").symlink_to(self.data)
+        self.references = {
+            dropout: folder / f"undisturbed {SINGLE} {dropout[0].lstrip('-')}"
+            for dropout in (WITH_DROPOUT, WITHOUT_DROPOUT)
+        }
         self.durations: dict[str, float] = {}  # seconds of an undisturbed attempt
 
     def run_undisturbed(self) -> None:
         """Run each setup without faults and print how long it takes."""
         for setup in SETUPS[:-1]:
-            start, out_dir = time.monotonic(), self.folder / f"undisturbed {setup}"
-            assert Attempt(self.data, out_dir, setup).wait() == 0
+            start = time.monotonic()
+            reference = self.references[WITH_DROPOUT]
+            out_dir = reference if setup == SINGLE else self.folder / f"undisturbed {setup}"
+            self.run_plainly(out_dir, setup, WITH_DROPOUT)
             self.durations[setup] = seconds = time.monotonic() - start
-            difference = max_weight_difference(self.reference, out_dir)
+            difference = max_weight_difference(reference, out_dir)
             line = f"undisturbed, {setup}: {seconds:.0f} s, weights off by {difference:.1e}"
             print(line, flush=True)
+        self.run_plainly(self.references[WITHOUT_DROPOUT], SINGLE, WITHOUT_DROPOUT)
+
+    def run_plainly(self, out_dir: Path, setup: str, dropout: tuple[str, ...]) -> None:
+        """Run from the start to the end without a fault."""
+        options = (*BATCHES[0], *dropout, f"--data_dir={self.data}")
+        assert Attempt(out_dir, setup, options).wait() == 0, f"see {out_dir}.log"
+
+    def options(self, rng: random.Random, dropout: tuple[str, ...]) -> list[str]:
+        """The options of an attempt: any path of the data, sometimes other windows or batches."""
+        data = self.data
+        paths = (data, f"{data}/", f"{data.parent}/./{data.name}", os.path.relpath(data))
+        path = rng.choice([*paths, self.folder / "link"])
+        batch = rng.choice(BATCHES) if dropout == WITHOUT_DROPOUT else BATCHES[0]
+        windows = OTHER_WINDOWS if rng.random() < 0.3 else ()
+        return [f"--data_dir={path}", *batch, *windows, *dropout]
 
     def run(self, number: int) -> Outcome:
-        """One run with 1 to 3 faults."""
+        """One run with 1 to 3 faults, and some steps that make the model worse."""
         rng = random.Random(f"{self.seed} {number}")
         setup = SETUPS[number % len(SETUPS)]
-        faults = [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
-        choose_setup = lambda: rng.choice(list(self.durations)) if setup == MIXED else setup
-        out_dir, struck = self.folder / f"run{number}", []
-        problem = ""
-        for fault in faults:
-            before, attempt_setup = newest_step(out_dir), choose_setup()
-            delay = rng.uniform(0.5, self.durations[attempt_setup])
-            attempt = Attempt(self.data, out_dir, attempt_setup, fault == "full disk")
-            has_struck, status = run_attempt(attempt, out_dir, fault, delay)
-            struck += [fault] * has_struck
-            if status is None:
-                problem = f"hangs after {fault}"
-            elif newest_step(out_dir) < before and "checkpoint" not in fault:
-                problem = f"lost a checkpoint after {fault}"
-        attempts_left = 4
-        while not problem and newest_step(out_dir) < STEPS:
-            status = Attempt(self.data, out_dir, choose_setup()).wait()
-            attempts_left -= 1
-            if status != 0 or attempts_left == 0:
-                problem = "hangs" if status is None else f"does not end: status {status}"
-        return Outcome(setup, struck, problem or self.compare(out_dir, setup))
+        dropout = rng.choice((WITH_DROPOUT, WITHOUT_DROPOUT))
+        faults = [rng.choice(self.faults) for _ in range(rng.randint(1, 3))]
+        out_dir = self.folder / f"run{number}"
+        struck: list[str] = []
 
-    def compare(self, out_dir: Path, setup: str) -> str:
+        def start(fault: str = "", more: tuple[str, ...] = ()) -> Attempt:
+            attempt_setup = rng.choice(list(self.durations)) if setup == MIXED else setup
+            options = [*self.options(rng, dropout), *more]
+            return Attempt(out_dir, attempt_setup, options, disk_is_full=fault == "full disk")
+
+        for fault in faults:
+            before = folder_state(out_dir)
+            delay = rng.uniform(0.5, self.durations.get(setup, max(self.durations.values())))
+            if fault == "overlapping processes":
+                has_struck, status = run_overlapping(start(), start, delay)
+            else:
+                has_struck, status = run_attempt(start(fault), fault, delay)
+            struck += [fault] * has_struck
+            lost = "hangs" if status is None else describe_loss(before, folder_state(out_dir))
+            if lost:
+                return Outcome(setup, struck, f"{lost} after {fault}")
+            if has_struck:
+                damage_folder(out_dir, fault, rng)
+        problem = self.complete(out_dir, start) or self.compare(out_dir, setup, dropout)
+        return Outcome(setup, struck, problem or self.worsen(out_dir, start))
+
+    def complete(self, out_dir: Path, start: Callable[..., Attempt]) -> str:
+        """Start the run until it is complete; returns what went wrong."""
+        for _ in range(4):
+            before = folder_state(out_dir)
+            if before.newest_step >= STEPS:
+                return ""
+            status = start().wait()
+            if status != 0:
+                return "hangs" if status is None else f"does not end: status {status}"
+            if lost := describe_loss(before, folder_state(out_dir)):
+                return lost
+        return "does not end"
+
+    def compare(self, out_dir: Path, setup: str, dropout: tuple[str, ...]) -> str:
         """What is wrong with the weights of a complete run."""
-        difference = max_weight_difference(self.reference, out_dir)
-        tolerance = 0 if setup == SINGLE else 1e-5
+        difference = max_weight_difference(self.references[dropout], out_dir)
+        tolerance = 0 if setup == SINGLE and dropout == WITH_DROPOUT else 1e-5
         return f"other weights, by {difference:.1e}" if difference > tolerance else ""
+
+    def worsen(self, out_dir: Path, start: Callable[..., Attempt]) -> str:
+        """Go on with a much too high learning rate: the best model must stay."""
+        before = folder_state(out_dir)
+        status = start("", WORSE).wait()
+        after = folder_state(out_dir)
+        if status != 0 or after.newest_step != WORSE_STEPS:
+            return f"does not go on: status {status}"
+        return describe_loss(before, after)
 
 
 def print_table(outcomes: Iterable[Outcome]) -> None:
@@ -282,8 +432,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=int, default=100, help="runs with faults")
     parser.add_argument("--seed", type=int, default=1, help="another seed gives other faults")
+    parser.add_argument("--faults", nargs="+", default=FAULTS, choices=FAULTS, help="only these")
     options = parser.parse_args(argv)
-    injection = FaultInjection(Path(tempfile.mkdtemp(prefix="faults")), options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    injection = FaultInjection(folder, options.seed, list(options.faults))
     injection.run_undisturbed()
     outcomes, problems = [], []
     for number in range(options.runs):

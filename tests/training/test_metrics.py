@@ -73,3 +73,15 @@ def test_a_pipe_as_metrics_is_refused(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"metrics.jsonl: is not a file"):
         MetricsLogger(str(tmp_path)).open(0)
+
+
+def test_deleted_file_is_written_again_with_all_records(tmp_path):
+    """A run ended without metrics.jsonl, although its records were in memory."""
+    metrics = MetricsLogger(str(tmp_path))
+    metrics.open(0)
+    metrics.write(iter=0, loss=2.0)
+    os.remove(tmp_path / "metrics.jsonl")
+    metrics.write(iter=1, loss=1.0)
+    metrics.flush()
+    metrics.write(iter=2, loss=0.5)
+    assert [record["iter"] for record in read_records(metrics.path)] == [0, 1, 2]

@@ -157,7 +157,7 @@ def test_loading_keeps_our_own_settings():
     load_optimizer(ours, theirs.state_dict(), "ckpt.pt")
     for group, weight_decay in zip(ours.param_groups, (0.2, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["weight_decay"]) == (
-            3e-4,
+            1e-2,  # of the last step, until the next one
             (0.8, 0.99),
             weight_decay,
         )

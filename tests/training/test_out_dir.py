@@ -7,7 +7,7 @@ import types
 import pytest
 
 from checkpoints.file import load_checkpoint, save_checkpoint
-from checkpoints.latest import read_step
+from checkpoints.latest import load_latest, read_step
 from checkpoints.manager import CheckpointManager
 from checkpoints.sharded import write_single_rank
 from runtime.distributed import DistContext
@@ -19,6 +19,7 @@ from training.out_dir import (
     archive_previous_run,
     prepare_out_dir,
     remove_partial_files,
+    repair_out_dir,
 )
 from training.resume import StartPoint
 from training.state import TrainState
@@ -121,6 +122,48 @@ def test_files_of_an_earlier_run_are_archived_and_others_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous1"]
 
 
+def test_model_bin_alone_is_archived_too(tmp_path):
+    """A new run overwrote the best model of a folder without checkpoints."""
+    (tmp_path / "model.bin").touch()
+    archive_previous_run(str(tmp_path))
+    assert os.listdir(tmp_path / "previous1") == ["model.bin"]
+
+
+RUN_FILES = ("ckpt.pt", "ckpt_000005.pt", "best.pt", "best_000002.pt", "model.bin", "metrics.jsonl")
+
+
+@pytest.mark.parametrize("moved", range(len(RUN_FILES) + 1))
+def test_archiving_that_was_killed_is_completed(moved, tmp_path, monkeypatch):
+    """After a kill, --init_from=auto resumed from the files of the earlier run that were left."""
+    for name in RUN_FILES:
+        (tmp_path / name).write_text(name)
+    rename = os.rename
+    calls = []
+
+    def killed(source, target):
+        if len(calls) == moved:
+            raise KeyboardInterrupt
+        calls.append(source)
+        rename(source, target)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(os, "rename", killed)
+        archive_previous_run(str(tmp_path))
+    repair_out_dir(str(tmp_path))
+    assert os.listdir(tmp_path) == ["previous1"] and load_latest(str(tmp_path)) is None
+    assert sorted(os.listdir(tmp_path / "previous1")) == sorted(RUN_FILES)
+
+
+def test_unfinished_archive_does_not_take_later_files(tmp_path):
+    """They would overwrite those of the same name."""
+    (tmp_path / "previous1.partial").mkdir()
+    (tmp_path / "previous1.partial" / "ckpt.pt").write_text("earlier")
+    (tmp_path / "ckpt.pt").write_text("later")
+    repair_out_dir(str(tmp_path))
+    assert (tmp_path / "ckpt.pt").read_text() == "later"
+    assert (tmp_path / "previous1" / "ckpt.pt").read_text() == "earlier"
+
+
 def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     names = ("ckpt_000005.pt.12.partial", "ckpt.pt.12.partial", "model.bin.12.partial")
     for name in (*names, "mine.partial", "ckpt.pt"):
@@ -148,6 +191,7 @@ def test_new_run_archives_what_a_killed_replacement_left(tmp_path):
     write_single_rank(file, str(tmp_path / "ckpt.dcp.12.partial.old"))
     os.remove(tmp_path / "file.pt")
     save_step(tmp_path / "ckpt_000005.pt.12.partial", 5)
+    repair_out_dir(str(tmp_path))
     prepare_out_dir(fake_run(tmp_path, "scratch"), StartPoint())
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "previous1", "tokenizer.model"]
     assert os.listdir(tmp_path / "previous1") == ["ckpt.dcp"]
@@ -159,6 +203,7 @@ def test_resumed_run_finds_a_complete_folder(tmp_path):
     (tmp_path / "model.bin.12.partial").touch()
     start = StartPoint(path=save_step(tmp_path / "ckpt.pt", 5))
     run = fake_run(tmp_path, "resume", step=5)
+    repair_out_dir(str(tmp_path))
     prepare_out_dir(run, start)
     names = ["ckpt.pt", "ckpt_000005.pt", "metrics.jsonl", "tokenizer.model"]
     assert sorted(os.listdir(tmp_path)) == names
