@@ -24,6 +24,7 @@ import torch
 from model import ModelArgs, parameter_shapes
 from ops.rope import RopeScaling
 from runtime.atomic_files import AtomicFile
+from runtime.lfs import require_content
 
 FORMAT = 1  # version of the keys that this project adds
 # Exceptions that torch.load raises for files that torch.save did not write.
@@ -168,6 +169,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no checkpoint here; train one with python train.py")
     if os.path.isdir(path):
         raise ValueError(f"{path}: is a folder, not a checkpoint")
+    require_content(path)
     try:
         content = read_hashed(path)
     except UNREADABLE as error:
