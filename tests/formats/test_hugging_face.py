@@ -401,6 +401,18 @@ def test_custom_special_tokens_are_preserved_or_refused(tmp_path):
             write_model(from_model(model, tokenizer=tokenizer), str(tmp_path / "m"), target)
 
 
+def test_an_instruct_model_keeps_the_vocabulary_of_llama_3(tmp_path):
+    """Its tokenizer_config.json names <|eot_id|> as the end, but the vocabulary is the same."""
+    tokenizer = small_llama3()
+    path = exported(tmp_path, random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    (tmp_path / "exported" / "tokenizer.model").unlink()
+    file = tmp_path / "exported" / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"eos_token": "<|eot_id|>"}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    again = hugging_face.read_tokenizer(path)
+    assert isinstance(again, Llama3Tokenizer) and again.hash == tokenizer.hash
+
+
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "digits", "merges"])
 def test_tokenizer_json_with_another_algorithm_is_followed(change, tmp_path):
     tokenizer = small_llama3()
@@ -428,7 +440,10 @@ def test_tokenizer_json_with_another_algorithm_is_followed(change, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "its decoder WordPiece"),
+        (
+            {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+            "its decoder WordPiece",
+        ),
         ({"decoder": None}, "no decoder"),
         ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "type Unigram; only BPE"),
         ({"pre_tokenizer": {"type": "New"}}, "the tokenizers library cannot read it"),
