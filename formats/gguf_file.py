@@ -163,8 +163,10 @@ class BinaryReader:
 
 
 def read_split_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """The metadata and the tensors of a file, or of all files of a split model, of which path is
-    any. Raises ValueError if one is damaged or missing."""
+    """The metadata and the tensors of a file, or of all files of a split model.
+
+    path is any of its files. Raises ValueError if one is damaged or missing.
+    """
     metadata, tensors = read_container(path)
     count = metadata.get("split.count", 1)
     if count in (0, 1):

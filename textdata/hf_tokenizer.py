@@ -147,6 +147,9 @@ def normalize_description(description: dict[str, Any]) -> dict[str, Any]:
     if model["type"] != "BPE":
         model_type = str(model["type"])[:50]
         raise ValueError(f"a vocabulary of type {model_type}; only BPE is supported")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{key} is not supported")
     model["merges"] = [parse_merge(merge) for merge in model["merges"]]
     added_tokens = [
         {**entry, "special": bool(entry.get("special"))}
@@ -176,7 +179,9 @@ def new_backend(description: dict[str, Any]) -> tokenizers.Tokenizer:
     changes = {"added_tokens": added_tokens, "post_processor": None}
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(description | changes))
-    except Exception as error:  # the library raises no narrower type
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's own errors; Rust's panics are no Exception
         raise ValueError(f"the tokenizers library cannot read it: {str(error)[:100]}") from error
     for entry in description["added_tokens"]:
         if backend.token_to_id(entry["content"]) != entry["id"]:

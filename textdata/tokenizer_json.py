@@ -80,7 +80,7 @@ def from_json(text: str, bos: str | int | None = None, eos: str | int | None = N
         vocab = content["model"]["vocab"]
         ids = vocab | {entry["content"]: entry["id"] for entry in added_tokens}
         names = boundary_names(ids, bos, eos)
-        exact = exact_sentencepiece(content, ids, *names) or exact_llama3(content, ids, *names)
+        exact = exact_sentencepiece(content, ids, *names) or exact_llama3(content, ids, names[0])
         return exact or HuggingFaceTokenizer(content, *names)
     except (LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise ValueError(f"not a tokenizer.json ({str(error)[:100]})") from error
@@ -123,16 +123,14 @@ def names_by_id(ids: dict[str, int]) -> list[str] | None:
     return [name for name, _ in sorted(ids.items(), key=lambda item: item[1])]
 
 
-def exact_llama3(
-    content: dict[str, Any], ids: dict[str, int], bos: str, eos: str
-) -> Llama3Tokenizer | None:
+def exact_llama3(content: dict[str, Any], ids: dict[str, int], bos: str) -> Llama3Tokenizer | None:
     """The vocabulary as Llama 3's, if it encodes every text in the same way; else None.
 
     ids includes the added tokens.
     """
     model = content["model"]
     names = names_by_id(ids)
-    if names is None or (bos, eos) != ("<|begin_of_text|>", "<|end_of_text|>"):
+    if names is None or bos != "<|begin_of_text|>" or "<|end_of_text|>" not in ids:
         return None
     if content.get("normalizer") or not has_llama3_pretokenizer(content.get("pre_tokenizer")):
         return None
@@ -181,6 +179,7 @@ def exact_sentencepiece(
         return None
     added_tokens = content.get("added_tokens") or []
     special = {entry["content"] for entry in added_tokens if entry.get("special")}
+    eos = "</s>" if "</s>" in special else eos  # an instruct model may name an added token
     if len(special) < len(added_tokens) or not {bos, eos} <= special:
         return None
     if any(BYTE_PIECE.fullmatch(name) for name in special) or model.get("ignore_merges"):
