@@ -85,7 +85,7 @@ def build_run(options: list[str], device: str) -> BenchmarkRun:
     dist_ctx, device = init_distributed(device)
     disable_malloc_trim()
     torch.manual_seed(0)
-    no_dataset = cast(TokenDataset, None)
+    no_dataset = cast(TokenDataset, ())  # has no windows
     data = Data(cast(Any, EmptyTokenizer()), no_dataset, no_dataset)
     run = build_components(config, dist_ctx, device, data, config.model_args())
     load_weights(run.model, iter_initial_weights(config.model_args()))
@@ -114,7 +114,7 @@ def cria_step(options: list[str], device: str) -> Callable[[], int]:
 
 
 def prepare_out_dir(run: TrainingRun) -> None:
-    """Write the files that every output folder has. Without them it counts as deleted."""
+    """Write the files that every output folder has. A save would write them otherwise."""
     run.checkpoints.write_run_files()
 
 

@@ -288,7 +288,7 @@ def training_state(run: TrainingRun) -> dict[str, Any]:
     return saved | {ckpt.METADATA_KEY: to_json(run.metadata)} if run.metadata else saved
 
 
-def save_state(run: TrainingRun, best: bool) -> None:
+def save_state(run: TrainingRun, best: bool = False) -> None:
     """Start saving the training state in the background.
 
     The main process writes all of it, or all processes their shards. A state that is already saved

@@ -24,6 +24,7 @@ from runtime.distributed import DistContext, full_tensor
 from tests import helpers
 from tests.helpers import make_checkpoint, same_training_state
 from training import setup as training_setup
+from training.best_model import update_best
 from training.out_dir import remove_partial_files
 from training.parallel import load_weights, shard
 
@@ -225,7 +226,7 @@ def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     config = train.TrainConfig(**ARGS, out_dir=str(out_dir), dtype="float32", keep_checkpoints=1)
-    data = training_setup.Data(tokenizer, None, None)
+    data = training_setup.Data(tokenizer, (), ())  # no windows
     run = training_setup.build_components(config, DistContext(), "cpu", data, config.model_args())
     load_weights(run.model, iter_initial_weights(config.model_args()))
     run.metrics.open(0)
@@ -237,7 +238,7 @@ def sharded_run(alone, tmp_path, tokenizer, monkeypatch):
         _, loss = run.model(tokens, tokens + 1)
         loss.backward()
         run.optimizer.step()
-        training_setup.save_state(run, best)
+        training_setup.save_state(run, best or update_best(run))
         run.checkpoints.writer.wait_or_raise()
         return out_dir
 
@@ -259,9 +260,9 @@ def test_sharded_checkpoints_rotate_as_files_do(sharded_run):
     sharded_run(10, best=True)
     assert not (out_dir / "best.pt").exists() and not (out_dir / "model.bin").exists()
     sharded_run(15)
-    sharded_run(15)  # of the same step again, as before an evaluation and after it
+    sharded_run(15, best=True)  # of the same step again, as before an evaluation and after it
     assert checkpoint_steps(out_dir) == {
-        "best.dcp": 10,
+        "best.dcp": 15,
         "ckpt.dcp": 15,
         "ckpt_000010.dcp": 10,
         "ckpt_000015.dcp": 15,
