@@ -19,7 +19,7 @@ from tests.textdata.helpers import (
     tinystories_shards,
     write_stories,
 )
-from textdata import corpus, shard_jobs
+from textdata import corpus, shard_jobs, text_files
 from textdata import pretokenize as pretokenize_module
 from textdata.token_shards import read_meta
 from textdata.tokenizer import load_tokenizer
