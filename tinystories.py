@@ -268,8 +268,8 @@ def unescape(separator: str) -> str:
 
 
 def val_fractions(config: Pretokenize, num_files: int) -> list[float]:
-    """The fraction of each file that validates: all of TinyStories' first shard and none of the
-    others, or --val_fraction of each file of any other text."""
+    """For each file, the fraction of its shard that validates: all of TinyStories' first file and
+    none of the others, or --val_fraction for any other text."""
     if not config.input and num_files > 1:
         return [1.0] + [0.0] * (num_files - 1)
     return [config.val_fraction] * num_files

@@ -14,13 +14,14 @@ from typing import TypeGuard
 import numpy as np
 import sentencepiece
 
-from textdata.corpus import MAX_CHUNK, DocumentChunk, cut_position
+from textdata.corpus import DocumentChunk, cut_position
 from textdata.sentencepiece_tokenizer import ModelProto
 from textdata.tokenizer import NORMAL, USER_DEFINED, SentencePieceTokenizer, Tokenizer
 
 MAX_CACHED_WORDS = 2**18  # the most frequent words come early
 MAX_WORD_LENGTH = 40  # characters; longer words are not cached
 SEPARABLE_PART = 2**16  # characters; a longer text is encoded in parts, to bound memory
+MAX_PART = 2**20  # characters of a part without single spaces, or if words cannot be separated
 SPACE_SIGN = "▁"  # U+2581, which stands for a space in a vocabulary
 SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 TEXT_PIECE_TYPES = (NORMAL, USER_DEFINED)  # types of the pieces that text is split into
@@ -68,7 +69,7 @@ class Encoder:
     def encode(self, chunks: Sequence[DocumentChunk], num_threads: int = 1) -> list[bytes]:
         """The bytes of each chunk's token ids, without BOS and EOS. The threads encode the texts
         that cannot be encoded word by word."""
-        part_size = MAX_CHUNK if self.words is None else SEPARABLE_PART
+        part_size = MAX_PART if self.words is None else SEPARABLE_PART
         encoded = [
             [self.encode_part(part) for part in split_chunk(chunk, part_size)] for chunk in chunks
         ]
@@ -138,17 +139,17 @@ class Encoder:
 
 def split_chunk(chunk: DocumentChunk, size: int) -> Iterator[DocumentChunk]:
     """Split the chunk at single spaces between words, each part as soon as it has size characters.
-    A part without such a space ends after MAX_CHUNK characters."""
+    A part without such a space ends after MAX_PART characters."""
     text, starts_document = chunk
     start = 0
     while len(text) - start > size:
-        match = SINGLE_SPACE.search(text, start + size, start + MAX_CHUNK)
-        if match is None and len(text) - start <= MAX_CHUNK:
+        match = SINGLE_SPACE.search(text, start + size, start + MAX_PART)
+        if match is None and len(text) - start <= MAX_PART:
             break
         if match:
             end = match.start()
         else:
-            end = start + cut_position(text[start : start + MAX_CHUNK], MAX_CHUNK)
+            end = start + cut_position(text[start : start + MAX_PART], MAX_PART)
         yield DocumentChunk(text[start:end], starts_document)
         start = end
         starts_document = False

@@ -61,7 +61,7 @@ def build_run(config: Any, start: StartPoint, dist_ctx: DistContext, device: str
     if run.train_dataset.unused > MAX_UNUSED:
         run.log(
             f"note: {run.train_dataset.unused:.0%} of the training tokens are not read, as the "
-            "shards are short; join small files before pretokenizing, or lower --max_seq_len"
+            "shards are short; lower --max_seq_len or add text (pretokenize packs small files)"
         )
     if start.checkpoint:
         restore_state(run, start)

@@ -193,7 +193,7 @@ def test_the_size_of_the_parts_makes_no_difference(tokenizer, monkeypatch, size)
 def test_a_text_without_spaces_is_encoded_in_bounded_parts(tokenizer, monkeypatch):
     """One line of 300 MB went to SentencePiece as one word."""
     monkeypatch.setattr(fast_encoder, "SEPARABLE_PART", 50)
-    monkeypatch.setattr(fast_encoder, "MAX_CHUNK", 100)
+    monkeypatch.setattr(fast_encoder, "MAX_PART", 100)
     chunk = DocumentChunk("日本語" * 100 + " the end", True)
     parts = list(split_chunk(chunk, 50))
     assert max(len(part.text) for part in parts) <= 100

@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from tests.textdata.helpers import error_lines, run_stage
+from tests.textdata.helpers import VOCAB_SIZE, error_lines, run_stage
 from textdata import vocabulary
-from textdata.tokenizer import load_tokenizer
+from textdata.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,42 @@ def test_an_existing_vocabulary_is_used(text_folder):
     version = os.stat("out/tok400.model").st_ino
     run_stage("pretokenize", f"--input={text_folder}", "--data_dir=out", "--vocab_size=400")
     assert os.stat("out/tok400.model").st_ino == version
+
+
+UNREADABLE_TEXTS = {
+    "null.jsonl": (b'{"text": "Once."}\n{"text": null}\n', "null.jsonl: record 2 "),
+    "late.txt": (b"Once upon a time. " * 70_000 + b"\xe9", "late.txt: not UTF-8 text"),
+    "cut.json": (b'[{"story": "Once."}, {"story": "twi', "cut.json: "),
+}
+
+
+@pytest.mark.parametrize("stage", ["train_vocab", "pretokenize"])
+@pytest.mark.parametrize("name", UNREADABLE_TEXTS)
+def test_an_error_in_the_text_names_the_file(tmp_path, name, stage):
+    """SentencePiece's iterator turned it into "--vocab_size=4096: INTERNAL: ValueError ... At:"."""
+    content, sentence = UNREADABLE_TEXTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        run_stage(stage, f"--input={name}", "--data_dir=out")
+    assert str(error.value).startswith(sentence)
+    assert "vocab_size" not in str(error.value) and "At:" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk gone"), MemoryError()])
+def test_exceptions_of_the_texts_are_raised_unchanged(error):
+    """Ctrl-C while a vocabulary was learned was a mistake in --vocab_size."""
+
+    def texts():
+        yield "Once upon a time there was a llama."
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_sentencepiece(texts(), 300)
+    assert raised.value is error
+
+
+def test_a_reserved_character_does_not_remove_its_line(stories):
+    """SentencePiece leaves out lines with U+2585."""
+    marked = [story.replace(".", "\u2585") for story in stories]
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(marked, VOCAB_SIZE))
+    assert any(piece.text == "▁the" for piece in tokenizer.pieces)
