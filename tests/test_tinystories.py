@@ -1,11 +1,13 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +15,17 @@ import tinystories
 from tests.processes import ROOT
 from tests.textdata.helpers import (
     VOCAB_SIZE,
+    decode_documents,
     error_lines,
     fill_to_pack_size,
     read_folder,
+    read_shards,
     run_stage,
     tinystories_shards,
     write_stories,
 )
 from textdata import download
+from textdata.tokenizer import load_tokenizer
 from tinystories import ARCHIVE, DATASET, main
 
 SMALL_MODEL = (
@@ -273,3 +278,35 @@ def test_torchrun_processes_write_the_same_tokens(tmp_path, stories, tokenizer_p
         folders.append(read_folder(folder))
     assert len(folders[0]) == 2 * 5 + len(["meta.json", "tokenizer.model", ".lock"])
     assert folders[0] == folders[1]
+
+
+def test_text_field_reaches_vocabulary_and_tokens(tmp_path, monkeypatch, tokenizer):
+    """A title under "story" won over the text, and no option could name the field."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"story": "Title", "text": "Body one two three"}\n' * 300)
+    options = ("--input=a.jsonl", "--data_dir=out", "--vocab_size=265")
+    with pytest.raises(ValueError, match=r"a\.jsonl: record 1 has text under 'text' and under"):
+        run_stage("pretokenize", *options)
+    output = run_stage("pretokenize", *options, "--text_field=text")
+    assert "read 300 document(s) in 1 file(s)" in output
+    (tokens,) = read_shards("out/tok265")
+    vocabulary = load_tokenizer("out/tok265/tokenizer.model")
+    assert decode_documents(tokens, vocabulary) == ["Body one two three"] * 300
+    output = run_stage("pretokenize", *options, "--text_field=story")
+    assert "unchanged" not in output
+    (tokens,) = read_shards("out/tok265")
+    assert decode_documents(tokens, vocabulary) == ["Title"] * 300
+
+
+def test_tokens_in_the_input_folder_are_no_text(tmp_path, monkeypatch):
+    """part1.json and meta.json were read as text when data_dir was the input folder."""
+    monkeypatch.chdir(tmp_path)
+    run_stage("synthesize", "--num_stories=300", "--data_dir=data/in")
+    options = ("--input=data/in", "--data_dir=data/in", "--vocab_size=300")
+    run_stage("pretokenize", *options)
+    Path("data/in/tok300/part1.json").write_text('{"dtype": "<u2", "shards": []}')
+    Path("data/in/metrics.jsonl").write_text('{"iter": 1, "loss": 5.0}\n')
+    output = run_stage("pretokenize", *options)
+    assert "1 of 1 file(s) unchanged" in output and "read 300 document(s) in 1 file(s)" in output
+    reason = r'left out \d \(no record with a field "text" or "story"\): .*metrics\.jsonl'
+    assert re.search(reason, output)

@@ -23,6 +23,7 @@ from textdata.table_records import read_csv, read_parquet
 from textdata.text_files import file_format, read_blocks
 
 MAX_CHUNK = 2**22  # characters; a longer document is split, to bound memory
+BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 LAST_WORD_END = re.compile(r".*\S(?= \S)", re.DOTALL)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's end of a document, also in TinyStories' .txt files
 NUM_EXAMPLES = 3  # paths shown for each reason that files are left out
@@ -146,7 +147,7 @@ def read_text(blocks: Iterable[str], separator: str | None) -> Iterator[Document
         blocks: the text.
         separator: the text between documents; blank lines if empty; None for one document.
     """
-    boundary = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n\s*")
+    boundary = re.compile(re.escape(separator)) if separator else BLANK_LINES
     # A separator may begin at the end of the text that was read, so that end is not split off.
     max_cut = max(1, MAX_CHUNK - len(separator or ""))
     rest = ""

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from textdata.corpus import CorpusReport, SkippedFile, format_skipped, open_records
-from textdata.records import MissingTextField, record_pieces, text_fields
+from textdata.records import MissingTextField, quote_fields, record_pieces
 from textdata.text_files import FORMATS, file_format
 
 HIDDEN_NAMES = ("__MACOSX",)  # beside the names that begin with a dot
@@ -135,8 +135,7 @@ def reason_to_skip(file: str, text_field: str) -> str:
         check_pyarrow(file)
     if file_format(file) == ".txt" or has_text_field(file, text_field):
         return ""
-    names = " or ".join(f'"{name}"' for name in text_fields(text_field))
-    return f"no record with a field {names}"
+    return f"no record with a field {quote_fields(text_field)}"
 
 
 def has_text_field(file: str, text_field: str) -> bool:

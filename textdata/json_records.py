@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from textdata.records import record_text, replace_surrogates, text_fields
+from textdata.records import LargeRecord, record_text, replace_surrogates, text_fields
 
 MAX_DECODED = 2**22  # characters of a record that is decoded as a whole
 MAX_ESCAPE = 12  # characters of the longest escape sequence, a surrogate pair
@@ -114,7 +114,7 @@ def damaged_record(number: int, reason: str) -> ValueError:
     return ValueError(f"record {number:,} is not whole JSON: {reason}")
 
 
-class LargeJsonRecord:
+class LargeJsonRecord(LargeRecord):
     """A JSON object whose text is read from the buffer in pieces."""
 
     def __init__(self, buffer: JsonBuffer) -> None:

@@ -2,8 +2,8 @@
 The text of a record: a JSON object, or a row of a table.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
 
 TEXT_FIELDS = ("text", "story")  # where the text is, unless --text_field names the field
 MAX_NAMES = 8  # field names in a message
@@ -15,10 +15,10 @@ class MissingTextField(ValueError):
     """A record has no field for the text."""
 
 
-@runtime_checkable
-class LargeRecord(Protocol):
+class LargeRecord(ABC):
     """A record that is too large to hold in memory."""
 
+    @abstractmethod
     def read_pieces(self, number: int, text_field: str) -> Iterator[str]:
         """Yield the text of the record in pieces. number: as of record_text."""
 
@@ -26,6 +26,11 @@ class LargeRecord(Protocol):
 def text_fields(text_field: str) -> tuple[str, ...]:
     """The fields that may hold the text, given --text_field."""
     return (text_field,) if text_field else TEXT_FIELDS
+
+
+def quote_fields(text_field: str) -> str:
+    """text_fields for a message."""
+    return " or ".join(f'"{name}"' for name in text_fields(text_field))
 
 
 def record_pieces(record: object, number: int, text_field: str) -> Iterable[str]:
@@ -47,16 +52,15 @@ def record_text(record: object, number: int, text_field: str) -> str:
     fields or something else than text.
     """
     names = text_fields(text_field)
-    quoted_names = " or ".join(f'"{name}"' for name in names)
     if not isinstance(record, dict):
         raise MissingTextField(
             f"record {number:,} is {type_name(record)}, not an object with text under "
-            f"{quoted_names}"
+            f"{quote_fields(text_field)}"
         )
     present = [name for name in names if name in record]
     if not present:
         raise MissingTextField(
-            f"record {number:,} has no field {quoted_names}{describe_fields(record)}"
+            f"record {number:,} has no field {quote_fields(text_field)}{describe_fields(record)}"
         )
     with_text = [name for name in present if has_text(record[name])]
     if len(with_text) > 1:

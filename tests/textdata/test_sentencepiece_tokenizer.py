@@ -1,3 +1,4 @@
+import io
 import re
 
 import numpy as np
@@ -159,3 +160,21 @@ def test_the_tokenizer_model_of_llama_2_round_trips_as_bin(shared, tmp_path, tex
     assert from_bin.hash == tokenizer.hash
     for text in filter(None, texts):
         assert tokenizer.byte_counts[tokenizer.encode(text, bos=True)].sum() == len(text.encode())
+
+
+def test_a_normalizer_may_delete_a_letter(tmp_path, stories):
+    """A vocabulary whose normalizer deletes "a" ended in an IndexError."""
+    (tmp_path / "rules.tsv").write_text("61\t\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(stories),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    assert tokenizer.encode("a") == [] and tokenizer.has_dummy_prefix
+    assert tokenizer.decode(tokenizer.encode("banana")) == "bnn"
