@@ -78,8 +78,8 @@ class TrainVocab:
     # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
     input: str = ""
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
-    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
-    # files that have it, else blank lines
+    # text between the documents of .txt files, where \n is a line break,
+    # by default <|endoftext|> in files that have it, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
 
@@ -99,12 +99,12 @@ class Pretokenize:
     # a .txt, .json, .jsonl, .csv or .parquet file or a folder of them; TinyStories if empty
     input: str = ""
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
-    # text between the documents of .txt files, \n is a line break; if empty, <|endoftext|> in
-    # files that have it, else blank lines
+    # text between the documents of .txt files, where \n is a line break,
+    # by default <|endoftext|> in files that have it, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
-    # fraction of each shard, at its end, for validation (TinyStories: its first file). A file of
-    # 4 MB is a shard; smaller files are packed
+    # fraction of each shard, at its end, for validation (TinyStories: its first file);
+    # a file of 4 MB is a shard, smaller files are packed
     val_fraction: float = 0.05
     num_workers: int = 0  # worker processes; 0: as many as CPU cores
 

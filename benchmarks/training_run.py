@@ -4,7 +4,7 @@ cria's training run with random tokens: all that the benchmarks use of train.py 
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +37,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 class EmptyTokenizer:
     """All that a run uses of its tokenizer when the tokens are random."""
 
-    content = b""
+    files: ClassVar[dict[str, bytes]] = {}
     hash = ""
 
     def to_bin(self) -> bytes:

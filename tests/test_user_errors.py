@@ -153,7 +153,7 @@ ERRORS = [
     ((*PRETOKENIZE, "--input=broken.json"), "broken.json: record 2 is not whole JSON"),
     (
         (*PRETOKENIZE, "--input=fields.jsonl"),
-        'fields.jsonl: record 1 has no text under "story" or "text"',
+        'fields.jsonl: record 1 has no field "text" or "story" but \'body\'',
     ),
     ((*PRETOKENIZE, "--input=short.txt"), "the largest that works is --vocab_size="),
     ((*PRETOKENIZE, "--vocab_size=100"), "--vocab_size=100: must be at least 260"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from textdata.json_records import read_json
-from textdata.records import record_pieces
+from textdata.records import iter_record_text
 from textdata.table_records import read_csv, read_parquet
 from textdata.text_files import file_format, read_blocks
 
@@ -191,7 +191,7 @@ def read_records(
     """Yield the texts of a file of records; each is a document."""
     for number, record in enumerate(open_records(path, progress, text_field), 1):
         is_empty = True
-        for chunk in read_text(record_pieces(record, number, text_field), None):
+        for chunk in read_text(iter_record_text(record, number, text_field), None):
             is_empty = False
             yield chunk
         report.num_empty += is_empty
@@ -200,7 +200,7 @@ def read_records(
 def open_records(
     path: str, progress: Callable[[int], None] = lambda num_bytes: None, text_field: str = ""
 ) -> Iterator[object]:
-    """The records of a file, for record_pieces. Each must be used before the next one is read."""
+    """The records of a file, for iter_record_text, each to be used before the next one is read."""
     if file_format(path) == ".parquet":
         return read_parquet(path, progress, text_field)
     blocks = read_blocks(path, progress)

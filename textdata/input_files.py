@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from textdata.corpus import CorpusReport, SkippedFile, format_skipped, open_records
-from textdata.records import MissingTextField, quote_fields, record_pieces
+from textdata.records import MissingTextField, iter_record_text, quote_fields
 from textdata.text_files import FORMATS, file_format
 
 HIDDEN_NAMES = ("__MACOSX",)  # beside the names that begin with a dot
@@ -145,7 +145,7 @@ def has_text_field(file: str, text_field: str) -> bool:
     try:
         for record in itertools.islice(open_records(file), PROBED_RECORDS):
             try:
-                next(iter(record_pieces(record, 1, text_field)), "")
+                next(iter(iter_record_text(record, 1, text_field)), "")
                 return True
             except MissingTextField:
                 num_missing += 1

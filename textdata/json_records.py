@@ -72,7 +72,7 @@ class JsonBuffer:
 
 
 def read_json(blocks: Iterable[str]) -> Iterator[object]:
-    """Yield the records of a .json or .jsonl file, for record_pieces.
+    """Yield the records of a .json or .jsonl file, for iter_record_text.
 
     A file may hold several arrays, and records without an array. Raises ValueError with the number
     of a record that is not whole.
@@ -121,7 +121,7 @@ class LargeJsonRecord(LargeRecord):
         self.buffer = buffer
         self.number = 0
 
-    def read_pieces(self, number: int, text_field: str) -> Iterator[str]:
+    def iter_text(self, number: int, text_field: str) -> Iterator[str]:
         """Yield the text of the object in pieces. Arguments and errors: as of record_text, which
         are raised at the end of the object."""
         self.number = number

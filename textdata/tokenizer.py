@@ -56,7 +56,7 @@ __all__ = [
 
 MAX_FILE_SIZE = 1 << 28  # bytes
 # Names of a tokenizer's file; where a folder has several, the first counts.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.bin", "tokenizer.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound=Tokenizer)
 

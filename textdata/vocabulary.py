@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from runtime.atomic_files import write_atomically
 from textdata.corpus import read_documents
 from textdata.tokenizer import (
-    TOKENIZER_FILES,
     SentencePieceTokenizer,
     load_tokenizer,
     train_sentencepiece,
@@ -78,7 +77,7 @@ def install_tokenizer(path: str, folder: str, vocab_size: int | None) -> None:
         )
     for name, content in tokenizer.files.items():
         write_atomically(os.path.join(folder, name), content)
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.model", "tokenizer.json"):  # a tokenizer.bin is the file of a run
         if name not in tokenizer.files:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
