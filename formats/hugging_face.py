@@ -210,8 +210,9 @@ def read_tokenizer(path: str) -> Tokenizer | None:
         return find_tokenizer(path)
     try:
         beside = find_tokenizer(path)  # tokenizer.json itself, if it is the only one
-        is_unigram = isinstance(beside, SentencePieceTokenizer) and not beside.is_bpe
-        tokenizer = beside if is_unigram else load_tokenizer(file)
+        if isinstance(beside, SentencePieceTokenizer) and not beside.is_bpe:
+            return beside  # a unigram model is read from tokenizer.model only
+        tokenizer = load_tokenizer(file)
     except ValueError as error:
         raise ValueError(one_line(str(error))) from error
     is_same = isinstance(beside, SentencePieceTokenizer) and has_same_pieces(beside, tokenizer)
