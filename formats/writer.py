@@ -130,7 +130,7 @@ def is_model(path: str, module: Format) -> bool:
 def tokenizer_files(model: LazyModel, path: str, module: Format) -> dict[str, bytes]:
     """Paths and contents of the tokenizer's files to write beside a model.
 
-    None if the format contains the tokenizer, if the model has none or if it is already there.
+    Empty if the format contains the tokenizer, if the model has none or if it is already there.
     Raises ValueError if another tokenizer is there, because readers would use it for this model.
     """
     if module not in (ckpt, llama2c):
