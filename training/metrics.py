@@ -48,7 +48,7 @@ class MetricsLogger:
         write_atomically(self.path, "".join(lines).encode())
         if self.file:
             self.file.close()
-        self.file = open(self.path, "ab", buffering=0)
+        self.file = open(self.path, "ab", buffering=0, opener=open_existing)
         self.needs_rewrite = False
 
     def write(self, **record: float) -> None:
@@ -106,6 +106,11 @@ class MetricsLogger:
         axes.legend()
         with AtomicFile(self.plot_path) as file:
             figure.savefig(file, format="png", dpi=120)
+
+
+def open_existing(path: str, flags: int) -> int:
+    """Open a file that exists: one that was deleted meanwhile must not begin again empty."""
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def read_records(path: str) -> list[dict]:

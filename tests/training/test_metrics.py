@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from training import metrics as metrics_module
 from training.metrics import MetricsLogger, read_records
 
 DRAW = """
@@ -85,3 +86,16 @@ def test_deleted_file_is_written_again_with_all_records(tmp_path):
     metrics.flush()
     metrics.write(iter=2, loss=0.5)
     assert [record["iter"] for record in read_records(metrics.path)] == [0, 1, 2]
+
+
+def test_file_deleted_during_a_rewrite_does_not_begin_empty(tmp_path, monkeypatch):
+    metrics = MetricsLogger(str(tmp_path))
+    metrics.open(0)
+    metrics.write(iter=0, loss=2.0)
+    os.remove(metrics.path)
+    with monkeypatch.context() as context:
+        context.setattr(metrics_module, "write_atomically", lambda path, content: None)
+        metrics.flush()
+    metrics.write(iter=1, loss=1.0)
+    metrics.flush()
+    assert [record["iter"] for record in read_records(metrics.path)] == [0, 1]
