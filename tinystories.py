@@ -234,7 +234,7 @@ def prepare_tokenizer(config: Pretokenize, files: list[str], data_dir: str, fold
 
 
 def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[list[str], str]:
-    """The text files to read and the folder to write to. The report gets what is left out."""
+    """The text files to read and the folder to write to. The report gets the other files."""
     data_dir = config.data_dir or default_data_dir(config.input)
     source = config.input or os.path.join(data_dir, DATASET)
     if not config.input and not os.path.isdir(source):

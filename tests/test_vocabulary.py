@@ -103,7 +103,7 @@ EXCEPTIONS = (
     AllowedUse("benchmarks/data.py", r"^story$", "the synthetic training data", "names"),
     AllowedUse("checkpoints/file.py", r"[\"']kind[\"']", "a key in checkpoint files"),
     AllowedUse("formats/*_file.py", r"^tell$", "Python's file method", "names"),
-    AllowedUse("textdata/corpus.py", r"^tell$", "Python's file method", "names"),
+    AllowedUse("textdata/text_files.py", r"^tell$", "Python's file method", "names"),
     AllowedUse("textdata/download.py", r"^tell$", "Python's file method", "names"),
     AllowedUse("textdata/synthetic.py", r"\w*(?:story|stories|kind)\w*", "its subject", "names"),
     AllowedUse("config/quickstart*.py", r"(?i)stor(?:y|ies)", "the synthetic training data"),

@@ -121,7 +121,7 @@ class LargeJsonRecord(LargeRecord):
         self.buffer = buffer
         self.number = 0
 
-    def read_pieces(self, number: int, text_field: str) -> Iterator[str]:
+    def iter_text(self, number: int, text_field: str) -> Iterator[str]:
         """Yield the text of the object in pieces. Arguments and errors: as of record_text, which
         are raised at the end of the object."""
         self.number = number

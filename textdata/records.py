@@ -19,7 +19,7 @@ class LargeRecord(ABC):
     """A record that is too large to hold in memory."""
 
     @abstractmethod
-    def read_pieces(self, number: int, text_field: str) -> Iterator[str]:
+    def iter_text(self, number: int, text_field: str) -> Iterator[str]:
         """Yield the text of the record in pieces. number: as of record_text."""
 
 
@@ -36,7 +36,7 @@ def quote_fields(text_field: str) -> str:
 def record_pieces(record: object, number: int, text_field: str) -> Iterable[str]:
     """The text of a record in pieces. Arguments and errors: as of record_text."""
     if isinstance(record, LargeRecord):
-        return record.read_pieces(number, text_field)
+        return record.iter_text(number, text_field)
     return [record_text(record, number, text_field)]
 
 

@@ -65,7 +65,7 @@ def test_an_existing_vocabulary_is_used(text_folder):
 
 
 UNREADABLE_TEXTS = {
-    "null.jsonl": (b'{"text": "Once."}\n{"text": null}\n', "null.jsonl: record 2 "),
+    "number.jsonl": (b'{"text": "Once."}\n{"text": 5}\n', "number.jsonl: record 2 "),
     "late.txt": (b"Once upon a time. " * 70_000 + b"\xe9", "late.txt: not UTF-8 text"),
     "cut.json": (b'[{"story": "Once."}, {"story": "twi', "cut.json: "),
 }
