@@ -284,17 +284,17 @@ def test_text_field_reaches_vocabulary_and_tokens(tmp_path, monkeypatch, tokeniz
     """A title under "story" won over the text, and no option could name the field."""
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"story": "Title", "text": "Body one two three"}\n' * 300)
-    options = ("--input=a.jsonl", "--data_dir=out", "--vocab_size=265")
+    options = ("--input=a.jsonl", "--data_dir=out", "--vocab_size=272")
     with pytest.raises(ValueError, match=r"a\.jsonl: record 1 has text under 'text' and under"):
         run_stage("pretokenize", *options)
     output = run_stage("pretokenize", *options, "--text_field=text")
     assert "read 300 document(s) in 1 file(s)" in output
-    (tokens,) = read_shards("out/tok265")
-    vocabulary = load_tokenizer("out/tok265/tokenizer.model")
+    (tokens,) = read_shards("out/tok272")
+    vocabulary = load_tokenizer("out/tok272/tokenizer.model")
     assert decode_documents(tokens, vocabulary) == ["Body one two three"] * 300
     output = run_stage("pretokenize", *options, "--text_field=story")
     assert "unchanged" not in output
-    (tokens,) = read_shards("out/tok265")
+    (tokens,) = read_shards("out/tok272")
     assert decode_documents(tokens, vocabulary) == ["Title"] * 300
 
 
@@ -302,9 +302,9 @@ def test_tokens_in_the_input_folder_are_no_text(tmp_path, monkeypatch):
     """part1.json and meta.json were read as text when data_dir was the input folder."""
     monkeypatch.chdir(tmp_path)
     run_stage("synthesize", "--num_stories=300", "--data_dir=data/in")
-    options = ("--input=data/in", "--data_dir=data/in", "--vocab_size=300")
+    options = ("--input=data/in", "--data_dir=data/in", "--vocab_size=320")
     run_stage("pretokenize", *options)
-    Path("data/in/tok300/part1.json").write_text('{"dtype": "<u2", "shards": []}')
+    Path("data/in/tok320/part1.json").write_text('{"dtype": "<u2", "shards": []}')
     Path("data/in/metrics.jsonl").write_text('{"iter": 1, "loss": 5.0}\n')
     output = run_stage("pretokenize", *options)
     assert "1 of 1 file(s) unchanged" in output and "read 300 document(s) in 1 file(s)" in output

@@ -140,7 +140,7 @@ def reason_to_skip(file: str, text_field: str) -> str:
 
 def has_text_field(file: str, text_field: str) -> bool:
     """Whether one of the first records has a field for the text. A file without records or with
-    damaged ones counts as text, so that reading it shows the error."""
+    damaged ones counts as text, so that reading it raises the error."""
     num_missing = 0
     try:
         for record in itertools.islice(open_records(file), PROBED_RECORDS):

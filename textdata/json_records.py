@@ -103,7 +103,7 @@ def read_record(buffer: JsonBuffer, number: int) -> object:
             if buffer.num_left > MAX_DECODED:
                 break
             if not buffer.read_more():
-                raise damaged_record(number, error.msg) from None
+                raise damaged_record(number, error.msg.removesuffix(" starting at")) from None
     if buffer.text[buffer.position] != "{":
         raise ValueError(f"record {number:,} is not an object with text")
     return LargeJsonRecord(buffer)
