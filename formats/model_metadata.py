@@ -9,7 +9,7 @@ and Meta's folders store nothing of it.
 import copy
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,13 +184,14 @@ def fine_tuned(metadata: ModelMetadata | None, tokenizer: Tokenizer) -> ModelMet
 
 
 def check_plain_format(
-    metadata: ModelMetadata, reader_stop_ids: Collection[int], format_name: str
+    metadata: ModelMetadata, reader_stop_ids: Mapping[int, str], format_name: str
 ) -> list[str]:
     """The names of what a format without metadata loses.
 
     Args:
         metadata: of the model, from its files.
-        reader_stop_ids: the tokens where readers of the format end a text.
+        reader_stop_ids: the tokens where readers of the format end a text, each with a remark if
+            they do so in some cases only, otherwise an empty string.
         format_name: appears in the message.
 
     Raises ValueError if no token of the model's ends a text in these readers.
@@ -202,7 +203,13 @@ def check_plain_format(
             f"{format_name} cannot store that this model ends a text with token {stop_ids}, so its "
             "readers would not stop; use --format=hf, gguf or ckpt"
         )
-    return [*(f"end of text at token {number}" for number in unknown), *described(metadata)]
+    remarks = {number: reader_stop_ids.get(number) for number in metadata.stop_ids}
+    lost = [
+        f"end of text at token {number}{f' ({remark})' if remark else ''}"
+        for number, remark in remarks.items()
+        if remark != ""
+    ]
+    return [*lost, *described(metadata)]
 
 
 def described(metadata: ModelMetadata) -> list[str]:

@@ -179,6 +179,8 @@ def fake_run(out_dir, init_from: str, step: int = 0) -> types.SimpleNamespace:
         config=types.SimpleNamespace(out_dir=str(out_dir), init_from=init_from, wandb_log=False),
         state=TrainState(iter_num=step),
         model=random_model(),
+        metadata=None,
+        tokenizer=None,
         metrics=MetricsLogger(str(out_dir)),
         checkpoints=manager,
         path=lambda name: os.path.join(out_dir, name),
