@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from formats import tokenizer_json
+from runtime.untrusted import clip
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -213,7 +214,7 @@ def check_plain_format(
 
 
 def described(metadata: ModelMetadata) -> list[str]:
-    """The names of everything in the metadata but ids."""
+    """The names of everything in the metadata but stop ids and those that the tokenizer has."""
     names = ["chat template"] if metadata.chat_templates else []
     # transformers writes switches that are off, and use_cache, for every model.
     defaults = [key for key, value in metadata.generation.items() if value not in (None, False)]
@@ -221,5 +222,8 @@ def described(metadata: ModelMetadata) -> list[str]:
         names.append(f"generation defaults ({', '.join(defaults)[:100]})")
     names += ["add_bos_token=false"] if metadata.add_bos is False else []
     names += ["add_eos_token=true"] if metadata.add_eos else []
-    names += [f"license {metadata.license}"] if metadata.license else []
+    names += [] if metadata.pad_id is None else [f"padding token {metadata.pad_id}"]
+    for label in ("name", "license", "license_name", "license_link"):
+        if text := getattr(metadata, label):
+            names.append(f"{label} {clip(text)}")
     return names

@@ -17,7 +17,8 @@ from formats import meta
 from formats.ckpt import METADATA_KEY
 from formats.gguf_file import read_container
 from formats.hugging_face_config import to_config
-from formats.lazy_model import from_model
+from formats.hugging_face_metadata import is_generated_card, read_model_card
+from formats.lazy_model import LazyModel, from_model
 from formats.model_metadata import ModelMetadata, complete, from_json, to_json
 from formats.registry import load_model, open_model
 from formats.writer import write_model
@@ -292,6 +293,49 @@ def test_metadata_survives_every_format(targets, chat_model, tmp_path):
         folder.mkdir()
         path = exported(path, folder, target)
     assert comparable(path) == expected
+
+
+def with_metadata(tokenizer: Tokenizer, **values) -> LazyModel:
+    """A small model whose files say this."""
+    metadata = ModelMetadata(**values)
+    model = from_model(random_model(), tokenizer=tokenizer)
+    return dataclasses.replace(model, read_metadata=lambda: metadata)
+
+
+@pytest.mark.parametrize(
+    "name", ["Tiny model", "A: b", 'say "a"', "#1", "a\nlicense: mit", "true", "Straße 😀"]
+)
+def test_the_name_survives_a_hugging_face_folder(name, tokenizer, tmp_path):
+    """GGUF to Hugging Face to GGUF lost general.name; a line break began another key."""
+    texts = {"name": name, "license": "other", "license_name": name, "license_link": "https://a.b"}
+    path = str(tmp_path / "first.gguf")
+    assert write_model(with_metadata(tokenizer, **texts), path, "gguf") == []
+    for target in ("hf", "gguf"):
+        again = open_model(exported(path, tmp_path, target)).read_metadata()
+        assert {key: getattr(again, key) for key in texts} == texts
+    card = (tmp_path / "as-hf" / "README.md").read_text()
+    assert len(card.splitlines()) == 6 and is_generated_card(str(tmp_path / "as-hf" / "README.md"))
+
+
+@pytest.mark.parametrize("value, expected", [("mit", "mit"), ("'a b'", "a b"), ('"a b"', "a b")])
+def test_a_model_card_may_quote_its_values(value, expected, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nmodel_name: {value}\n---\n")
+    assert read_model_card(str(tmp_path)) == {"name": expected}
+
+
+@pytest.mark.parametrize("target", ["v0", "meta"])
+def test_plain_formats_name_padding_name_and_license(target, tokenizer, tmp_path):
+    """Name, padding token and two parts of the license were lost without a word."""
+    texts = {"name": "N", "license": "other", "license_name": "L", "license_link": "K"}
+    model = with_metadata(tokenizer, pad_id=0, stop_ids=(1, 2), **texts)
+    lost = write_model(model, str(tmp_path / "out" / "m"), target)
+    assert lost[1:] == [
+        "padding token 0",
+        "name N",
+        "license other",
+        "license_name L",
+        "license_link K",
+    ]
 
 
 def test_transformers_reads_everything_from_an_export(chat_model, tmp_path):
