@@ -111,7 +111,8 @@ def parse_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 def to_config(args: ModelArgs, dtype: str, metadata: ModelMetadata) -> dict[str, Any]:
     """The content of config.json."""
     rope = to_rope_parameters(args)
-    eos_ids = [number for number in metadata.stop_ids if number != metadata.bos_id]
+    left_out = {metadata.bos_id} - {metadata.eos_id}  # BOS, unless it is also EOS
+    eos_ids = [number for number in metadata.stop_ids if number not in left_out]
     rope_scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -3,9 +3,11 @@ What a Hugging Face folder says of its model besides weights and vocabulary.
 
 The ids of special tokens are in generation_config.json, config.json and, as names, in
 tokenizer_config.json. A chat template is in chat_template.jinja or tokenizer_config.json, the
-license in the front matter of README.md (the model card).
+license and the name in the front matter of README.md (the model card).
 """
 
+import contextlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -25,7 +27,13 @@ from textdata.tokenizer import Tokenizer
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 MODEL_CARD = "README.md"
-LICENSE_KEYS = ("license", "license_name", "license_link")
+# Keys of the model card, and their fields in ModelMetadata
+CARD_KEYS = {
+    "license": "license",
+    "license_name": "license_name",
+    "license_link": "license_link",
+    "model_name": "name",
+}
 # Keys of generation_config.json that are not defaults of generation
 OTHER_KEYS = (
     "_from_model_config",
@@ -76,7 +84,7 @@ def read_metadata(
             chat_templates=read_chat_templates(path, tokenizer_config),
             generation={key: value for key, value in generation.items() if key not in OTHER_KEYS},
             unread=tuple(sorted(filter(LEGAL_FILES.fullmatch, os.listdir(path)))),
-            **read_license(path),
+            **read_model_card(path),
         )
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(one_line(f"{path}: {error}")) from None
@@ -177,8 +185,8 @@ def read_chat_templates(path: str, tokenizer_config: dict[str, Any]) -> dict[str
     return templates or chat_templates(tokenizer_config.get("chat_template"), "chat_template")
 
 
-def read_license(path: str) -> dict[str, str]:
-    """The license in the front matter of README.md: the keys of LICENSE_KEYS that it has."""
+def read_model_card(path: str) -> dict[str, str]:
+    """License and name in the front matter of README.md: the fields of CARD_KEYS that it has."""
     file = os.path.join(path, MODEL_CARD)
     if not os.path.isfile(file):
         return {}
@@ -191,18 +199,29 @@ def read_license(path: str) -> dict[str, str]:
         key, colon, value = line.partition(":")
         if line.strip() == "---":
             break
-        if colon and key in LICENSE_KEYS and value.strip():
-            found[key] = value.strip().strip("'\"")
+        if colon and key in CARD_KEYS and value.strip():
+            found[CARD_KEYS[key]] = parse_card_value(value.strip())
     return found
+
+
+def parse_card_value(value: str) -> str:
+    """A value of the model card without its quotes, which may be those of a JSON string."""
+    if value.startswith('"'):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value.strip("'\"")
 
 
 # Writing
 
 
 def to_model_card(metadata: ModelMetadata) -> str:
-    """The content of README.md, empty if the model has no license to write."""
-    values = {key: getattr(metadata, key) for key in LICENSE_KEYS}
-    lines = [f"{key}: {value}\n" for key, value in values.items() if value]
+    """The content of README.md, empty if the model has neither license nor name.
+
+    The values are JSON strings, which are YAML, so that no value begins another line.
+    """
+    values = {key: getattr(metadata, field) for key, field in CARD_KEYS.items()}
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value]
     return "".join(["---\n", *lines, "---\n"]) if lines else ""
 
 
@@ -212,7 +231,7 @@ def is_generated_card(path: str) -> bool:
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines()
-    return all(line == "---" or line.partition(":")[0] in LICENSE_KEYS for line in lines)
+    return all(line == "---" or line.partition(":")[0] in CARD_KEYS for line in lines)
 
 
 def to_tokenizer_config(

@@ -277,7 +277,8 @@ def unsupported_reason(args: ModelArgs) -> str | None:
 
 def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
     """The names of what model.bin cannot store. Raises ValueError if its readers never stop."""
-    return check_plain_format(metadata, (BOS_ID, EOS_ID), "model.bin")
+    reader_stop_ids = {BOS_ID: "", EOS_ID: "run.c ends there in chat mode only"}
+    return check_plain_format(metadata, reader_stop_ids, "model.bin")
 
 
 def write(model: LazyModel, path: str, target: str = "v0", dtype: str = "float32") -> None:

@@ -238,11 +238,12 @@ def unsupported_reason(args: ModelArgs) -> str | None:
 
 def check_metadata(metadata: ModelMetadata, tokenizer: Tokenizer | None) -> list[str]:
     """The names of what params.json cannot store. Raises ValueError if its readers never stop."""
-    reader_stop_ids = {tokenizer.bos_id, tokenizer.eos_id} if tokenizer else {*metadata.stop_ids}
+    if tokenizer is None:
+        return check_plain_format(metadata, dict.fromkeys(metadata.stop_ids, ""), "params.json")
+    reader_stop_ids = {tokenizer.bos_id: "Meta's code does not end there", tokenizer.eos_id: ""}
     if isinstance(tokenizer, Llama3Tokenizer):
-        reader_stop_ids |= {
-            tokenizer.special_id(name) for name in END_OF_TURN if name in tokenizer.special
-        }
+        names = [name for name in END_OF_TURN if name in tokenizer.special]
+        reader_stop_ids |= {tokenizer.special_id(name): "" for name in names}
     return check_plain_format(metadata, reader_stop_ids, "params.json")
 
 

@@ -9,11 +9,12 @@ and Meta's folders store nothing of it.
 import copy
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from formats import tokenizer_json
+from runtime.untrusted import clip
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -184,13 +185,14 @@ def fine_tuned(metadata: ModelMetadata | None, tokenizer: Tokenizer) -> ModelMet
 
 
 def check_plain_format(
-    metadata: ModelMetadata, reader_stop_ids: Collection[int], format_name: str
+    metadata: ModelMetadata, reader_stop_ids: Mapping[int, str], format_name: str
 ) -> list[str]:
     """The names of what a format without metadata loses.
 
     Args:
         metadata: of the model, from its files.
-        reader_stop_ids: the tokens where readers of the format end a text.
+        reader_stop_ids: the tokens where readers of the format end a text, each with a remark if
+            they do so in some cases only, otherwise an empty string.
         format_name: appears in the message.
 
     Raises ValueError if no token of the model's ends a text in these readers.
@@ -202,11 +204,17 @@ def check_plain_format(
             f"{format_name} cannot store that this model ends a text with token {stop_ids}, so its "
             "readers would not stop; use --format=hf, gguf or ckpt"
         )
-    return [*(f"end of text at token {number}" for number in unknown), *described(metadata)]
+    remarks = {number: reader_stop_ids.get(number) for number in metadata.stop_ids}
+    lost = [
+        f"end of text at token {number}{f' ({remark})' if remark else ''}"
+        for number, remark in remarks.items()
+        if remark != ""
+    ]
+    return [*lost, *described(metadata)]
 
 
 def described(metadata: ModelMetadata) -> list[str]:
-    """The names of everything in the metadata but ids."""
+    """The names of everything in the metadata but stop ids and those that the tokenizer has."""
     names = ["chat template"] if metadata.chat_templates else []
     # transformers writes switches that are off, and use_cache, for every model.
     defaults = [key for key, value in metadata.generation.items() if value not in (None, False)]
@@ -214,5 +222,8 @@ def described(metadata: ModelMetadata) -> list[str]:
         names.append(f"generation defaults ({', '.join(defaults)[:100]})")
     names += ["add_bos_token=false"] if metadata.add_bos is False else []
     names += ["add_eos_token=true"] if metadata.add_eos else []
-    names += [f"license {metadata.license}"] if metadata.license else []
+    names += [] if metadata.pad_id is None else [f"padding token {metadata.pad_id}"]
+    for label in ("name", "license", "license_name", "license_link"):
+        if text := getattr(metadata, label):
+            names.append(f"{label} {clip(text)}")
     return names

@@ -139,6 +139,14 @@ def checked_tokenizer(model: LazyModel, tokenizer_path: str = "") -> Tokenizer |
     return configure_tokenizer(tokenizer, model.read_metadata())
 
 
+def known_tokenizer(model: LazyModel) -> Tokenizer | None:
+    """The tokenizer in or beside a model, or None if there is none that matches it."""
+    try:
+        return checked_tokenizer(model)
+    except ValueError:
+        return None
+
+
 def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
     """Load a model in any format, ready to evaluate, and its tokenizer.
 

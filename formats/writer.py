@@ -6,12 +6,16 @@ import os
 
 from formats import ckpt, gguf, llama2c, meta
 from formats.lazy_model import LazyModel
+from formats.model_metadata import ModelMetadata, complete
 from formats.registry import FORMATS, Format
+from model import ModelArgs
 from runtime.atomic_files import write_atomically
-from textdata.tokenizer import TOKENIZER_FILES, load_tokenizer
+from textdata.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SINGLE_FILE_FORMATS: tuple[Format, ...] = (ckpt, gguf, llama2c)
+# Formats that need one embedding for each token, and the names of their files
+UNPADDED: dict[Format, str] = {llama2c: "model.bin", meta: "params.json"}
 
 
 def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -> list[str]:
@@ -29,13 +33,11 @@ def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -
     content is at the path.
     """
     module = next(module for module in FORMATS if target in module.DTYPES)
-    if reason := module.unsupported_reason(model.args):
-        raise ValueError(f"{path}: {reason}")
-    if module in (llama2c, meta):
-        check_unpadded(model, path, target)
+    if problem := export_problem(module, model.args, model.read_metadata(), model.read_tokenizer()):
+        raise ValueError(f"{path}: {problem}")
     dtype = export_dtype(SHORT_DTYPES.get(dtype, dtype), target, module.DTYPES[target], model)
     check_overwrite(path, module)
-    lost = list_lost_metadata(model, path, module)
+    lost = list_lost_metadata(model, module)
     files = tokenizer_files(model, path, module)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     module.write(model, path, target, dtype)
@@ -44,31 +46,42 @@ def write_model(model: LazyModel, path: str, target: str, dtype: str = "auto") -
     return lost
 
 
-def list_lost_metadata(model: LazyModel, path: str, module: Format) -> list[str]:
-    """The names of what the files of a model say and a format does not store.
+def export_problem(
+    module: Format, args: ModelArgs, metadata: ModelMetadata | None, tokenizer: Tokenizer | None
+) -> str | None:
+    """Why a format cannot store a model with its tokenizer, or None if it can.
 
-    Raises ValueError if its readers would misuse the model without that.
+    Args:
+        module: the format.
+        args: of the model.
+        metadata: of the model, from its files.
+        tokenizer: of the model.
     """
+    if reason := module.unsupported_reason(args):
+        return reason
+    if module in UNPADDED and tokenizer and tokenizer.vocab_size != args.vocab_size:
+        return (
+            f"readers of {UNPADDED[module]} need one embedding for each token, but this model has "
+            f"{args.vocab_size} embeddings and {tokenizer.vocab_size} tokens; "
+            "use --format=hf, gguf or ckpt"
+        )
+    try:
+        if metadata:
+            module.check_metadata(complete(metadata, tokenizer), tokenizer)
+        if module is llama2c and tokenizer:
+            tokenizer.to_bin()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def list_lost_metadata(model: LazyModel, module: Format) -> list[str]:
+    """The names of what the files of a model say and a format does not store."""
     metadata = model.read_metadata()
     if metadata is None:
         return []
     tokenizer = model.read_tokenizer()
-    try:
-        lost = module.check_metadata(model.metadata(tokenizer), tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return [*lost, *metadata.unread]
-
-
-def check_unpadded(model: LazyModel, path: str, target: str) -> None:
-    """Raise ValueError if a model does not have one embedding for each token of its tokenizer."""
-    tokenizer = model.read_tokenizer()
-    if tokenizer and tokenizer.vocab_size != model.args.vocab_size:
-        raise ValueError(
-            f"{path}: readers of {target} need one embedding for each token, but this model has "
-            f"{model.args.vocab_size} embeddings and {tokenizer.vocab_size} tokens; "
-            "use --format=hf, gguf or ckpt"
-        )
+    return [*module.check_metadata(complete(metadata, tokenizer), tokenizer), *metadata.unread]
 
 
 def export_dtype(requested: str, target: str, supported: tuple[str, ...], model: LazyModel) -> str:

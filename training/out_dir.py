@@ -19,6 +19,7 @@ from checkpoints.latest import (
 )
 from checkpoints.links import link_checkpoint, remove_checkpoint
 from formats import llama2c
+from formats.writer import export_problem
 from runtime.atomic_files import run_lock
 from runtime.untrusted import clip
 from training.parallel import is_sharded
@@ -66,8 +67,8 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
     if is_sharded(run.model):
         best = run.path("best.dcp")
         print(f"checkpoints are sharded; export one with: python export.py model.bin --from={best}")
-    elif reason := llama2c.unsupported_reason(run.model.args):
-        print(f"no model.bin is written: {reason}")
+    elif problem := export_problem(llama2c, run.model.args, run.metadata, run.tokenizer):
+        print(f"no model.bin is written: {problem}")
 
 
 def start_wandb(config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.latest import load_latest
 from formats.lazy_model import LazyModel
-from formats.registry import open_model
+from formats.registry import known_tokenizer, open_model
 from model import ModelArgs
 from runtime.untrusted import describe_value
 from training.optim import load_optimizer
@@ -84,11 +84,8 @@ def open_pretrained(config: Any, overrides: Mapping[str, str]) -> StartPoint:
 def architecture_options(pretrained: LazyModel) -> ModelArgs:
     """The args of a pretrained model, with the vocab_size of its tokenizer, which names the folder
     of the tokens. It is smaller than the model's if the embedding is padded."""
-    try:
-        tokenizer = pretrained.read_tokenizer() if pretrained.contains_tokenizer else None
-    except ValueError:  # a vocabulary that cannot be read
-        tokenizer = None
-    if tokenizer is None or tokenizer.min_embeddings > pretrained.args.vocab_size:
+    tokenizer = known_tokenizer(pretrained)
+    if tokenizer is None:
         return pretrained.args
     return dataclasses.replace(pretrained.args, vocab_size=tokenizer.vocab_size)
 

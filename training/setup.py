@@ -16,6 +16,8 @@ from checkpoints.manager import CheckpointManager
 from formats import ckpt, llama2c
 from formats.lazy_model import LazyModel, from_state_dict
 from formats.model_metadata import ModelMetadata, configure_tokenizer, fine_tuned, to_json
+from formats.registry import known_tokenizer
+from formats.writer import export_problem
 from model import ModelArgs, Transformer, iter_initial_weights, parameter_shapes
 from runtime.device import pick_dtype
 from runtime.distributed import DistContext
@@ -160,24 +162,20 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def start_metadata(start: StartPoint, tokenizer: Tokenizer) -> ModelMetadata | None:
     """The metadata of the model to start with. Raises ValueError if it is damaged."""
+    metadata = None
     if start.checkpoint:
-        return ckpt.read_metadata(start.checkpoint.get(ckpt.METADATA_KEY), start.path)
-    if start.pretrained:
-        return fine_tuned(start.pretrained.read_metadata(), tokenizer)
-    return None
+        metadata = ckpt.read_metadata(start.checkpoint.get(ckpt.METADATA_KEY), start.path)
+    elif start.pretrained:
+        metadata = start.pretrained.read_metadata()
+    return fine_tuned(metadata, tokenizer)
 
 
 def best_exporter(
     out_dir: str, args: ModelArgs, metadata: ModelMetadata | None, tokenizer: Tokenizer
 ) -> Callable[[ModelArgs, dict[str, torch.Tensor]], None] | None:
     """A function (args, state dict) that writes model.bin; None where it cannot hold the model."""
-    if llama2c.unsupported_reason(args):
+    if export_problem(llama2c, args, metadata, tokenizer):
         return None
-    if metadata:
-        try:
-            llama2c.check_metadata(metadata, tokenizer)
-        except ValueError:  # its readers would not stop
-            return None
     return partial(export_model_bin, os.path.join(out_dir, "model.bin"))
 
 
@@ -228,14 +226,11 @@ def check_start_tokenizer(
 
 
 def pretrained_tokenizer_hash(pretrained: LazyModel) -> str | None:
-    """The hash of the tokenizer that a model was trained with, or of the one in or beside it."""
-    try:
-        tokenizer = pretrained.read_tokenizer() if pretrained.tokenizer_hash is None else None
-    except ValueError:  # a vocabulary that cannot be read
-        return None
-    if tokenizer and tokenizer.min_embeddings <= pretrained.args.vocab_size:
-        return tokenizer.hash
-    return pretrained.tokenizer_hash
+    """The hash of the tokenizer that a model was trained with, or None if it is not known."""
+    if pretrained.tokenizer_hash is not None:
+        return pretrained.tokenizer_hash
+    tokenizer = known_tokenizer(pretrained)
+    return tokenizer.hash if tokenizer else None
 
 
 def open_data(config: Any) -> Data:

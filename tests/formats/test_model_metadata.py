@@ -13,9 +13,12 @@ import pytest
 import torch
 import transformers
 
+from formats import meta
 from formats.ckpt import METADATA_KEY
 from formats.gguf_file import read_container
-from formats.lazy_model import from_model
+from formats.hugging_face_config import to_config
+from formats.hugging_face_metadata import is_generated_card, read_model_card
+from formats.lazy_model import LazyModel, from_model
 from formats.model_metadata import ModelMetadata, complete, from_json, to_json
 from formats.registry import load_model, open_model
 from formats.writer import write_model
@@ -23,6 +26,8 @@ from generation.streaming import generate
 from tests.formats.test_gguf import llama_cpp  # noqa: F401  a fixture
 from tests.helpers import random_model, small_llama3_tokenizer, to_transformers
 from textdata.tokenizer import Tokenizer
+from training.resume import StartPoint
+from training.setup import start_metadata
 
 PROMPT = "Once upon a time"
 TEMPLATE = (
@@ -290,6 +295,49 @@ def test_metadata_survives_every_format(targets, chat_model, tmp_path):
     assert comparable(path) == expected
 
 
+def with_metadata(tokenizer: Tokenizer, **values) -> LazyModel:
+    """A small model whose files say this."""
+    metadata = ModelMetadata(**values)
+    model = from_model(random_model(), tokenizer=tokenizer)
+    return dataclasses.replace(model, read_metadata=lambda: metadata)
+
+
+@pytest.mark.parametrize(
+    "name", ["Tiny model", "A: b", 'say "a"', "#1", "a\nlicense: mit", "true", "Straße 😀"]
+)
+def test_the_name_survives_a_hugging_face_folder(name, tokenizer, tmp_path):
+    """GGUF to Hugging Face to GGUF lost general.name; a line break began another key."""
+    texts = {"name": name, "license": "other", "license_name": name, "license_link": "https://a.b"}
+    path = str(tmp_path / "first.gguf")
+    assert write_model(with_metadata(tokenizer, **texts), path, "gguf") == []
+    for target in ("hf", "gguf"):
+        again = open_model(exported(path, tmp_path, target)).read_metadata()
+        assert {key: getattr(again, key) for key in texts} == texts
+    card = (tmp_path / "as-hf" / "README.md").read_text()
+    assert len(card.splitlines()) == 6 and is_generated_card(str(tmp_path / "as-hf" / "README.md"))
+
+
+@pytest.mark.parametrize("value, expected", [("mit", "mit"), ("'a b'", "a b"), ('"a b"', "a b")])
+def test_a_model_card_may_quote_its_values(value, expected, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nmodel_name: {value}\n---\n")
+    assert read_model_card(str(tmp_path)) == {"name": expected}
+
+
+@pytest.mark.parametrize("target", ["v0", "meta"])
+def test_plain_formats_name_padding_name_and_license(target, tokenizer, tmp_path):
+    """Name, padding token and two parts of the license were lost without a word."""
+    texts = {"name": "N", "license": "other", "license_name": "L", "license_link": "K"}
+    model = with_metadata(tokenizer, pad_id=0, stop_ids=(1, 2), **texts)
+    lost = write_model(model, str(tmp_path / "out" / "m"), target)
+    assert lost[1:] == [
+        "padding token 0",
+        "name N",
+        "license other",
+        "license_name L",
+        "license_link K",
+    ]
+
+
 def test_transformers_reads_everything_from_an_export(chat_model, tmp_path):
     path = exported(chat_model.save(), tmp_path, "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -410,10 +458,39 @@ def test_what_a_plain_format_loses_is_named(target, plain_model, tmp_path, run_s
     result = run_script("export.py", tmp_path / "out" / "m", *options)
     assert result.returncode == 0, result.stderr
     (note,) = [line for line in result.stdout.splitlines() if line.startswith("note:")]
+    chat_only = "end of text at token 2 (run.c ends there in chat mode only); "
     assert note == (
-        f"note: {target} does not store: end of text at token 350; chat template; generation "
-        "defaults (do_sample, repetition_penalty, temperature, top_p); add_bos_token=false"
+        f"note: {target} does not store: {chat_only if target == 'v0' else ''}end of text at token "
+        "350; chat template; generation defaults (do_sample, repetition_penalty, temperature, "
+        "top_p); add_bos_token=false"
     )
+
+
+@pytest.mark.parametrize(
+    "target, stop_ids, expected",
+    [
+        ("v0", [1, 2], ["end of text at token 2 (run.c ends there in chat mode only)"]),
+        ("v0", [2], ["end of text at token 2 (run.c ends there in chat mode only)"]),
+        ("v2", [1], []),
+        ("meta", [1, 2], ["end of text at token 1 (Meta's code does not end there)"]),
+        ("meta", [1], ["end of text at token 1 (Meta's code does not end there)"]),
+        ("meta", [2], []),
+    ],
+)
+def test_stop_ids_that_readers_ignore_are_named(target, stop_ids, expected, plain_model, tmp_path):
+    """run.c's samples end at token 1 only, Meta's code at EOS only; the notes said otherwise."""
+    change_stop_ids(plain_model, stop_ids)
+    lost = write_model(open_model(plain_model.path), str(tmp_path / "out" / "m"), target)
+    assert [text for text in lost if text.startswith("end of text")] == expected
+
+
+def test_llama3_models_stop_at_their_turns_in_metas_code(tmp_path):
+    """BOS ends a text of a fine-tuned model, but not in Meta's code."""
+    tokenizer = small_llama3_tokenizer()
+    ids = (tokenizer.eos_id, tokenizer.special_id("<|eot_id|>"), tokenizer.bos_id)
+    metadata = ModelMetadata(stop_ids=ids)
+    (lost,) = meta.check_metadata(metadata, tokenizer)
+    assert lost == f"end of text at token {ids[2]} (Meta's code does not end there)"
 
 
 @pytest.mark.parametrize("target", ["v0", "v2", "meta"])
@@ -422,6 +499,21 @@ def test_a_plain_format_that_would_never_stop_is_refused(target, plain_model, tm
     with pytest.raises(ValueError, match="ends a text with token 350, so its readers would not"):
         exported(plain_model.path, tmp_path, target)
     assert not list(tmp_path.glob("as-*/*"))
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        ({"bos_id": 0, "eos_id": 0, "stop_ids": (0, 2)}, [0, 2]),
+        ({"bos_id": 0, "eos_id": 0, "stop_ids": (0,)}, 0),
+        ({"bos_id": 1, "eos_id": 2, "stop_ids": (2, 1)}, 2),
+        ({"bos_id": 1, "eos_id": 2, "stop_ids": (1,)}, 1),
+    ],
+)
+def test_config_json_keeps_an_eos_that_is_also_bos(ids, expected):
+    """SmolLM: <|endoftext|> is BOS and EOS. config.json left it out beside another stop id."""
+    config = to_config(random_model().args, "float32", ModelMetadata(**ids))
+    assert config["eos_token_id"] == expected
 
 
 def test_an_edited_model_card_is_not_overwritten(chat_model, tmp_path):
@@ -493,6 +585,16 @@ def test_a_fine_tuned_model_keeps_its_metadata(
     assert again.returncode == 0, again.stderr
     assert comparable(str(out_dir / "ckpt.pt")) == expected
     assert load_model(str(out_dir / "ckpt.pt"))[1].stop_ids == {stop, 2, 1}
+
+
+def test_a_resumed_export_also_stops_at_bos(tokenizer, tmp_path):
+    """An exported checkpoint that training continues did not get BOS as a stop id."""
+    metadata = to_json(ModelMetadata(stop_ids=(2,)))
+    start = StartPoint("ckpt.pt", {METADATA_KEY: metadata})
+    assert start_metadata(start, tokenizer).stop_ids == (2, 1)
+    start.checkpoint[METADATA_KEY] = to_json(start_metadata(start, tokenizer))
+    assert start_metadata(start, tokenizer).stop_ids == (2, 1)
+    assert start_metadata(StartPoint("ckpt.pt", {}), tokenizer) is None
 
 
 # Models of neighbouring projects

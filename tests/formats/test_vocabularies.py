@@ -2,6 +2,7 @@
 Vocabularies of Hugging Face folders: the ids of transformers, in every format that stores them.
 """
 
+import dataclasses
 import json
 import random
 import shutil
@@ -11,12 +12,16 @@ import torch
 import transformers
 
 from export import main as export
+from formats.lazy_model import from_model
+from formats.model_metadata import ModelMetadata
 from formats.registry import checked_tokenizer, load_model, open_model
 from formats.writer import write_model
 from generation.streaming import generate
-from tests.helpers import random_slices
+from tests.helpers import random_model, random_slices
 from tests.hf_folders import TOKENIZERS, save_folder
 from textdata.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from training.resume import architecture_options
+from training.setup import best_exporter, pretrained_tokenizer_hash
 
 PARTS = ["é", " ", "  ", "[DOMAIN]", " Lily", "the cat", "日本", "😀", "a", "\n", "1", "12", " the"]
 
@@ -208,7 +213,7 @@ def test_special_tokens_without_an_embedding_are_no_obstacle(hf_folder, tmp_path
 
 def test_a_padded_model_is_fine_tuned(hf_folder, stories, run_script, tmp_path):
     """The advice led in a circle: --vocab_size of the data, then --vocab_size of the model."""
-    folder = hf_folder("metaspace", padding=40)
+    folder = hf_folder("metaspace", padding=40, rms_norm_eps=1e-5)
     vocab_size = open_model(folder).read_tokenizer().vocab_size
     (tmp_path / "text.txt").write_text("\n".join(stories[:40]), encoding="utf-8")
     tokenizer = f"--tokenizer={folder}/tokenizer.json"
@@ -219,12 +224,58 @@ def test_a_padded_model_is_fine_tuned(hf_folder, stories, run_script, tmp_path):
     assert result.returncode == 0, result.stderr
     options = ["--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1"]
     options += ["--compile=False", "--device=cpu", "--dtype=float32", "--warmup_iters=1"]
-    train = ["train.py", f"--init_from={folder}", "--max_iters=2", "--data_dir=data/text", *options]
-    result = run_script(*train, cwd=tmp_path)
+    options += ["--max_iters=2", "--data_dir=data/text"]
+    result = run_script("train.py", f"--init_from={folder}", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "no model.bin is written: readers of model.bin need one embedding" in result.stdout
+    assert not (tmp_path / "out" / "model.bin").exists()
     saved = load_tokenizer(str(tmp_path / "out" / "tokenizer.json"))
     assert isinstance(saved, HuggingFaceTokenizer) and saved.vocab_size == vocab_size
     result = run_script("train.py", "--init_from=resume", "--max_iters=3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     result = run_script("sample.py", "--max_new_tokens=5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    for more in ([], [f"--vocab_size={vocab_size}"]):  # the checkpoint of a padded model
+        command = ["train.py", "--init_from=out/ckpt.pt", "--out_dir=again", *options, *more]
+        result = run_script(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "ckpt"])
+def test_the_data_of_a_padded_model_has_its_tokens(target, hf_folder, tmp_path):
+    """A checkpoint of 552 embeddings and 512 tokens was trained with data in tok552."""
+    model = open_model(hf_folder("metaspace", padding=40))
+    tokenizer = model.read_tokenizer()
+    path = str(tmp_path / f"model.{target}")
+    write_model(model, path, target)
+    again = open_model(path)
+    assert architecture_options(again).vocab_size == tokenizer.vocab_size
+    assert pretrained_tokenizer_hash(again) == tokenizer.hash
+
+
+def test_a_smaller_tokenizer_beside_a_model_is_not_its_own(hf_folder, tokenizer_path, tmp_path):
+    """Fine-tuning was refused: the model "was trained with another tokenizer"."""
+    path = str(tmp_path / "model.bin")
+    write_model(from_model(random_model(vocab_size=600)), path, "v0")
+    write_model(from_model(random_model(vocab_size=512)), str(tmp_path / "same.bin"), "v0")
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
+    model = open_model(path)
+    assert pretrained_tokenizer_hash(model) is None
+    assert architecture_options(model).vocab_size == 600
+    model = dataclasses.replace(model, tokenizer_hash="another")
+    assert pretrained_tokenizer_hash(model) == "another"
+    same = open_model(str(tmp_path / "same.bin"))
+    assert pretrained_tokenizer_hash(same) == same.read_tokenizer().hash
+
+
+def test_a_run_writes_only_a_model_bin_with_readers(hf_folder, tokenizer):
+    """A run wrote model.bin for a padded model, and where there can be no tokenizer.bin."""
+    args = random_model().args
+    assert best_exporter("out", args, None, tokenizer)
+    padded = dataclasses.replace(args, vocab_size=576)
+    assert best_exporter("out", padded, None, tokenizer) is None
+    foreign = open_model(hf_folder("metaspace")).read_tokenizer()
+    fitting = dataclasses.replace(args, vocab_size=foreign.vocab_size)
+    assert best_exporter("out", fitting, None, foreign) is None
+    assert best_exporter("out", args, ModelMetadata(stop_ids=(350,)), tokenizer) is None
+    assert best_exporter("out", args, ModelMetadata(stop_ids=(2,)), tokenizer)

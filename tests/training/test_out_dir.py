@@ -10,9 +10,10 @@ from checkpoints.file import load_checkpoint, save_checkpoint
 from checkpoints.latest import load_latest, read_step
 from checkpoints.manager import CheckpointManager
 from checkpoints.sharded import write_single_rank
+from formats.model_metadata import ModelMetadata
 from runtime.distributed import DistContext
 from tests import helpers
-from tests.helpers import make_checkpoint
+from tests.helpers import make_checkpoint, small_llama3_tokenizer
 from training.metrics import MetricsLogger
 from training.out_dir import (
     adopt_checkpoint,
@@ -179,6 +180,8 @@ def fake_run(out_dir, init_from: str, step: int = 0) -> types.SimpleNamespace:
         config=types.SimpleNamespace(out_dir=str(out_dir), init_from=init_from, wandb_log=False),
         state=TrainState(iter_num=step),
         model=random_model(),
+        metadata=None,
+        tokenizer=None,
         metrics=MetricsLogger(str(out_dir)),
         checkpoints=manager,
         path=lambda name: os.path.join(out_dir, name),
@@ -195,6 +198,28 @@ def test_new_run_archives_what_a_killed_replacement_left(tmp_path):
     prepare_out_dir(fake_run(tmp_path, "scratch"), StartPoint())
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "previous1", "tokenizer.model"]
     assert os.listdir(tmp_path / "previous1") == ["ckpt.dcp"]
+
+
+@pytest.mark.parametrize(
+    "vocab_size, changes, reason",
+    [
+        (512, {"metadata": ModelMetadata(stop_ids=(350,))}, "ends a text with token 350"),
+        (576, {}, "576 embeddings and 512 tokens"),
+        (None, {"tokenizer": small_llama3_tokenizer()}, "tokenizer.bin cannot hold"),
+        (512, {}, None),
+    ],
+)
+def test_run_says_why_it_writes_no_model_bin(
+    vocab_size, changes, reason, tokenizer, tmp_path, capsys
+):
+    """Only an architecture that model.bin cannot store was reported."""
+    run = fake_run(tmp_path, "scratch")
+    vars(run).update({"tokenizer": tokenizer, **changes})
+    run.model = random_model(vocab_size=vocab_size or run.tokenizer.vocab_size)
+    prepare_out_dir(run, StartPoint())
+    printed = capsys.readouterr().out
+    assert ("no model.bin is written: " in printed) is (reason is not None)
+    assert (reason or "") in printed
 
 
 def test_resumed_run_finds_a_complete_folder(tmp_path):
