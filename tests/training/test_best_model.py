@@ -1,5 +1,6 @@
 """A resumed run never replaces the best model by a worse one."""
 
+import errno
 import math
 import os
 import shutil
@@ -167,6 +168,22 @@ def test_damaged_best_checkpoint_is_renamed(damage, tmp_path):
     run = fake_run(tmp_path)
     restore_best(run)
     assert run.state.best_val_loss == math.inf and (tmp_path / "best.damaged").exists()
+
+
+def test_best_checkpoint_stays_after_a_transient_error(tmp_path, monkeypatch):
+    """It was renamed, and an earlier best.damaged was deleted."""
+
+    def fail(*args, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_best(tmp_path / "best.pt", 1.5)
+    (tmp_path / "best.damaged").write_bytes(b"earlier")
+    with monkeypatch.context() as context:
+        context.setattr(torch, "load", fail)
+        with pytest.raises(OSError, match=r"Input/output error: .*best\.pt"):
+            restore_best(fake_run(tmp_path))
+    assert (tmp_path / "best.damaged").read_bytes() == b"earlier"
+    assert read_best_record(str(tmp_path / "best.pt")).loss == 1.5
 
 
 def test_kept_best_models_of_one_step_get_different_names(tmp_path):
