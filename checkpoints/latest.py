@@ -105,7 +105,7 @@ class BestRecord(NamedTuple):
     loss: float  # nats per token
     eval_hash: str  # of the windows that it was measured on; "" in older checkpoints
     config: dict  # the options of the run
-    step: int  # of the checkpoint
+    step: int | None  # of the best model; None if it is not known
 
 
 def read_best_record(path: str) -> BestRecord | None:

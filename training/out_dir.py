@@ -27,7 +27,7 @@ from training.state import TrainingRun
 
 # The names of the files that a run writes.
 RUN_FILE_PATTERN = (
-    r"(ckpt\w*|best(_\d+)*)\.(pt|dcp)|model(_\d+)*\.bin|loss\.png|metrics\.jsonl"
+    r"(ckpt\w*|best(_\d+)*)\.(pt|dcp)|model(_earlier)?(_\d+)*\.bin|loss\.png|metrics\.jsonl"
     r"|tokenizer(_config)?\.\w+"
 )
 UNFINISHED = ".partial"  # the suffix of an archive to which files are still being moved
