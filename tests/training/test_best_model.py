@@ -212,7 +212,7 @@ def test_kept_model_bin_alone_has_no_step_in_its_name(tmp_path):
     assert (tmp_path / "model_earlier.bin").read_bytes() == b"first"
     assert (tmp_path / "model_earlier_2.bin").read_bytes() == b"second"
     assert not list(tmp_path.glob("model_0*"))
-    archive_previous_run(str(tmp_path))
+    archive_previous_run(str(tmp_path), {})
     assert os.listdir(tmp_path) == ["previous1"]
 
 
