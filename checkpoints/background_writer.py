@@ -1,9 +1,10 @@
 """Writes files in a background thread, and retries what could not be written."""
 
 import os
-import threading
 import time
 from collections.abc import Callable
+
+from runtime.threads import JoinableThread
 
 RETRY_SECONDS = 30.0  # between attempts after a failed write
 
@@ -18,9 +19,7 @@ class BackgroundWriter:
         """retries_alone: retry between saves. False where several processes write together."""
         self.retries_alone = retries_alone
         self.pending: dict[str, Callable[[], None]] = {}  # path -> the job that writes it
-        # Thread.join interrupted by Ctrl-C takes a running thread for a finished one (Python 3.11).
-        self.is_idle = threading.Event()
-        self.is_idle.set()
+        self.thread: JoinableThread | None = None  # the latest that was started
         self.is_cancelled = False
         self.failure: OSError | None = None  # of the last attempt
         self.error: Exception | None = None  # one that a retry cannot mend
@@ -36,18 +35,14 @@ class BackgroundWriter:
         self._start()
 
     def _start(self) -> None:
-        self.is_idle.clear()
-        try:
-            threading.Thread(target=self._run).start()
-        except RuntimeError:  # the system allows no more threads
-            self.is_idle.set()
-            raise
+        thread = JoinableThread(target=self._write_pending)
+        thread.start()  # raises RuntimeError if the system allows no more threads
+        self.thread = thread
 
-    def _run(self) -> None:
-        try:
-            self._write_pending()
-        finally:
-            self.is_idle.set()
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job runs."""
+        return self.thread is None or self.thread.has_returned.is_set()
 
     def _write_pending(self) -> None:
         was_failing = self.failure is not None
@@ -73,8 +68,9 @@ class BackgroundWriter:
         self.last_attempt = time.monotonic()
 
     def join(self) -> None:
-        """Wait until no job runs."""
-        self.is_idle.wait()
+        """Wait until no job runs and the thread has ended."""
+        if self.thread:
+            self.thread.join()
 
     def cancel(self) -> None:
         """Start no further job. The one that runs is completed; join waits for it."""
@@ -91,7 +87,7 @@ class BackgroundWriter:
         """The messages since the last call; starts a retry when it is due.
 
         Raises as wait_or_raise."""
-        if self.is_idle.is_set():
+        if self.is_idle:
             self.wait_or_raise()
             is_due = time.monotonic() - self.last_attempt > RETRY_SECONDS
             if self.failure and self.retries_alone and is_due:

@@ -48,7 +48,15 @@ UNREADABLE = (
     zlib.error,
 )
 # An OSError with one of these numbers says nothing about the content of the file.
-TRANSIENT_ERRNOS = {errno.EIO, errno.EACCES, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO)}
+TRANSIENT_ERRNOS = {
+    errno.EIO,
+    errno.EACCES,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ETIMEDOUT,
+    getattr(errno, "ESTALE", errno.EIO),
+}
 TIED_WEIGHTS_MISMATCH = (
     "the weights do not fit the model: tie_embeddings is set, "
     "but output.weight differs from tok_embeddings.weight"
@@ -209,11 +217,26 @@ def read_hashed(path: str, mmap: bool = False) -> Any:
 
 
 def as_value_error(path: str, error: BaseException) -> BaseException:
-    """A ValueError that calls the file damaged; a transient error of the system unchanged."""
-    is_transient = getattr(error, "errno", None) in TRANSIENT_ERRNOS
-    if is_transient or "can't allocate memory" in str(error):
+    """A ValueError that calls the file damaged; or a transient error of the system, with a path."""
+    if "can't allocate memory" in str(error):
         return error
+    number = transient_errno(error)
+    if number and getattr(error, "filename", None):
+        return error
+    if number:
+        return OSError(number, os.strerror(number), path)
     return ValueError(f"{path}: damaged or not a checkpoint ({describe_load_error(error)})")
+
+
+def transient_errno(error: BaseException) -> int | None:
+    """The number of a transient error of the system, or None for any other error.
+
+    PyTorch writes the number into the text of a RuntimeError."""
+    number = getattr(error, "errno", None)
+    match = re.search(r": ([^:]+) \((\d{1,3})\)$", str(error))
+    if isinstance(error, RuntimeError) and match and match[1] == os.strerror(int(match[2])):
+        number = int(match[2])
+    return number if number in TRANSIENT_ERRNOS else None
 
 
 def describe_load_error(error: BaseException) -> str:

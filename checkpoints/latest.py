@@ -14,7 +14,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from checkpoints.file import UNREADABLE, is_sharded_checkpoint, load_checkpoint, read_hashed
+from checkpoints.file import (
+    UNREADABLE,
+    as_value_error,
+    is_sharded_checkpoint,
+    load_checkpoint,
+    read_hashed,
+)
 from checkpoints.safe_load import safe_load
 
 LATEST_NAMES = ("ckpt.pt", "ckpt.dcp")
@@ -53,8 +59,8 @@ def numbered_checkpoints(out_dir: str) -> list[str]:
 def latest_path(out_dir: str) -> str:
     """The path of the latest checkpoint, or where it would be.
 
-    Where a file and a folder have that name, it is the one of the higher step. One that cannot be
-    read counts as the highest, so that its damage is reported and not passed over."""
+    Where a file and a folder have that name, it is the one of the higher step. A damaged one
+    counts as the highest, so that its damage is reported and not passed over."""
     paths = [os.path.join(out_dir, name) for name in LATEST_NAMES]
     existing = [path for path in paths if os.path.lexists(path)]
     if len(existing) < 2:
@@ -74,13 +80,23 @@ def open_checkpoint(path: str) -> dict:
 
 
 def read_step(path: str) -> int:
-    """The step that a checkpoint holds, read without its tensors; -1 if it cannot be read."""
+    """The step that a checkpoint holds, read without its tensors; -1 if it is damaged or missing.
+
+    Raises OSError for a transient error of the system."""
     file = os.path.join(path, "run.pt") if os.path.isdir(path) else path
     try:
         content = safe_load(file, "meta")
         return int(content["iter_num"])
-    except UNREADABLE:
+    except UNREADABLE as error:
+        raise_transient(file, error)
         return -1
+
+
+def raise_transient(path: str, error: BaseException) -> None:
+    """Raise an error that says nothing about the content of the file, with its path."""
+    reason = as_value_error(path, error)
+    if not isinstance(reason, ValueError):
+        raise reason from error
 
 
 class BestRecord(NamedTuple):
@@ -89,13 +105,14 @@ class BestRecord(NamedTuple):
     loss: float  # nats per token
     eval_hash: str  # of the windows that it was measured on; "" in older checkpoints
     config: dict  # the options of the run
-    step: int  # of the checkpoint
+    step: int | None  # of the best model; None if it is not known
 
 
 def read_best_record(path: str) -> BestRecord | None:
     """The record in a checkpoint, whose hash is verified; None if it is damaged.
 
-    The tensors are mapped, not loaded."""
+    The tensors are mapped, not loaded. Raises OSError for a transient error of the system: then
+    the file may be good."""
     try:
         content = open_checkpoint(path) if os.path.isdir(path) else read_hashed(path, mmap=True)
         return BestRecord(
@@ -104,7 +121,8 @@ def read_best_record(path: str) -> BestRecord | None:
             dict(content.get("config", {})),
             int(content["iter_num"]),
         )
-    except UNREADABLE:
+    except UNREADABLE as error:
+        raise_transient(path, error)
         return None
 
 

@@ -199,7 +199,7 @@ class CheckpointManager:
     def cancel(self) -> bool:
         """Write nothing but the file that is being written; returns whether there is one."""
         self.writer.cancel()
-        return not self.writer.is_idle.is_set()
+        return not self.writer.is_idle
 
     def flush(self) -> None:
         """Write the pending jobs. Raises ValueError if that fails."""

@@ -5,6 +5,8 @@ The order of training is a pure function of (seed, position): the sequence at po
 is the same for any number of processes, restarts and micro-batches. It takes no memory.
 """
 
+import atexit
+import functools
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,10 +15,12 @@ import numpy as np
 import torch
 
 from runtime.hashing import splitmix64
+from runtime.threads import JoinableThread
 from textdata.token_shards import TokenDataset
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets
 POLL_INTERVAL = 0.1  # seconds between checks whether the reader of a full queue is to stop
+STOP_SECONDS = 10.0  # to wait for a reader that is to stop; a network drive may hang for longer
 
 
 def feistel_permute(index: int, count: int, key: int) -> int:
@@ -101,11 +105,17 @@ def prefetch(
     batches: Iterable[tuple[torch.Tensor, ...]], device: str, ahead: int = 4
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the batches on the device. A thread reads and copies up to `ahead` batches while the
-    device computes. An exception while reading is raised where the batch is requested."""
+    device computes. An exception while reading is raised where the batch is requested.
+
+    The thread ends with the generator, or before the process does: PyTorch aborts the process if
+    the interpreter ends while a thread is in its code."""
     ready: queue.Queue[tuple[torch.Tensor, ...] | BaseException | None] = queue.Queue(ahead)
     stop = threading.Event()
-    reader = threading.Thread(target=read_batches, args=(batches, device, ready, stop), daemon=True)
+    read = functools.partial(read_batches, batches, device, ready, stop)
+    reader = JoinableThread(target=read, daemon=True)
     reader.start()
+    stop_reader = functools.partial(stop_thread, reader, stop)
+    atexit.register(stop_reader)  # an exception's traceback may keep the generator open
     try:
         while True:
             item = ready.get()
@@ -115,7 +125,14 @@ def prefetch(
                 raise item
             yield item
     finally:
-        stop.set()
+        stop_reader()
+        atexit.unregister(stop_reader)
+
+
+def stop_thread(thread: JoinableThread, stop: threading.Event) -> None:
+    """Set stop and wait until the thread has ended, for at most STOP_SECONDS."""
+    stop.set()
+    thread.join(STOP_SECONDS)
 
 
 def read_batches(

@@ -2,7 +2,7 @@
 
 A loss is compared only with losses on the same windows. Where a resumed run evaluates on others,
 the earlier best model stays beside the new one: best.pt of step 200 as best_000200.pt, model.bin
-as model_000200.bin.
+as model_000200.bin. A model.bin whose step is not known stays as model_earlier.bin.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def find_best_loss(run: TrainingRun) -> float:
     run.checkpoints.has_best = bool(records)
     others = [path for path, record in records.items() if not is_comparable(run, record)]
     if others:
-        kept = [keep_under_step(path, records[path].step) for path in others]
+        kept = [keep_beside(path, records[path].step) for path in others]
         run.log(
             f"the validation windows are not those that chose {', '.join(others)}: the next best "
             f"model replaces it, and it stays as {', '.join(kept)}"
@@ -45,7 +45,7 @@ def best_records(run: TrainingRun) -> dict[str, BestRecord]:
     """The best models in the output folder by their paths. Damaged checkpoints are renamed.
 
     A model.bin records nothing. If it is all that is left of the best model, the latest checkpoint
-    records its loss."""
+    records its loss, but not its step. Raises OSError for a transient error of the system."""
     records = {}
     for path in map(run.path, BEST_NAMES):
         if not os.path.lexists(path):
@@ -59,8 +59,10 @@ def best_records(run: TrainingRun) -> dict[str, BestRecord]:
     model_bin = run.path("model.bin")
     if not os.path.exists(model_bin):
         return records
-    source = next(iter(records), latest_path(run.config.out_dir))
-    record = read_best_record(source)
+    record = next(iter(records.values()), None)
+    if record is None:
+        latest = read_best_record(latest_path(run.config.out_dir))
+        record = latest._replace(step=None) if latest else None
     return records | ({model_bin: record} if record else {})
 
 
@@ -83,14 +85,15 @@ def eval_options(run: TrainingRun, config: dict) -> tuple[str, list[int]]:
     return os.path.realpath(config["data_dir"]), indices
 
 
-def keep_under_step(path: str, step: int) -> str:
-    """Give a file of the best model a second name with its step; returns that path.
+def keep_beside(path: str, step: int | None) -> str:
+    """Give a file of the best model a second name, with its step if that is known.
 
-    The first name is overwritten only when there is a new best model."""
+    Returns the second path. The first name is overwritten only when there is a new best model."""
     stem, suffix = os.path.splitext(path)
+    label = "earlier" if step is None else f"{step:06d}"
     for number in itertools.count(1):
-        copy_of_step = f"_{number}" if number > 1 else ""
-        kept = f"{stem}_{step:06d}{copy_of_step}{suffix}"
+        copy_number = f"_{number}" if number > 1 else ""
+        kept = f"{stem}_{label}{copy_number}{suffix}"
         if not os.path.exists(kept) or same_checkpoint(path, kept):
             break
     link_checkpoint(path, kept)

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpoints.latest import (
@@ -18,7 +18,7 @@ from checkpoints.latest import (
     step_path,
 )
 from checkpoints.links import link_checkpoint, remove_checkpoint
-from formats import llama2c
+from formats import hugging_face, llama2c, meta
 from formats.writer import export_problem
 from runtime.atomic_files import run_lock
 from runtime.untrusted import clip
@@ -28,7 +28,7 @@ from training.state import TrainingRun
 
 # The names of the files that a run writes.
 RUN_FILE_PATTERN = (
-    r"(ckpt\w*|best(_\d+)*)\.(pt|dcp)|model(_\d+)*\.bin|loss\.png|metrics\.jsonl"
+    r"(ckpt\w*|best(_\d+)*)\.(pt|dcp)|model(_earlier)?(_\d+)*\.bin|loss\.png|metrics\.jsonl"
     r"|tokenizer(_config)?\.\w+"
 )
 UNFINISHED = ".partial"  # the suffix of an archive to which files are still being moved
@@ -38,16 +38,37 @@ UNFINISHED = ".partial"  # the suffix of an archive to which files are still bei
 def lock_out_dir(config: Any) -> Iterator[None]:
     """Lock and repair the output folder, in the process that writes to it, during the block.
 
-    Raises ValueError if another process holds the lock, or if there is nothing to resume."""
+    Raises ValueError if another process holds the lock, if there is nothing to resume, or if a new
+    run would write to the folder of a pretrained model."""
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main or config.eval_only or config.debug_step is not None:
         yield
         return
     if config.init_from == "resume" and not os.path.isdir(config.out_dir):
         raise no_checkpoint_error(config.out_dir)  # run_lock would make the folder
+    if not may_resume(config):
+        check_not_pretrained(config.out_dir)
     with run_lock(config.out_dir):
         repair_out_dir(config.out_dir)
         yield
+
+
+def may_resume(config: Any) -> bool:
+    """Whether the run continues the one in its output folder, if its checkpoints are intact."""
+    if config.init_from != "auto":
+        return config.init_from == "resume"
+    names = [os.path.basename(path) for path in run_file_paths(config.out_dir)]
+    return any(name.endswith((".pt", ".dcp")) for name in names)
+
+
+def check_not_pretrained(out_dir: str) -> None:
+    """Raise ValueError if a folder is that of a model, whose tokenizer a run would overwrite."""
+    for module, name in ((hugging_face, "config.json"), (meta, "params.json")):
+        if module.matches(out_dir):
+            raise ValueError(
+                f"--out_dir={out_dir}: this is the folder of a pretrained model (it has {name}), "
+                "and a run overwrites the tokenizer in its folder; give another --out_dir"
+            )
 
 
 def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
@@ -59,7 +80,7 @@ def prepare_out_dir(run: TrainingRun, start: StartPoint) -> None:
     if config.wandb_log:
         start_wandb(config)
     if config.init_from != "resume":
-        archive_previous_run(config.out_dir)
+        archive_previous_run(config.out_dir, run.checkpoints.run_files)
     if start.path:
         adopt_checkpoint(config.out_dir, start, run.state.iter_num)
     run.metrics.open(run.state.iter_num)
@@ -99,13 +120,28 @@ def repair_out_dir(out_dir: str) -> None:
             move_run_files(out_dir, os.path.join(out_dir, name))
 
 
-def archive_previous_run(out_dir: str) -> None:
-    """Move the files of an earlier run to OUT_DIR/previousN, so that nothing overwrites them."""
-    names = map(os.path.basename, run_file_paths(out_dir))
-    if any(name.endswith((".pt", ".dcp")) or name == "model.bin" for name in names):
+def archive_previous_run(out_dir: str, run_files: Mapping[str, bytes]) -> None:
+    """Move the files of an earlier run to OUT_DIR/previousN, so that nothing overwrites them.
+
+    run_files: name -> content of what the new run writes first. A file of another content is also
+    a reason to move all of them."""
+    names = list(map(os.path.basename, run_file_paths(out_dir)))
+    has_model = any(name.endswith((".pt", ".dcp")) or name == "model.bin" for name in names)
+    if has_model or any(
+        name in names and not has_content(os.path.join(out_dir, name), content)
+        for name, content in run_files.items()
+    ):
         unfinished = f"{unused_archive(out_dir)}{UNFINISHED}"
         os.mkdir(unfinished)
         move_run_files(out_dir, unfinished)
+
+
+def has_content(path: str, content: bytes) -> bool:
+    """Whether a file has this content. Raises OSError."""
+    if os.path.getsize(path) != len(content):
+        return False
+    with open(path, "rb") as file:
+        return file.read() == content
 
 
 def move_run_files(out_dir: str, unfinished: str) -> None:
@@ -116,12 +152,16 @@ def move_run_files(out_dir: str, unfinished: str) -> None:
     moves = {
         path: os.path.join(unfinished, os.path.basename(path)) for path in run_file_paths(out_dir)
     }
-    if not any(map(os.path.lexists, moves.values())):
+    is_later_run = any(map(os.path.lexists, moves.values()))
+    folder = unfinished.removesuffix(UNFINISHED)
+    if not is_later_run:
         for path, target in moves.items():
             os.rename(path, target)
-    folder = unfinished.removesuffix(UNFINISHED)
     os.rename(unfinished, folder)
-    print(f"moved the earlier run in {out_dir} to {folder}")
+    if is_later_run:
+        print(f"{folder} holds files of an earlier run; those of a later run stay in {out_dir}")
+    else:
+        print(f"moved the earlier run in {out_dir} to {folder}")
 
 
 def run_file_paths(out_dir: str) -> list[str]:

@@ -42,14 +42,14 @@ def range_errors(config: Any) -> Iterator[str]:
 
 
 def warmup_note(config: Any) -> str | None:
-    """A sentence if the warm-up is not over before the last step: the learning rate then never
-    reaches its maximum."""
+    """A sentence if the warm-up is longer than the run: the learning rate then never reaches its
+    maximum, which is that of the warm-up's last step."""
     warmup, steps = config.warmup_iters, config.max_iters
-    if warmup < steps or config.learning_rate == 0:
+    if warmup <= steps or config.learning_rate == 0:
         return None
     last = config.learning_rate * steps / warmup
     return (
-        f"note: --warmup_iters={warmup} is not less than --max_iters={steps}, so the learning rate "
+        f"note: --warmup_iters={warmup} is more than --max_iters={steps}, so the learning rate "
         f"rises to {last:.3g} only, not to --learning_rate={config.learning_rate:g}; "
         f"a tenth of the steps is usual: --warmup_iters={max(1, steps // 10)}"
     )

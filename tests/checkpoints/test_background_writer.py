@@ -78,3 +78,27 @@ def test_later_job_replaces_a_pending_one_for_its_path(tmp_path):
     writer.submit({a: lambda: done.append("a")})
     writer.flush()
     assert done == ["b", "a"]
+
+
+def test_join_waits_until_the_thread_has_ended():
+    """It waited until the jobs were done; the thread went on for some instants."""
+    writer = BackgroundWriter()
+    started = set(threading.enumerate())
+    for _ in range(20):
+        writer.submit({"a": lambda: None})
+        writer.join()
+        assert set(threading.enumerate()) <= started and writer.is_idle
+
+
+def test_thread_that_cannot_start_leaves_the_writer_idle(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    writer = BackgroundWriter()
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            writer.submit({"a": lambda: None})
+    writer.join()
+    writer.flush()
+    assert writer.is_idle

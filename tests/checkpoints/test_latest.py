@@ -11,6 +11,7 @@ from checkpoints.latest import (
     latest_path,
     load_latest,
     numbered_checkpoints,
+    read_best_record,
     read_step,
     step_path,
 )
@@ -158,6 +159,21 @@ def test_step_of_an_unreadable_checkpoint_is_minus_one(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"no archive")
     (tmp_path / "ckpt.dcp").mkdir()
     assert read_step(str(tmp_path / "ckpt.pt")) == read_step(str(tmp_path / "ckpt.dcp")) == -1
+
+
+@pytest.mark.parametrize("read", [read_step, read_best_record])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_transient_error_is_not_taken_for_damage(number, read, tmp_path, monkeypatch):
+    """A good checkpoint was renamed to best.damaged."""
+
+    def fail(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    save_steps(tmp_path, [5], keep_checkpoints=1)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError) as raised:
+        read(str(tmp_path / "ckpt.pt"))
+    assert raised.value.errno == number and raised.value.filename == str(tmp_path / "ckpt.pt")
 
 
 def test_with_an_intact_latest_no_other_file_is_opened(tmp_path, monkeypatch):

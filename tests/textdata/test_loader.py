@@ -1,10 +1,14 @@
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 
+from tests.processes import ROOT
+from textdata import loader
 from textdata.loader import (
     epoch_index,
     evaluation_batches,
@@ -208,3 +212,40 @@ def test_prefetch_reads_few_batches_ahead_and_stops_when_closed():
     thread.join(20)
     assert not thread.is_alive()
     assert len(drawn) <= 5  # one given out, two ready, one in hand, and one asked for
+
+
+# A process that ends while a reader is computing, with a generator that nothing has closed.
+ENDS_WHILE_READING = f"""
+import itertools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from textdata.loader import prefetch
+torch.set_num_threads(1)
+batches = ((torch.ones(2_000_000).exp(),) for _ in itertools.count())
+reader = prefetch((batch[:1] for (batch,) in batches), "cpu", ahead=1_000_000)
+next(reader)
+sys.exit(3)
+"""
+
+
+def test_process_can_end_while_a_reader_computes():
+    """It ended in SIGABRT: "terminate called without an active exception"."""
+    command = [sys.executable, "-c", ENDS_WHILE_READING]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 3 and not result.stderr, result.stderr
+
+
+def test_reader_that_hangs_does_not_keep_the_process(monkeypatch):
+    """It may read from a network drive that does not answer."""
+    monkeypatch.setattr(loader, "STOP_SECONDS", 0.1)
+    released = threading.Event()
+
+    def hanging():
+        yield (torch.tensor([0]),)
+        released.wait(60)
+
+    reader = prefetch(hanging(), "cpu")
+    next(reader)
+    in_time(reader.close)
+    assert not released.is_set()
+    released.set()

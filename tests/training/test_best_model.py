@@ -1,5 +1,6 @@
 """A resumed run never replaces the best model by a worse one."""
 
+import errno
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.helpers import TINY_RUN, make_checkpoint, random_model
 from textdata.token_shards import TokenDataset
 from train import TrainConfig
 from training.best_model import is_comparable, restore_best, update_best
+from training.out_dir import archive_previous_run
 from training.state import TrainState
 
 WORSE = ("--max_iters=22", "--learning_rate=3", "--decay_lr=False", "--grad_clip=0")
@@ -169,6 +171,22 @@ def test_damaged_best_checkpoint_is_renamed(damage, tmp_path):
     assert run.state.best_val_loss == math.inf and (tmp_path / "best.damaged").exists()
 
 
+def test_best_checkpoint_stays_after_a_transient_error(tmp_path, monkeypatch):
+    """It was renamed, and an earlier best.damaged was deleted."""
+
+    def fail(*args, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_best(tmp_path / "best.pt", 1.5)
+    (tmp_path / "best.damaged").write_bytes(b"earlier")
+    with monkeypatch.context() as context:
+        context.setattr(torch, "load", fail)
+        with pytest.raises(OSError, match=r"Input/output error: .*best\.pt"):
+            restore_best(fake_run(tmp_path))
+    assert (tmp_path / "best.damaged").read_bytes() == b"earlier"
+    assert read_best_record(str(tmp_path / "best.pt")).loss == 1.5
+
+
 def test_kept_best_models_of_one_step_get_different_names(tmp_path):
     """The run returned to an older step and reached the step again."""
     for number in (1, 2):
@@ -181,6 +199,30 @@ def test_kept_best_models_of_one_step_get_different_names(tmp_path):
         "best_000007_2.pt",
     ]
     assert read_best_record(str(tmp_path / "best_000007.pt")).loss == 1.0
+
+
+def test_kept_model_bin_alone_has_no_step_in_its_name(tmp_path):
+    """It got the step of the latest checkpoint, which is not that of the best model."""
+    save_best(tmp_path / "ckpt.pt", 2.5, step=9)
+    for content in (b"first", b"second"):
+        (tmp_path / "model.bin").unlink(missing_ok=True)
+        (tmp_path / "model.bin").write_bytes(content)
+        for _ in range(2):  # the second start finds the name that the first one gave
+            restore_best(fake_run(tmp_path, eval_hash="b"))
+    assert (tmp_path / "model_earlier.bin").read_bytes() == b"first"
+    assert (tmp_path / "model_earlier_2.bin").read_bytes() == b"second"
+    assert not list(tmp_path.glob("model_0*"))
+    archive_previous_run(str(tmp_path), {})
+    assert os.listdir(tmp_path) == ["previous1"]
+
+
+@pytest.mark.parametrize("later", [9, 30])
+def test_kept_model_bin_has_the_step_of_the_best_checkpoint(later, tmp_path):
+    save_best(tmp_path / "best.pt", 1.5)
+    save_best(tmp_path / "ckpt.pt", 2.5, step=later)
+    (tmp_path / "model.bin").write_bytes(b"best")
+    restore_best(fake_run(tmp_path, eval_hash="b"))
+    assert {path.name for path in tmp_path.glob("*_*")} == {"best_000007.pt", "model_000007.bin"}
 
 
 def save(run, best: bool) -> None:

@@ -42,9 +42,9 @@ def last_save(data_dir, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    read_until(process, "| loss ")
+    output = read_until(process, "| loss ")
     process.send_signal(signal.SIGINT)
-    for _ in range(2):  # the first is of step 0
+    for _ in range(2 - output.count("ckpt.pt.")):  # the first is of step 0
         read_until(process, "ckpt.pt.")
     yield process
     process.kill()

@@ -14,10 +14,12 @@ from formats.model_metadata import ModelMetadata
 from runtime.distributed import DistContext
 from tests import helpers
 from tests.helpers import make_checkpoint, small_llama3_tokenizer
+from train import TrainConfig
 from training.metrics import MetricsLogger
 from training.out_dir import (
     adopt_checkpoint,
     archive_previous_run,
+    lock_out_dir,
     prepare_out_dir,
     remove_partial_files,
     repair_out_dir,
@@ -117,16 +119,16 @@ def test_older_latest_checkpoint_of_the_other_form_keeps_its_step(tmp_path):
 def test_files_of_an_earlier_run_are_archived_and_others_stay(tmp_path):
     for name in ("ckpt.pt", "ckpt_000005.pt", "best.pt", "metrics.jsonl", "notes.txt"):
         (tmp_path / name).touch()
-    archive_previous_run(str(tmp_path))
+    archive_previous_run(str(tmp_path), {})
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous1"]
-    archive_previous_run(str(tmp_path))
+    archive_previous_run(str(tmp_path), {})
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous1"]
 
 
 def test_model_bin_alone_is_archived_too(tmp_path):
     """A new run overwrote the best model of a folder without checkpoints."""
     (tmp_path / "model.bin").touch()
-    archive_previous_run(str(tmp_path))
+    archive_previous_run(str(tmp_path), {})
     assert os.listdir(tmp_path / "previous1") == ["model.bin"]
 
 
@@ -149,13 +151,13 @@ def test_archiving_that_was_killed_is_completed(moved, tmp_path, monkeypatch):
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(os, "rename", killed)
-        archive_previous_run(str(tmp_path))
+        archive_previous_run(str(tmp_path), {})
     repair_out_dir(str(tmp_path))
     assert os.listdir(tmp_path) == ["previous1"] and load_latest(str(tmp_path)) is None
     assert sorted(os.listdir(tmp_path / "previous1")) == sorted(RUN_FILES)
 
 
-def test_unfinished_archive_does_not_take_later_files(tmp_path):
+def test_unfinished_archive_does_not_take_later_files(tmp_path, capsys):
     """They would overwrite those of the same name."""
     (tmp_path / "previous1.partial").mkdir()
     (tmp_path / "previous1.partial" / "ckpt.pt").write_text("earlier")
@@ -163,6 +165,17 @@ def test_unfinished_archive_does_not_take_later_files(tmp_path):
     repair_out_dir(str(tmp_path))
     assert (tmp_path / "ckpt.pt").read_text() == "later"
     assert (tmp_path / "previous1" / "ckpt.pt").read_text() == "earlier"
+    output = capsys.readouterr().out  # it was "moved the earlier run"
+    assert "moved" not in output and "those of a later run stay" in output
+
+
+def test_completed_archive_is_reported(tmp_path, capsys):
+    (tmp_path / "previous1.partial").mkdir()
+    (tmp_path / "previous1.partial" / "ckpt.pt").write_text("moved before")
+    (tmp_path / "best.pt").write_text("left")
+    repair_out_dir(str(tmp_path))
+    assert "moved the earlier run" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "previous1")) == ["best.pt", "ckpt.pt"]
 
 
 def test_partial_files_of_a_killed_run_are_removed(tmp_path):
@@ -233,3 +246,37 @@ def test_resumed_run_finds_a_complete_folder(tmp_path):
     names = ["ckpt.pt", "ckpt_000005.pt", "metrics.jsonl", "tokenizer.model"]
     assert sorted(os.listdir(tmp_path)) == names
     assert [record["iter"] for record in run.metrics.records] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("file", ["config.json", "params.json"])
+@pytest.mark.parametrize("init_from", ["scratch", "auto", "the folder"])
+def test_folder_of_a_pretrained_model_is_refused(file, init_from, tmp_path):
+    """A run overwrote its tokenizer.json and tokenizer_config.json."""
+    for name in (file, "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("its own")
+    options = TrainConfig(out_dir=str(tmp_path), init_from=init_from)
+    with pytest.raises(ValueError, match=rf"{file}.*give another --out_dir"), lock_out_dir(options):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([file, "tokenizer.json", "tokenizer_config.json"])
+
+
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+def test_run_resumes_beside_a_file_named_config_json(init_from, tmp_path):
+    (tmp_path / "config.json").touch()
+    save_step(tmp_path / "ckpt.pt", 5)
+    with lock_out_dir(TrainConfig(out_dir=str(tmp_path), init_from=init_from)):
+        pass
+
+
+def test_different_tokenizer_in_the_folder_is_moved(tmp_path):
+    """It was overwritten if the folder had no checkpoint."""
+    (tmp_path / "tokenizer.model").write_bytes(b"y")
+    prepare_out_dir(fake_run(tmp_path, "scratch"), StartPoint())
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"x"
+    assert (tmp_path / "previous1" / "tokenizer.model").read_bytes() == b"y"
+
+
+def test_equal_tokenizer_in_the_folder_stays(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    prepare_out_dir(fake_run(tmp_path, "scratch"), StartPoint())
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tokenizer.model"]
