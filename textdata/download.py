@@ -154,6 +154,8 @@ def unpack(archive: str, folder: str) -> None:
         os.replace(partial, folder)
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, ArithmeticError) as error:
         raise tarfile.ReadError(str(error)) from error
+    except RecursionError:  # tarfile calls itself for each header that belongs to the next one
+        raise tarfile.ReadError("a member in it has too many headers") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -337,6 +337,15 @@ def test_the_headers_of_an_archive_are_limited(pack, tmp_path, monkeypatch):
         unpack(pack(members), str(tmp_path / "folder"))
 
 
+@pytest.mark.parametrize("header_type", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_member_with_many_headers_is_refused(pack, tmp_path, header_type):
+    """Headers of headers ended in a RecursionError."""
+    headers = [member("header", b"12 path=aaa\n", type=header_type) for _ in range(1500)]
+    with pytest.raises(tarfile.ReadError, match="a member in it has too many headers"):
+        unpack(pack(headers), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["packed"]
+
+
 def test_a_long_header_is_not_read_into_memory(tmp_path):
     """A header of zeros, compressed a thousandfold, took all of its size in memory."""
     header = tarfile.TarInfo("././@LongLink")
