@@ -113,7 +113,7 @@ class SampleConfig:
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 if not text:
-                    yield f"{name}: an empty string in the list; leave it out"
+                    yield f"--{name}: an empty string in the list; leave it out"
                 if any("\ud800" <= character <= "\udfff" for character in text):
                     yield f"--{name}={text!r}: not UTF-8 text"
 

@@ -1,5 +1,6 @@
 """
-Config files: plain assignments whose values may use arithmetic and earlier names.
+Config files: plain assignments whose values may use arithmetic and earlier names. An f-string may
+hold earlier names.
 
 An expression is evaluated node by node instead of by eval, so that the size of every intermediate
 value is limited: 9**9**9 or "x" * 10**12 is refused, not computed.
@@ -8,7 +9,6 @@ value is limited: 9**9**9 or "x" * 10**12 is refused, not computed.
 import ast
 import difflib
 import operator
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from runtime.untrusted import clip
 MAX_FILE_SIZE = 1 << 20  # characters
 MAX_BITS = 4096  # of a whole number
 MAX_TEXT = 100_000  # characters
+MAX_NAME = 100  # characters of a name for which a similar one is looked up
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -25,29 +26,10 @@ BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
-    ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift,
-    ast.BitOr: operator.or_,
-    ast.BitAnd: operator.and_,
-    ast.BitXor: operator.xor,
 }
 UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
-    ast.Invert: operator.invert,
-    ast.Not: operator.not_,
-}
-COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda item, container: item in container,
-    ast.NotIn: lambda item, container: item not in container,
 }
 
 
@@ -81,7 +63,9 @@ def read_config_file(path: str) -> Iterator[NamedValue | str]:
         try:
             variables[target.id] = evaluate(statement.value, variables)
         except (ValueError, ArithmeticError, TypeError, RecursionError) as error:
-            yield f"{line}: cannot work out {clip(target.id)}: {error}"
+            is_deep = isinstance(error, RecursionError)
+            reason = "it is nested too deeply" if is_deep else str(error)
+            yield f"{line}: cannot work out {clip(target.id)}: {reason}"
             continue
         if not target.id.startswith("_"):
             yield NamedValue(target.id, variables[target.id], line)
@@ -110,69 +94,33 @@ def parse_file(path: str) -> list[ast.stmt]:
 
 
 def evaluate(node: ast.expr, variables: dict[str, Any]) -> Any:
-    """The value of an expression of constants, operators, lists and variables.
+    """The value of an expression of constants, arithmetic, lists, f-strings and variables.
 
     Raises ValueError for any other syntax, for an unknown name and for a value that is too large;
     ArithmeticError and TypeError as Python does; RecursionError if it is nested too deeply."""
-    evaluate_node = EVALUATORS.get(type(node))
-    if evaluate_node is None:
-        raise ValueError(
-            f"{clip(ast.unparse(node))!r} is more than arithmetic with constants and earlier names"
-        )
-    return evaluate_node(node, variables)
+    match node:
+        case ast.Constant(value=value):
+            return check_size(value)
+        case ast.Name(id=name):
+            if name not in variables:
+                raise ValueError(f"{clip(name)} is not set above{did_you_mean(name, variables)}")
+            return variables[name]
+        case ast.UnaryOp(op=sign, operand=operand) if type(sign) in UNARY:
+            return UNARY[type(sign)](evaluate(operand, variables))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+            return combine(op, evaluate(left, variables), evaluate(right, variables))
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return make_list([evaluate(item, variables) for item in items])
+        case ast.JoinedStr(values=parts):
+            return join_parts(parts, variables)
+    raise ValueError(
+        f"{clip(ast.unparse(node))!r} is more than arithmetic with constants and earlier names"
+    )
 
 
-def evaluate_constant(node: ast.Constant, variables: dict[str, Any]) -> Any:
-    """The value of a constant."""
-    return check_size(node.value)
-
-
-def evaluate_name(node: ast.Name, variables: dict[str, Any]) -> Any:
-    """The value of a variable."""
-    if node.id not in variables:
-        raise ValueError(f"{clip(node.id)} is not set above{did_you_mean(node.id, variables)}")
-    return variables[node.id]
-
-
-def evaluate_unary(node: ast.UnaryOp, variables: dict[str, Any]) -> Any:
-    """The value of an operator with one operand."""
-    return UNARY[type(node.op)](evaluate(node.operand, variables))
-
-
-def evaluate_condition(node: ast.IfExp, variables: dict[str, Any]) -> Any:
-    """The value of `a if test else b`."""
-    branch = node.body if evaluate(node.test, variables) else node.orelse
-    return evaluate(branch, variables)
-
-
-def evaluate_fstring(node: ast.JoinedStr, variables: dict[str, Any]) -> str:
-    """The text of an f-string."""
-    return check_size("".join(evaluate(part, variables) for part in node.values))
-
-
-def evaluate_list(node: ast.List | ast.Tuple, variables: dict[str, Any]) -> tuple[Any, ...]:
-    """The items of a list. Raises ValueError for a list of lists."""
-    items = tuple(evaluate(item, variables) for item in node.elts)
-    if any(isinstance(item, tuple) for item in items):
-        raise ValueError("a list holds numbers and texts only")
-    return items
-
-
-def evaluate_chain(node: ast.expr, variables: dict[str, Any]) -> Any:
-    """The value of a binary operation. A long sum, nested to the left, takes no deep recursion."""
-    operations: list[ast.BinOp] = []
-    while isinstance(node, ast.BinOp):
-        operations.append(node)
-        node = node.left
-    value = evaluate(node, variables)
-    for operation in reversed(operations):
-        value = apply(operation.op, value, evaluate(operation.right, variables))
-    return value
-
-
-def apply(op: ast.operator, left: Any, right: Any) -> Any:
+def combine(op: ast.operator, left: Any, right: Any) -> Any:
     """The result of a binary operator on numbers or texts. Raises ValueError if it is too large."""
-    if type(op) not in BINARY or not all(isinstance(x, int | float | str) for x in (left, right)):
+    if not all(isinstance(operand, int | float | str) for operand in (left, right)):
         raise TypeError("only numbers and texts can be combined")
     if isinstance(left, str) and isinstance(op, ast.Mod):
         raise TypeError("% does not work with a text; use f'{name}'")
@@ -182,16 +130,14 @@ def apply(op: ast.operator, left: Any, right: Any) -> Any:
 
 
 def is_too_large(op: ast.operator, left: Any, right: Any) -> bool:
-    """Whether the result of an operator would have more than MAX_BITS bits or MAX_TEXT
-    characters; only for the operators that could take long."""
+    """Whether a product of a text has more than MAX_TEXT characters, or a power more than MAX_BITS
+    bits. Other results are computed before their size is checked."""
     if isinstance(op, ast.Mult) and isinstance(left, str) != isinstance(right, str):
         text, count = (left, right) if isinstance(left, str) else (right, left)
         return isinstance(count, int) and len(text) * count > MAX_TEXT
-    if not (isinstance(left, int) and isinstance(right, int)):
-        return False
-    if isinstance(op, ast.Pow):
+    if isinstance(op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * right > MAX_BITS
-    return isinstance(op, ast.LShift) and left.bit_length() + right > MAX_BITS
+    return False
 
 
 def check_size(value: Any) -> Any:
@@ -202,53 +148,38 @@ def check_size(value: Any) -> Any:
     return value
 
 
-def evaluate_boolean(node: ast.BoolOp, variables: dict[str, Any]) -> Any:
-    """The value of a chain of `and` or `or`, which ends at the first operand that decides it."""
-    value: Any = None
-    for operand in node.values:
-        value = evaluate(operand, variables)
-        if bool(value) is isinstance(node.op, ast.Or):
-            break
-    return value
+def make_list(items: list[Any]) -> tuple[Any, ...]:
+    """The items of a list. Raises ValueError for a list of lists."""
+    if any(isinstance(item, tuple) for item in items):
+        raise ValueError("a list holds numbers and texts only")
+    return tuple(items)
 
 
-def evaluate_comparison(node: ast.Compare, variables: dict[str, Any]) -> bool:
-    """The value of a chain of comparisons."""
-    left = evaluate(node.left, variables)
-    for op, operand in zip(node.ops, node.comparators, strict=True):
-        right = evaluate(operand, variables)
-        if not COMPARISONS[type(op)](left, right):
-            return False
-        left = right
-    return True
-
-
-def format_value(node: ast.FormattedValue, variables: dict[str, Any]) -> str:
-    """The text of a value in an f-string. Raises ValueError for a width of many digits."""
-    value = evaluate(node.value, variables)
-    spec = "" if node.format_spec is None else evaluate(node.format_spec, variables)
-    if re.search(r"\d{4}", spec):
-        raise ValueError(f"the format {clip(spec)!r} is too wide")
-    conversions: dict[int, Callable[[Any], Any]] = {ord("r"): repr, ord("s"): str, ord("a"): ascii}
-    return format(conversions.get(node.conversion, lambda same: same)(value), spec)
-
-
-EVALUATORS: dict[type[ast.expr], Callable[[Any, dict[str, Any]], Any]] = {
-    ast.Constant: evaluate_constant,
-    ast.Name: evaluate_name,
-    ast.BinOp: evaluate_chain,
-    ast.UnaryOp: evaluate_unary,
-    ast.BoolOp: evaluate_boolean,
-    ast.Compare: evaluate_comparison,
-    ast.IfExp: evaluate_condition,
-    ast.List: evaluate_list,
-    ast.Tuple: evaluate_list,
-    ast.JoinedStr: evaluate_fstring,
-    ast.FormattedValue: format_value,
-}
+def join_parts(parts: list[ast.expr], variables: dict[str, Any]) -> str:
+    """The text of an f-string of names: f"out/{name}". Raises ValueError for any other f-string and
+    for a text that is too large, before it is joined."""
+    texts: list[str] = []
+    length = 0
+    for part in parts:
+        match part:
+            case ast.Constant(value=value):
+                pass
+            case ast.FormattedValue(value=ast.Name() as name, conversion=-1, format_spec=None):
+                value = evaluate(name, variables)
+            case _:
+                raise ValueError("an f-string holds earlier names only, such as f'out/{name}'")
+        if isinstance(value, tuple):
+            raise ValueError("an f-string holds numbers and texts only")
+        texts.append(str(value))
+        length += len(texts[-1])
+        if length > MAX_TEXT:
+            raise ValueError("the result is too large")
+    return "".join(texts)
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
-    """', did you mean X?' with the most similar of the known names, or '' if none is similar."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    """', did you mean X?' with the most similar of the known names, or '' if none is similar. Long
+    names are left out: the time to compare two names grows with the square of their length."""
+    short = [known for known in names if len(known) <= MAX_NAME]
+    close = difflib.get_close_matches(name, short, n=1) if len(name) <= MAX_NAME else []
     return f", did you mean {close[0]}?" if close else ""

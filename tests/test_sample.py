@@ -524,7 +524,12 @@ def test_a_stop_string_may_contain_a_bar(run_sample, out_dir):
     assert records(run_sample(*options, f"--stop=zz|{whole['text'][2:4]}")[1]) == [whole]
 
 
-def test_an_empty_stop_string_in_a_config_file_is_refused(tmp_path):
-    (tmp_path / "config.py").write_text("stop = ['a', '']")
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_an_empty_string_in_a_config_file_is_refused(tmp_path, capsys, name):
+    """The message named the option without its dashes."""
+    (tmp_path / "config.py").write_text(f"{name} = ['a', '']")
     with pytest.raises(SystemExit):
-        configure(SampleConfig, [str(tmp_path / "config.py")])
+        configure(SampleConfig, [str(tmp_path / "config.py")], program="sample.py")
+    assert capsys.readouterr().err == (
+        f"sample.py: --{name}: an empty string in the list; leave it out\n"
+    )

@@ -5,9 +5,12 @@ ordered merges that scores (SentencePiece) or ranks (tiktoken) imply.
 A token of bytes is written in GPT-2's alphabet: one printable character for each byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from textdata.sentencepiece_tokenizer import NORMAL
+
+Text = TypeVar("Text", str, bytes)
 
 # GPT-2's byte-level alphabet
 
@@ -44,13 +47,8 @@ def sentencepiece_merges(pieces: Sequence[tuple[str, float, int]]) -> list[tuple
     The order is by (-score of the joined piece, id of the left piece, id of the right piece).
     """
     ids = {text: i for i, (text, _, piece_type) in enumerate(pieces) if piece_type == NORMAL}
-    merges = []
-    for text, i in ids.items():
-        for split in range(1, len(text)):
-            left, right = ids.get(text[:split]), ids.get(text[split:])
-            if left is not None and right is not None:
-                merges.append((-pieces[i][1], left, right))
-    return [(pieces[left][0], pieces[right][0]) for _, left, right in sorted(merges)]
+    pairs = joining_pairs(ids, [-score for _, score, _ in pieces])
+    return [(pieces[left][0], pieces[right][0]) for left, right in pairs]
 
 
 def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
@@ -58,12 +56,23 @@ def rank_merges(ranks: list[bytes]) -> list[tuple[str, str]]:
 
     The order is by (rank of the joined token, rank of the left token, rank of the right token).
     """
-    rank_of = {token: rank for rank, token in enumerate(ranks)}
-    merges = []
-    for rank, token in enumerate(ranks):
-        for split in range(1, len(token)):
-            left, right = rank_of.get(token[:split]), rank_of.get(token[split:])
-            if left is not None and right is not None:
-                merges.append((rank, left, right))
     names = [to_byte_unicode(token) for token in ranks]
-    return [(names[left], names[right]) for _, left, right in sorted(merges)]
+    pairs = joining_pairs({token: rank for rank, token in enumerate(ranks)}, range(len(ranks)))
+    return [(names[left], names[right]) for left, right in pairs]
+
+
+def joining_pairs(ids: Mapping[Text, int], order: Sequence[float]) -> list[tuple[int, int]]:
+    """The ids of every two tokens that join to a token: (left, right), sorted by the order of the
+    joined token, then by left and right.
+
+    Args:
+        ids: the id of each token.
+        order: a number for each id; the lowest is merged first.
+    """
+    merges = []
+    for token, i in ids.items():
+        for split in range(1, len(token)):
+            left, right = ids.get(token[:split]), ids.get(token[split:])
+            if left is not None and right is not None:
+                merges.append((order[i], left, right))
+    return [(left, right) for _, left, right in sorted(merges)]

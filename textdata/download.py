@@ -154,6 +154,8 @@ def unpack(archive: str, folder: str) -> None:
         os.replace(partial, folder)
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, ArithmeticError) as error:
         raise tarfile.ReadError(str(error)) from error
+    except RecursionError:  # tarfile calls itself for each header that belongs to the next one
+        raise tarfile.ReadError("a member in it has too many headers") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -173,7 +175,7 @@ def extract(archive: str, folder: str) -> None:
     """Extract all members of a .tar.gz file, and read it to the end."""
     size = os.path.getsize(archive)
     limit = max(MIN_LIMIT, MAX_RATIO * size)
-    unpacked = num_files = 0
+    num_members = num_files = 0
     bar = tqdm(disable=None, total=size, unit="B", unit_scale=True, desc="unpacking")
     with (
         bar,
@@ -184,16 +186,21 @@ def extract(archive: str, folder: str) -> None:
         while (member := tar.next()) is not None:
             check_member(member)
             num_files += member.isfile()
-            unpacked += member.size + BLOCK_SIZE
-            if unpacked > limit:
-                raise tarfile.ReadError(f"it unpacks to more than {limit >> 20} MiB")
+            num_members += 1
+            check_limit(stream.tell() + member.size + num_members * BLOCK_SIZE, limit)
             tar.extract(member, folder, filter="data")
             tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
             bar.update(file.tell() - bar.n)
         if not num_files:
             raise tarfile.ReadError("it holds no files")
         while stream.read(MAX_READ):  # the checksum is at the end
-            pass
+            check_limit(stream.tell() + num_members * BLOCK_SIZE, limit)
+
+
+def check_limit(unpacked: int, limit: int) -> None:
+    """Raise tarfile.ReadError if the number of unpacked bytes is above the limit."""
+    if unpacked > limit:
+        raise tarfile.ReadError(f"it unpacks to more than {limit >> 20} MiB")
 
 
 def check_member(member: tarfile.TarInfo) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from runtime.untrusted import describe_value
 from textdata.base_tokenizer import Tokenizer
 from textdata.bpe_merges import UNICODE_TO_BYTE, from_byte_unicode
 
@@ -192,9 +193,13 @@ def new_backend(description: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def parse_merge(merge: str | list[str]) -> list[str]:
-    """The two tokens of a merge. Older files write them as one string with a space."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return [left, right]
+    """The two tokens of a merge. Older files write them as one string with a space. Raises
+    ValueError for anything but two tokens."""
+    tokens = merge.split(" ") if isinstance(merge, str) else merge
+    are_texts = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+    if not are_texts or len(tokens) != 2:
+        raise ValueError(f"a merge in it is {describe_value(merge)}, not two tokens")
+    return tokens
 
 
 def decoder_steps(decoder: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Hugging Face's, and load_tokenizer, which reads any of them from a file.
 """
 
 import os
+import stat
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -28,7 +29,7 @@ from textdata.sentencepiece_tokenizer import (
     proto_from_pieces,
     train_sentencepiece,
 )
-from textdata.tokenizer_json import read_tokenizer_json
+from textdata.tokenizer_json import parse_tokenizer_json
 
 __all__ = [
     "BOS_ID",
@@ -65,31 +66,28 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Read a tokenizer.model (SentencePiece's or Llama 3's), a tokenizer.bin or a tokenizer.json.
     The format is detected from the content. Raises ValueError for another file, OSError if reading
     fails."""
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a device may never end
+    content = read_vocabulary(path)
+    try:
+        if content.lstrip().startswith(b"{"):
+            return parse_tokenizer_json(content, os.path.dirname(path))
+        return require_bos_eos(parse_tokenizer(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_vocabulary(path: str) -> bytes:
+    """The content of a tokenizer's file. Raises ValueError if it is not a file, is too large or is
+    a pointer of Git LFS; OSError if reading fails."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a device may never end
         raise ValueError(
             f"{path}: not a file; name a tokenizer.model, tokenizer.bin or tokenizer.json"
         )
-    if os.path.exists(path) and os.path.getsize(path) > MAX_FILE_SIZE:
+    if status.st_size > MAX_FILE_SIZE:
         raise ValueError(f"{path}: too large for a vocabulary")
     require_content(path)
     with open(path, "rb") as file:
-        content = file.read()
-    try:
-        if content.lstrip().startswith(b"{"):
-            return read_tokenizer_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        tokenizer = parse_tokenizer(content)
-    except (DecodeError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks, nor "
-            "a tokenizer.json"
-        ) from error
-    try:
-        return require_bos_eos(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        return file.read()
 
 
 def find_tokenizer_file(folder: str) -> str | None:
@@ -105,10 +103,16 @@ def load_folder_tokenizer(folder: str) -> Tokenizer:
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:
-    """The tokenizer of the content of a tokenizer.model or a tokenizer.bin. Raises ValueError,
-    RuntimeError or DecodeError for anything else."""
-    ranks = parse_ranks(content)
-    return parse_sentencepiece(content) if ranks is None else Llama3Tokenizer(ranks)
+    """The tokenizer of the content of a tokenizer.model or a tokenizer.bin. Raises ValueError for
+    anything else."""
+    try:
+        ranks = parse_ranks(content)
+        return parse_sentencepiece(content) if ranks is None else Llama3Tokenizer(ranks)
+    except (DecodeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            "neither a SentencePiece model, nor a tokenizer.bin, nor Llama 3's ranks, nor a "
+            "tokenizer.json"
+        ) from error
 
 
 def require_bos_eos(tokenizer: AnyTokenizer) -> AnyTokenizer:

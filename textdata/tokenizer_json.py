@@ -26,16 +26,27 @@ from textdata.sentencepiece_tokenizer import (
 # Names of the tokens that begin and end a text, where no other file names them.
 USUAL_BOS = ("<|begin_of_text|>", "<s>", "<|endoftext|>", "<bos>")
 USUAL_EOS = ("<|end_of_text|>", "</s>", "<|endoftext|>", "<eos>")
+# Errors of Python for JSON that is damaged or not a vocabulary.
+DAMAGED = (
+    json.JSONDecodeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    RuntimeError,
+)
 
 
-def read_tokenizer_json(path: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, with the names of BOS and EOS from the files beside it.
+def parse_tokenizer_json(content: bytes, folder: str) -> Tokenizer:
+    """The tokenizer of the content of a tokenizer.json. Other files of its folder name BOS and EOS.
 
     Raises ValueError if it is damaged or not supported.
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    return from_json(text, *read_special_names(os.path.dirname(path)))
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise ValueError("not a tokenizer.json (it is not UTF-8 text)") from None
+    return from_json(text, *read_special_names(folder))
 
 
 def read_special_names(folder: str) -> tuple[str | int | None, str | int | None]:
@@ -82,7 +93,7 @@ def from_json(text: str, bos: str | int | None = None, eos: str | int | None = N
         names = boundary_names(ids, bos, eos)
         exact = exact_sentencepiece(content, ids, *names) or exact_llama3(content, ids, names[0])
         return exact or HuggingFaceTokenizer(content, *names)
-    except (LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"not a tokenizer.json ({str(error)[:100]})") from error
 
 

@@ -313,6 +313,39 @@ def test_an_archive_may_not_unpack_to_much_more(pack, tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == ["packed"]
 
 
+@pytest.mark.parametrize("after", ["zeros", "another archive"])
+def test_what_follows_the_end_of_an_archive_is_limited(tmp_path, monkeypatch, after):
+    """1.8 MB with 400 MB of zeros after the end of the archive were unpacked to the end."""
+    monkeypatch.setattr(module, "MIN_LIMIT", 1 << 20)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        tar.addfile(*member("data00.json"))
+    path = str(tmp_path / "packed")
+    with gzip.open(path, "wb") as file:
+        file.write(content.getvalue())
+        file.write(bytes(5 << 20) if after == "zeros" else content.getvalue() * 500)
+    with pytest.raises(tarfile.ReadError, match="it unpacks to more than 1 MiB"):
+        unpack(path, str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_the_headers_of_an_archive_are_limited(pack, tmp_path, monkeypatch):
+    """The limit counted what members hold, not their headers of up to a megabyte each."""
+    monkeypatch.setattr(module, "MIN_LIMIT", 1 << 20)
+    members = [member(str(n), b"", pax_headers={"comment": "a" * 300_000}) for n in range(5)]
+    with pytest.raises(tarfile.ReadError, match="it unpacks to more than 1 MiB"):
+        unpack(pack(members), str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("header_type", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_member_with_many_headers_is_refused(pack, tmp_path, header_type):
+    """Headers of headers ended in a RecursionError."""
+    headers = [member("header", b"12 path=aaa\n", type=header_type) for _ in range(1500)]
+    with pytest.raises(tarfile.ReadError, match="a member in it has too many headers"):
+        unpack(pack(headers), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["packed"]
+
+
 def test_a_long_header_is_not_read_into_memory(tmp_path):
     """A header of zeros, compressed a thousandfold, took all of its size in memory."""
     header = tarfile.TarInfo("././@LongLink")

@@ -149,23 +149,41 @@ def test_an_unchanged_corpus_has_the_same_closing_lines(many_options):
     assert second[-3:] == first and "300 of 300 file(s) unchanged" in second[-4]
 
 
-@pytest.mark.parametrize("written", ["00000.bin", "00000.record"])
-def test_a_crash_between_shard_and_record_is_noticed(many_options, tmp_path, monkeypatch, written):
+def fail_after_the_shard(job, entry, num_bytes, report):
+    """Stop before the record of the finished shard is written."""
+    if entry is not None:
+        raise ZeroDivisionError
+    return shard_jobs.ShardRecord(job, entry, num_bytes, report)
+
+
+@pytest.mark.parametrize(
+    "function, fails",
+    [
+        ("write_batch", lambda *args: 1 / 0),
+        ("train_val_cut", lambda *args: 1 / 0),
+        ("ShardRecord", fail_after_the_shard),
+    ],
+    ids=["before the shard", "after the shard", "before the record"],
+)
+def test_a_crash_between_shard_and_record_is_noticed(
+    many_options, tmp_path, monkeypatch, function, fails
+):
     """With the tokens of the new text and the record of the old one, a restored file was stale."""
     folder = tmp_path / "out" / "tok512"
     run_stage("pretokenize", *many_options)
     expected = read_folder(folder)
-    path = tmp_path / "many" / "150.txt"
-    status = path.stat()
-    text = path.read_text()
-    path.write_text(text[::-1])
-    monkeypatch.setattr("textdata.pretokenize.train_val_cut", lambda *args: 1 / 0)
+    paths = [tmp_path / "many" / "150.txt", tmp_path / "many" / "151.txt"]
+    contents = [(path.read_text(), path.stat()) for path in paths]
+    for path, (text, _) in zip(paths, reversed(contents), strict=True):
+        path.write_text(text)  # another order of the same texts: a shard of the same size
+    monkeypatch.setattr(f"textdata.pretokenize.{function}", fails)
     with pytest.raises(ZeroDivisionError):
         run_stage("pretokenize", *many_options)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    path.write_text(text)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for path, (text, status) in zip(paths, contents, strict=True):
+        path.write_text(text)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     run_stage("pretokenize", *many_options)
     assert read_folder(folder) == expected
 

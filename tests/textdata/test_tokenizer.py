@@ -1,4 +1,6 @@
+import json
 import random
+import re
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
@@ -111,6 +113,48 @@ def test_a_file_of_another_format_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"other\.model: "):
         load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    "merge, found",
+    [
+        ("a b c", "'a b c'"),
+        ("ab", "'ab'"),
+        (["a"], "a list of 1 item"),
+        (["a", "b", "c"], "a list of 3 items"),
+        ({"a": 0, "b": 1}, "a dict of 2 items"),
+        (7, "7"),
+    ],
+)
+def test_a_damaged_merge_of_a_tokenizer_json_is_named(tmp_path, merge, found):
+    """The message was Python's: too many values to unpack (expected 2)."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "<s>": 3}, "merges": [merge]}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": model}))
+    reason = f"{path}: a merge in it is {found}, not two tokens"
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"{", "Expecting property name"),
+        (b'{"model": {"vocab": {"a": 0', "Expecting "),
+        (b'{"model": "\xff"}', "it is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_called_so(tmp_path, content, reason):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: not a tokenizer\.json \({reason}"):
+        load_tokenizer(str(path))
+
+
+def test_a_folder_or_device_is_no_vocabulary(tmp_path):
+    for path in (str(tmp_path), "/dev/zero"):
+        with pytest.raises(ValueError, match=f"^{path}: not a file; name a tokenizer.model"):
+            load_tokenizer(path)
 
 
 def test_a_missing_file_raises_file_not_found(tmp_path):
