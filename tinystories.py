@@ -89,7 +89,8 @@ class TrainVocab:
 
 @dataclass(frozen=True)
 class Pretokenize:
-    """Convert text to token shards, in parallel. Unchanged files are not tokenized again."""
+    """Convert text to token shards, in parallel. A shard is not written again if its files did not
+    change."""
 
     # a vocabulary learned from the text, or Llama 2's tokenizer.model
     vocab_source: Literal["custom", "llama2"] = "custom"

@@ -307,6 +307,6 @@ def test_tokens_in_the_input_folder_are_no_text(tmp_path, monkeypatch):
     Path("data/in/tok320/part1.json").write_text('{"dtype": "<u2", "shards": []}')
     Path("data/in/metrics.jsonl").write_text('{"iter": 1, "loss": 5.0}\n')
     output = run_stage("pretokenize", *options)
-    assert "1 of 1 file(s) unchanged" in output and "read 300 document(s) in 1 file(s)" in output
+    assert "1 of 1 shard(s) unchanged" in output and "read 300 document(s) in 1 file(s)" in output
     reason = r'left out \d \(no record with a field "text" or "story"\): .*metrics\.jsonl'
     assert re.search(reason, output)

@@ -33,6 +33,11 @@ class Tokenizer:
         """Name and content of the files that load_tokenizer reads it from, the main one first."""
         return {"tokenizer.model": self.content}
 
+    @property
+    def without_prefix(self) -> "Tokenizer":
+        """The tokenizer of a text that continues another: it puts no space before the text."""
+        return self
+
     @functools.cached_property
     def hash(self) -> str:
         """The SHA-256, in hexadecimal, of everything that encoding depends on."""

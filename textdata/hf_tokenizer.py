@@ -9,6 +9,7 @@ text. Added tokens that are not special are found in a text.
 import functools
 import hashlib
 import json
+import os
 import re
 from typing import Any
 
@@ -37,6 +38,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, description: dict[str, Any], bos: str, eos: str):
+        self.bos = bos
+        self.eos = eos
         self.description = normalize_description(description)
         self.backend = new_backend(self.description)
         added_tokens = self.description["added_tokens"]
@@ -97,6 +100,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return {"tokenizer.json": self.content, "tokenizer_config.json": encoded}
 
     @functools.cached_property
+    def without_prefix(self) -> Tokenizer:
+        changes = {
+            key: remove_prefix(self.description[key]) for key in ("normalizer", "pre_tokenizer")
+        }
+        return HuggingFaceTokenizer(self.description | changes, self.bos, self.eos)
+
+    @functools.cached_property
     def hash(self) -> str:
         parts: dict[str, Any] = {key: self.description[key] for key in ENCODING_KEYS}
         parts["bos_id"] = self.bos_id
@@ -124,8 +134,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return [self.bos_id] * bos + self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
-        if num_threads == 1:  # the library would use all cores
+        if num_threads == 1:
             return [self.encode(text) for text in texts]
+        # The library reads the variable at the first batch of the process.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(num_threads))
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -143,7 +155,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def normalize_description(description: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without what changes its results at random or by length."""
+    """Remove dropout, truncation and padding. Raises ValueError unless it is BPE without a prefix
+    or suffix in the names of its tokens."""
     model = {**description["model"], "dropout": None}
     if model["type"] != "BPE":
         model_type = str(model["type"])[:50]
@@ -190,6 +203,22 @@ def new_backend(description: dict[str, Any]) -> tokenizers.Tokenizer:
             raise ValueError(f"the id of {name!r}, {entry['id']}, does not follow the other ids")
     backend.encode_special_tokens = True  # the name of a special token is plain text
     return backend
+
+
+def remove_prefix(step: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space before a text and keeps the spaces at its
+    ends. None if nothing else is left of it."""
+    if step is None or step["type"] in ("Prepend", "Strip"):
+        return None
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        steps = [remove_prefix(inner) for inner in step[key]]
+        return {**step, key: [inner for inner in steps if inner is not None]}
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    return {**step, **changes.get(step["type"], {})}
 
 
 def parse_merge(merge: str | list[str]) -> list[str]:

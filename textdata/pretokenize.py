@@ -68,20 +68,24 @@ def pretokenize(
         dist_ctx: the processes that divide the jobs.
         report: what was left out when the files were listed.
 
-    Raises ValueError for text that cannot be read or a killed worker.
+    Raises ValueError for text that cannot be read, no text at all or a killed worker.
     """
     shards_before = earlier_shards(folder)
     pending = [job for job in jobs if finished_record(folder, job) is None]
     dist_ctx.barrier()  # every process has read the records before one changes them
     if dist_ctx.is_main:
-        num_files = count_files(jobs)
-        if num_unchanged := num_files - count_files(pending):
-            print(f"{num_unchanged} of {num_files} file(s) unchanged since the last time")
+        if num_unchanged := len(jobs) - len(pending):
+            print(f"{num_unchanged} of {len(jobs)} shard(s) unchanged since the last time")
         write_meta(folder, meta | {"shards": shards_before})
     run_jobs(pending[dist_ctx.rank :: dist_ctx.size], folder, num_workers, dist_ctx.is_main)
     dist_ctx.barrier()
     if dist_ctx.is_main:
         entries = collect_entries(folder, jobs, report)
+        if not any(entry["tokens"] for entry in entries):
+            raise ValueError(
+                f"there is no text to tokenize: {count_files(jobs)} file(s) without a document, "
+                f"{jobs[0]['sources'][0].path} first; give another --input"
+            )
         remove_stale_files(folder, jobs, shards_before)
         write_complete_meta(folder, meta, entries, report)
 

@@ -35,6 +35,7 @@ UNUSED = 5
 BYTE = 6
 
 MAX_TRAINING_LINE = 4096  # bytes; SentencePiece leaves out longer lines, so they are split
+SPACE_SIGN = "▁"  # U+2581, which stands for a space in a vocabulary
 RESERVED_CHARACTER = "\u2585"  # SentencePiece leaves out lines with it, so it is replaced
 
 
@@ -47,7 +48,12 @@ class Piece(NamedTuple):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, from the content of a tokenizer.model file (a protocol buffer)."""
+    """A SentencePiece model, from the content of a tokenizer.model file (a protocol buffer).
+
+    It encodes as the library does, with one exception: the library reads ▁ (U+2581) in a text as a
+    space. Here ▁ becomes its three bytes, as in llama2.c, or the unknown token if the vocabulary
+    has no bytes.
+    """
 
     def __init__(self, content: bytes):
         self.content = content
@@ -98,11 +104,39 @@ class SentencePieceTokenizer(Tokenizer):
         suffix += b"" if self.is_bpe else b"no BPE"
         return hashlib.sha256(self.pieces_as_bin() + suffix).hexdigest()
 
+    @functools.cached_property
+    def without_prefix(self) -> "SentencePieceTokenizer":
+        model = ModelProto.FromString(self.content)
+        model.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceTokenizer(model.SerializeToString())
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        return [self.bos_id] * bos + self.processor.encode(text)
+        encode = self._encode_space_signs if SPACE_SIGN in text else self.processor.encode
+        return [self.bos_id] * bos + encode(text)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
+        if any(SPACE_SIGN in text for text in texts):
+            return [self.encode(text) for text in texts]
         return self.processor.encode(texts, num_threads=num_threads)
+
+    def _encode_space_signs(self, text: str) -> list[int]:
+        """The token ids of a text with ▁."""
+        first, *others = text.split(SPACE_SIGN)
+        continuation = self.without_prefix.processor
+        if self.has_dummy_prefix and not first:
+            ids = continuation.encode(" ")
+        else:
+            ids = self.processor.encode(first)
+        for encoded in continuation.encode(others):
+            ids += self.space_sign_ids + encoded
+        return ids
+
+    @functools.cached_property
+    def space_sign_ids(self) -> list[int]:
+        """The token ids of ▁ as text."""
+        sp = self.processor
+        ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
+        return ids if all(map(sp.is_byte, ids)) else [sp.unk_id()]
 
     def to_bin(self) -> bytes:
         """The content of llama2.c's tokenizer.bin. Raises ValueError for a vocabulary that its

@@ -3,7 +3,7 @@ Which text files each token shard packs, and records of the shards that are fini
 
 A shard packs consecutive files, so that many small files become few shards. Its job, which is all
 that its tokens depend on, is kept in a record beside it (NNNNN.record), so that a later run
-tokenizes only what changed.
+does not write a shard again if its files did not change.
 """
 
 import contextlib
@@ -97,11 +97,16 @@ def pack_files(
             yield group, group_fraction
             group = []
             num_bytes = 0
-        status = os.stat(file)
-        group.append(Source(os.path.abspath(file), status.st_size, status.st_mtime_ns))
+        group.append(read_source(file))
         group_fraction = val_fraction
-        num_bytes += status.st_size
+        num_bytes += group[-1].size
     yield group, group_fraction
+
+
+def read_source(file: str) -> Source:
+    """The present version of a text file."""
+    status = os.stat(file)
+    return Source(os.path.abspath(file), status.st_size, status.st_mtime_ns)
 
 
 def job_size(job: Job) -> int:
@@ -168,18 +173,29 @@ def earlier_shards(folder: str) -> list[dict[str, Any]]:
 
 
 def check_same_text(folder: str, files: list[str]) -> None:
-    """Raise ValueError if the folder has tokens, but none from these files."""
+    """Raise ValueError if the folder has tokens, but none from these files. A file is the same if
+    it has the same path, or else, in a renamed folder, the same name, size and modification time.
+    """
     shards = earlier_shards(folder)
     # Earlier versions of cria wrote the source to meta.json and no records.
     earlier_sources = {shard["job"]["source"] for shard in shards if "job" in shard}
+    versions = set()
     for record in all_records(folder):
         if is_complete(folder, record):
             earlier_sources |= {source.path for source in record.job["sources"]}
-    if earlier_sources and earlier_sources.isdisjoint(map(os.path.abspath, files)):
+            versions |= {without_folder(source) for source in record.job["sources"]}
+    if not earlier_sources or not earlier_sources.isdisjoint(map(os.path.abspath, files)):
+        return
+    if versions.isdisjoint(without_folder(read_source(file)) for file in files):
         raise ValueError(
             f"{folder} holds the tokens of another text, {min(earlier_sources)}: "
-            "give another --data_dir"
+            "delete it or give another --data_dir"
         )
+
+
+def without_folder(source: Source) -> Source:
+    """The version of a text file, with its name instead of its path."""
+    return source._replace(path=os.path.basename(source.path))
 
 
 def all_records(folder: str) -> Iterator[ShardRecord]:

@@ -1,12 +1,15 @@
 import io
+import json
 import random
 
 import numpy as np
 import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import pre_tokenizers
 
 from tests.helpers import small_llama3_tokenizer
+from tests.hf_folders import byte_level, metaspace
 from textdata import fast_encoder
 from textdata.corpus import DocumentChunk
 from textdata.fast_encoder import Encoder, is_word_separable, split_chunk
@@ -15,6 +18,7 @@ from textdata.tokenizer import (
     NORMAL,
     UNKNOWN,
     UNUSED,
+    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
 )
@@ -162,6 +166,70 @@ def test_without_bytes_the_sign_for_a_space_is_unknown(stories):
     tokenizer = train(stories, byte_fallback=False)
     (ids,) = encode_texts(tokenizer, ["the▁dog"])
     assert tokenizer.decode(ids) == "the ⁇ dog"
+
+
+def test_a_prompt_gets_the_tokens_of_the_shards(tokenizer, stories):
+    """Prompts and scored texts read U+2581 as a space, and shards did not."""
+    texts = [text for text in odd_texts(2000) if "▁" in text]
+    for encoder in (tokenizer, train(stories, add_dummy_prefix=False)):
+        ids = [encoder.encode(text) for text in texts]
+        assert [encoder.decode(tokens) for tokens in ids] == texts
+        assert encoder.encode_batch(texts, 2) == encode_texts(encoder, texts) == ids
+        assert encoder.encode_prompt("a▁b") == [encoder.bos_id, *encoder.encode("a▁b")]
+
+
+# What puts a space before a text, or removes one, in a tokenizer.json.
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
+NFC = {"type": "NFC"}
+PREFIXES = {
+    "prepend": ([PREPEND, REPLACE], None),
+    "prepend alone": ([PREPEND], METASPACE | {"prepend_scheme": "never"}),
+    "strip": ([STRIP, PREPEND, REPLACE], None),
+    "always": ([NFC], METASPACE | {"prepend_scheme": "always"}),
+    "first": ([NFC], METASPACE | {"prepend_scheme": "first", "split": True}),
+    "older": ([], {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}),
+    "nested": (
+        [{"type": "Sequence", "normalizers": [PREPEND]}, REPLACE],
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]},
+    ),
+}
+
+
+def tokenizer_with_prefix(texts, normalizers, pre_tokenizer) -> HuggingFaceTokenizer:
+    """A tokenizer.json with ▁ for a space and these steps. U+2581 is not in its texts."""
+    description = json.loads(metaspace(texts).to_str())
+    description["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    description["pre_tokenizer"] = pre_tokenizer
+    return HuggingFaceTokenizer(description, "<s>", "</s>")
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+@pytest.mark.parametrize("cut", [1, 9, 13, 24, 27])  # a first part ends with a word
+def test_a_tokenizer_json_adds_no_space_to_parts(stories, name, cut):
+    """Every part of a long document got a space."""
+    tokenizer = tokenizer_with_prefix(stories, *PREFIXES[name])
+    text = LONG_TEXT.replace("▁", "")
+    parts = [text[:cut], text[cut : cut + 7], text[cut + 7 :].rstrip()]
+    assert tokenizer.decode(encode_in_parts(tokenizer, parts, 2)) == "".join(parts)
+
+
+def test_a_byte_level_prefix_is_only_before_the_document(stories):
+    """A text in parts has the bytes of the text as a whole."""
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    backend = byte_level(stories, steps)
+    tokenizer = HuggingFaceTokenizer(json.loads(backend.to_str()), "<|endoftext|>", "<|endoftext|>")
+    ids = encode_in_parts(tokenizer, ["one two", " three", "four"])
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("one two threefour"))
+
+
+def test_parts_of_a_normalizing_vocabulary_keep_their_spaces(stories):
+    """A vocabulary that removes extra spaces would remove the first one of a part."""
+    tokenizer = train(stories, remove_extra_whitespaces=True)
+    ids = encode_in_parts(tokenizer, ["one two", " three", " four"])
+    assert tokenizer.decode(ids) == "one two three four"
 
 
 LONG_TEXT = "Tom saw a big  red ball,\n and\n\nit was\t▁ happy. 日本語のテキスト " * 20

@@ -200,7 +200,7 @@ def test_finished_files_are_not_tokenized_again(options, tmp_path):
     assert "unchanged" not in run_stage("pretokenize", *options)
     before = read_folder(folder)
     versions = versions_of(folder)
-    assert "3 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert "3 of 3 shard(s) unchanged" in run_stage("pretokenize", *options)
     assert read_folder(folder) == before and versions_of(folder) == versions
 
 
@@ -209,7 +209,7 @@ def test_only_a_changed_file_is_tokenized_again(options, text_folder, tmp_path, 
     run_stage("pretokenize", *options)
     versions = versions_of(folder)
     write_stories(text_folder / "b.json", ["A new story.", "And another."])
-    assert "2 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert "2 of 3 shard(s) unchanged" in run_stage("pretokenize", *options)
     assert decode_documents(read_shards(folder)[1], tokenizer) == ["A new story.", "And another."]
     changed = {name for name, version in versions_of(folder).items() if version != versions[name]}
     assert changed == {"00001.bin"}
@@ -256,7 +256,7 @@ def test_a_damaged_shard_is_tokenized_again(options, tmp_path):
     os.truncate(folder / "00001.bin", 100)
     (folder / "00002.bin").unlink()
     (folder / "00000.bin.123.partial").write_text("of an interrupted run")
-    assert "1 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert "1 of 3 shard(s) unchanged" in run_stage("pretokenize", *options)
     assert read_folder(folder) == before
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_record_tokenizes_its_shard_again(options, tmp_path, content):
     run_stage("pretokenize", *options)
     before = read_folder(folder)
     (folder / "00001.record").write_text(content)
-    assert "2 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert "2 of 3 shard(s) unchanged" in run_stage("pretokenize", *options)
     assert read_folder(folder) == before
 
 

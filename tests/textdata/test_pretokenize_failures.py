@@ -110,7 +110,7 @@ def test_an_interrupted_run_keeps_its_finished_shards(options, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_stage("pretokenize", *options)
     monkeypatch.setattr(pretokenize_module, "read_documents", read_documents)
-    assert "2 of 3 file(s) unchanged" in run_stage("pretokenize", *options)
+    assert "2 of 3 shard(s) unchanged" in run_stage("pretokenize", *options)
 
 
 def test_a_second_run_in_the_folder_is_refused(options):

@@ -115,7 +115,7 @@ def test_a_changed_file_tokenizes_its_shard_alone(many_options, tmp_path, monkey
     before = {path.name: path.stat().st_ino for path in (tmp_path / "out/tok512").glob("*.bin")}
     path = tmp_path / "many" / "150.txt"
     path.write_text(path.read_text()[:-1] + "!")
-    assert "file(s) unchanged" in run_stage("pretokenize", *many_options)
+    assert "shard(s) unchanged" in run_stage("pretokenize", *many_options)
     after = {path.name: path.stat().st_ino for path in (tmp_path / "out/tok512").glob("*.bin")}
     assert before.keys() == after.keys()
     assert len(before.items() - after.items()) == 1
@@ -146,7 +146,7 @@ def test_an_updated_folder_equals_a_new_one(many_options, tmp_path, monkeypatch,
 def test_an_unchanged_corpus_has_the_same_closing_lines(many_options):
     first = run_stage("pretokenize", *many_options).splitlines()[-3:]
     second = run_stage("pretokenize", *many_options).splitlines()
-    assert second[-3:] == first and "300 of 300 file(s) unchanged" in second[-4]
+    assert second[-3:] == first and "1 of 1 shard(s) unchanged" in second[-4]
 
 
 def fail_after_the_shard(job, entry, num_bytes, report):
@@ -287,6 +287,50 @@ def test_the_tokens_of_another_text_are_not_overwritten(
     with pytest.raises(ValueError, match=r"tok512 holds the tokens of another text, .*other/"):
         run_stage("pretokenize", *many_options, "--tokenizer=new/tok512.model")
     assert read_folder(folder) == before | {".lock": b""}
+
+
+def test_a_renamed_folder_is_the_same_text(many_options, tmp_path):
+    """It was refused as another text: only the paths were compared."""
+    folder = tmp_path / "out" / "tok512"
+    run_stage("pretokenize", *many_options)
+    expected = read_shards(folder)
+    (tmp_path / "many").rename(tmp_path / "renamed")
+    run_stage("pretokenize", *many_options, "--input=renamed")
+    assert np.array_equal(read_shards(folder), expected)
+    (tmp_path / "many").symlink_to("renamed")
+    run_stage("pretokenize", *many_options)
+    assert np.array_equal(read_shards(folder), expected)
+
+
+@pytest.mark.parametrize("change", ["size", "time", "name"])
+def test_another_version_in_another_folder_is_another_text(tmp_path, tokenizer_path, change):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = tmp_path / "a" / "x.txt"
+    second = tmp_path / "b" / ("y.txt" if change == "name" else "x.txt")
+    first.write_text("A text.")
+    second.write_text("A text.." if change == "size" else "A text.")
+    os.utime(first, ns=(0, 10**18))
+    os.utime(second, ns=(0, 10**18 + (change == "time")))
+    options = ("--data_dir=out", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
+    run_stage("pretokenize", "--input=a", *options)
+    with pytest.raises(ValueError, match=r"another text, .*x\.txt: delete it or give another"):
+        run_stage("pretokenize", "--input=b", *options)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.txt", ""), ("a.txt", " \n\n\t\n"), ("a.jsonl", '{"text": ""}\n{"text": " "}\n')],
+)
+def test_no_text_is_refused(tmp_path, tokenizer_path, name, content):
+    """It succeeded with 0 tokens and named train.py as the next step."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(content)
+    options = ("--data_dir=out", f"--tokenizer={tokenizer_path}", f"--vocab_size={VOCAB_SIZE}")
+    with pytest.raises(ValueError, match=r"no text to tokenize: 1 file\(s\) .*in/a"):
+        run_stage("pretokenize", "--input=in", *options)
+    with pytest.raises(ValueError, match="has not finished"):
+        read_meta("out/tok512")
 
 
 def test_synthesize_removes_only_what_it_wrote(tmp_path, monkeypatch):
