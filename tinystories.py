@@ -36,7 +36,7 @@ from textdata.pretokenize import initial_meta, pretokenize
 from textdata.prompts import unescape
 from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
-from textdata.text_files import file_format
+from textdata.text_files import file_format, without_gz
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_folder_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
@@ -259,7 +259,7 @@ def default_data_dir(source: str) -> str:
     path = os.path.abspath(source)
     name = os.path.basename(path)
     if not os.path.isdir(path):
-        name = os.path.splitext(name.removesuffix(".gz"))[0]
+        name = os.path.splitext(without_gz(name))[0]
     return os.path.join("data", name)
 
 

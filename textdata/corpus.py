@@ -148,7 +148,8 @@ def read_text(blocks: Iterable[str], separator: str | None) -> Iterator[Document
         separator: the text between documents; blank lines if empty; None for one document.
     """
     boundary = re.compile(re.escape(separator)) if separator else BLANK_LINES
-    # A separator may begin at the end of the text that was read, so that end is not split off.
+    # A separator may begin at the end of the text that was read, so a chunk never ends inside a
+    # separator.
     max_cut = max(1, MAX_CHUNK - len(separator or ""))
     rest = ""
     starts_document = True
@@ -204,4 +205,4 @@ def open_records(
     if file_format(path) == ".parquet":
         return read_parquet(path, progress, text_field)
     blocks = read_blocks(path, progress)
-    return read_csv(blocks) if file_format(path) == ".csv" else read_json(blocks)
+    return read_csv(blocks, text_field) if file_format(path) == ".csv" else read_json(blocks)
