@@ -79,7 +79,7 @@ class TrainVocab:
     input: str = ""
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
     # text between the documents of .txt files, where \n is a line break,
-    # by default <|endoftext|> in files that have it, else blank lines
+    # by default <|endoftext|> if it begins or ends a line of a file, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
 
@@ -100,7 +100,7 @@ class Pretokenize:
     input: str = ""
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
     # text between the documents of .txt files, where \n is a line break,
-    # by default <|endoftext|> in files that have it, else blank lines
+    # by default <|endoftext|> if it begins or ends a line of a file, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
     # fraction of each shard, at its end, for validation (TinyStories: its first file);

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 
+from runtime.lfs import require_content
 from textdata.corpus import CorpusReport, SkippedFile, format_skipped, open_records
 from textdata.records import MissingTextField, iter_record_text, quote_fields
 from textdata.text_files import FORMATS, file_format
@@ -24,7 +25,8 @@ def find_files(path: str, text_field: str = "", report: CorpusReport | None = No
         text_field: the field with the text of a record; "text" or "story" if empty.
         report: gets the files and folders that are left out, each with the reason.
 
-    Raises ValueError if there is no text file, or pyarrow is missing for a .parquet file.
+    Raises ValueError if there is no text file, one is only a pointer of Git LFS, or pyarrow is
+    missing for a .parquet file.
     """
     report = CorpusReport() if report is None else report
     if os.path.isdir(path):
@@ -34,13 +36,15 @@ def find_files(path: str, text_field: str = "", report: CorpusReport | None = No
 
 
 def check_named_file(path: str) -> None:
-    """Raise ValueError if the path is not a file whose name ends in a known format."""
+    """Raise ValueError if the path is not a file whose name ends in a known format, or the file is
+    only a pointer of Git LFS."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no such file or folder")
     if not os.path.isfile(path):
         raise ValueError(f"{path}: not a file or folder")
     if not file_format(path):
         raise ValueError(f"{path}: give a file that ends in {format_list()}, or a folder of them")
+    require_content(path)
     if file_format(path) == ".parquet":
         check_pyarrow(path)
 
@@ -131,6 +135,7 @@ def reason_to_skip(file: str, text_field: str) -> str:
         return "a device, socket or pipe"
     if not file_format(file):
         return f"the name does not end in {format_list()}"
+    require_content(file)
     if file_format(file) == ".parquet":
         check_pyarrow(file)
     if file_format(file) == ".txt" or has_text_field(file, text_field):
