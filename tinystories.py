@@ -244,10 +244,17 @@ def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[
             "is no network, or name your own text with --input=FILE_OR_FOLDER"
         )
     files = find_files(source, config.text_field, report)
-    if config.separator and not any(file_format(file) == ".txt" for file in files):
+    is_txt = [file_format(file) == ".txt" for file in files]
+    if config.separator and not any(is_txt):
         raise ValueError(
             f"--separator={config.separator}: separates the documents of .txt files, and {source} "
             "has none; each record is a document"
+        )
+    if config.text_field and all(is_txt):
+        details = "".join(f"; {line}" for line in format_skipped(report.skipped))
+        raise ValueError(
+            f"--text_field={config.text_field}: names the field of the text in records and tables, "
+            f"but only .txt files are read from {source}{details}"
         )
     return files, data_dir
 

@@ -269,6 +269,24 @@ def test_a_separator_without_txt_files_is_refused(tmp_path, monkeypatch):
         run_stage("pretokenize", "--input=a.jsonl", "--separator=---")
 
 
+@pytest.mark.parametrize("stage", ["pretokenize", "train_vocab"])
+@pytest.mark.parametrize("source", ["a.txt", "b.txt.gz", "texts"])
+def test_a_text_field_with_txt_files_only_is_refused(tmp_path, monkeypatch, stage, source):
+    """--text_field with a .txt file was ignored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "texts/a.txt"):
+        (tmp_path / name).write_text("one")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "one"}')
+    reason = rf"--text_field=body: .* only \.txt files are read from {re.escape(source)}"
+    with pytest.raises(ValueError, match=reason) as error:
+        run_stage(stage, f"--input={source}", "--text_field=body")
+    left_out = 'left out 1 (no record with a field "body"): texts/b.jsonl'
+    assert (left_out in str(error.value)) == (source == "texts")
+    assert not (tmp_path / "data").exists()
+
+
 # The number of documents of each file of ../shared/cases/data.
 CASES = {
     "good.txt": 200,
