@@ -36,7 +36,7 @@ from textdata.pretokenize import initial_meta, pretokenize
 from textdata.prompts import unescape
 from textdata.shard_jobs import check_same_text, list_jobs
 from textdata.synthetic import story
-from textdata.text_files import file_format
+from textdata.text_files import file_format, without_gz
 from textdata.token_shards import token_dir
 from textdata.tokenizer import load_folder_tokenizer
 from textdata.vocabulary import find_or_learn_vocabulary, install_tokenizer, learn_vocabulary
@@ -79,7 +79,7 @@ class TrainVocab:
     input: str = ""
     data_dir: str = ""  # folder for the vocabulary; data, or data/NAME for an input NAME
     # text between the documents of .txt files, where \n is a line break,
-    # by default <|endoftext|> in files that have it, else blank lines
+    # by default <|endoftext|> if it begins or ends a line of a file, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
 
@@ -101,7 +101,7 @@ class Pretokenize:
     input: str = ""
     data_dir: str = ""  # folder for the tokens; data, or data/NAME for an input NAME
     # text between the documents of .txt files, where \n is a line break,
-    # by default <|endoftext|> in files that have it, else blank lines
+    # by default <|endoftext|> if it begins or ends a line of a file, else blank lines
     separator: str = ""
     text_field: str = ""  # field or column with the text of a record; "text" or "story" if empty
     # fraction of each shard, at its end, for validation (TinyStories: its first file);
@@ -245,10 +245,17 @@ def find_input(config: TrainVocab | Pretokenize, report: CorpusReport) -> tuple[
             "is no network, or name your own text with --input=FILE_OR_FOLDER"
         )
     files = find_files(source, config.text_field, report)
-    if config.separator and not any(file_format(file) == ".txt" for file in files):
+    is_txt = [file_format(file) == ".txt" for file in files]
+    if config.separator and not any(is_txt):
         raise ValueError(
             f"--separator={config.separator}: separates the documents of .txt files, and {source} "
             "has none; each record is a document"
+        )
+    if config.text_field and all(is_txt):
+        details = "".join(f"; {line}" for line in format_skipped(report.skipped))
+        raise ValueError(
+            f"--text_field={config.text_field}: names the field of the text in records and tables, "
+            f"but only .txt files are read from {source}{details}"
         )
     return files, data_dir
 
@@ -260,7 +267,7 @@ def default_data_dir(source: str) -> str:
     path = os.path.abspath(source)
     name = os.path.basename(path)
     if not os.path.isdir(path):
-        name = os.path.splitext(name.removesuffix(".gz"))[0]
+        name = os.path.splitext(without_gz(name))[0]
     return os.path.join("data", name)
 
 

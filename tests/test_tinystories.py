@@ -182,6 +182,13 @@ def test_the_printed_command_trains_on_the_tokens(run_script, tmp_path, stories)
     assert result.returncode == 0 and "step 2: " in result.stdout, result.stderr
 
 
+@pytest.mark.parametrize("name", ["A.TXT.GZ", "A.txt.Gz", "A.txt.gz", "A.TXT", "A.json"])
+def test_the_data_folder_has_the_name_without_suffixes(name):
+    """A.TXT.GZ was tokenized to data/A.TXT."""
+    Path(name).write_bytes(b"")
+    assert tinystories.default_data_dir(name) == os.path.join("data", "A")
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [

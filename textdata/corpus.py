@@ -1,8 +1,8 @@
 """
 Stream documents from text files. Memory does not grow with the size of the file.
 
-.txt      documents separated by <|endoftext|> if the file has it, else by blank lines, or by a
-          given separator
+.txt      documents separated by <|endoftext|> if it begins or ends a line, else by blank lines, or
+          by a given separator
 .jsonl    JSON objects with the text in one field; .ndjson is the same
 .json     arrays of such objects, as in TinyStories, or such objects
 .csv      a header, then rows with the text in one column
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from runtime.lfs import require_content
 from textdata.json_records import read_json
 from textdata.records import iter_record_text
 from textdata.table_records import read_csv, read_parquet
@@ -26,6 +27,8 @@ MAX_CHUNK = 2**22  # characters; a longer document is split, to bound memory
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 LAST_WORD_END = re.compile(r".*\S(?= \S)", re.DOTALL)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's end of a document, also in TinyStories' .txt files
+# A sentence about <|endoftext|> hardly begins or ends a line with it.
+END_OF_TEXT_AT_LINE_END = re.compile(r"\n<\|endoftext\|>|<\|endoftext\|>[ \t]?\n")
 NUM_EXAMPLES = 3  # paths shown for each reason that files are left out
 
 
@@ -52,6 +55,8 @@ class CorpusReport:
     num_files: int = 0  # read to their end
     num_documents: int = 0
     num_empty: int = 0  # records and rows whose text is empty or missing
+    num_split: int = 0  # .txt files split at <|endoftext|>, without --separator
+    num_mentions: int = 0  # .txt files with <|endoftext|>, but not split there
     skipped: list[SkippedFile] = field(default_factory=list)
 
     def add(self, other: "CorpusReport") -> None:
@@ -59,12 +64,21 @@ class CorpusReport:
         self.num_files += other.num_files
         self.num_documents += other.num_documents
         self.num_empty += other.num_empty
+        self.num_split += other.num_split
+        self.num_mentions += other.num_mentions
         self.skipped += other.skipped
 
 
 def format_report(report: CorpusReport) -> str:
     """The report as lines of text: files and documents read, then what was left out and why."""
     lines = [f"read {report.num_documents:,} document(s) in {report.num_files:,} file(s)"]
+    if report.num_split:
+        lines.append(f"{report.num_split:,} file(s) split at {END_OF_TEXT}")
+    if report.num_mentions:
+        lines.append(
+            f"{report.num_mentions:,} file(s) have {END_OF_TEXT} only within lines and are not "
+            f"split there; if it separates documents, give --separator='{END_OF_TEXT}'"
+        )
     if report.num_empty:
         lines.append(f"left out {report.num_empty:,} record(s) without text")
     return "\n".join(lines + format_skipped(report.skipped))
@@ -93,18 +107,21 @@ def read_documents(
 
     Args:
         path: a file in one of the formats above.
-        separator: the text between the documents of a .txt file; if empty, <|endoftext|> if the
-            file has it, else blank lines.
+        separator: the text between the documents of a .txt file; if empty, <|endoftext|> if it
+            begins or ends a line of the file, else blank lines.
         progress: called with the number of bytes read so far.
         report: counts the file and its documents.
         text_field: the field or column with the text; "text" or "story" if empty.
 
-    Raises ValueError with the path if the file is not UTF-8 text, or not such JSON, CSV or Parquet.
+    Raises ValueError with the path if the file is not UTF-8 text, or not such JSON, CSV or Parquet,
+    or only a pointer of Git LFS.
     """
     report = CorpusReport() if report is None else report
+    require_content(path)
     try:
         if file_format(path) == ".txt":
-            chunks = read_text_file(path, separator, progress)
+            separator = separator or choose_separator(path, report)
+            chunks = read_text(read_blocks(path, progress), separator)
         else:
             chunks = read_records(path, progress, text_field, report)
         for chunk in chunks:
@@ -115,29 +132,20 @@ def read_documents(
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_text_file(
-    path: str, separator: str, progress: Callable[[int], None]
-) -> Iterator[DocumentChunk]:
-    """Yield the documents of a .txt file."""
-    blocks = read_blocks(path, progress)
-    head = list(itertools.islice(blocks, 2))
-    is_whole = len(head) < 2
-    if not separator and (
-        END_OF_TEXT in "".join(head) or (not is_whole and contains(path, END_OF_TEXT))
-    ):
-        separator = END_OF_TEXT
-    yield from read_text(itertools.chain(head, blocks), separator)
-
-
-def contains(path: str, text: str) -> bool:
-    """Whether the file has the text. It is read until then."""
-    end = ""
-    for block in read_blocks(path):
-        end += block
-        if text in end:
-            return True
-        end = end[-len(text) :]
-    return False
+def choose_separator(path: str, report: CorpusReport) -> str:
+    """The separator of a .txt file: <|endoftext|> if it begins or ends a line, else "" for blank
+    lines. The report counts files that have it. The file is read until then."""
+    text = "\n"
+    is_mentioned = False
+    for block in itertools.chain(read_blocks(path), ["\n"]):
+        text += block
+        if END_OF_TEXT_AT_LINE_END.search(text):
+            report.num_split += 1
+            return END_OF_TEXT
+        is_mentioned = is_mentioned or END_OF_TEXT in text
+        text = text[-len(f"{END_OF_TEXT} ") :]
+    report.num_mentions += is_mentioned
+    return ""
 
 
 def read_text(blocks: Iterable[str], separator: str | None) -> Iterator[DocumentChunk]:
@@ -148,7 +156,8 @@ def read_text(blocks: Iterable[str], separator: str | None) -> Iterator[Document
         separator: the text between documents; blank lines if empty; None for one document.
     """
     boundary = re.compile(re.escape(separator)) if separator else BLANK_LINES
-    # A separator may begin at the end of the text that was read, so that end is not split off.
+    # A separator may begin at the end of the text that was read, so a chunk never ends inside a
+    # separator.
     max_cut = max(1, MAX_CHUNK - len(separator or ""))
     rest = ""
     starts_document = True
@@ -204,4 +213,4 @@ def open_records(
     if file_format(path) == ".parquet":
         return read_parquet(path, progress, text_field)
     blocks = read_blocks(path, progress)
-    return read_csv(blocks) if file_format(path) == ".csv" else read_json(blocks)
+    return read_csv(blocks, text_field) if file_format(path) == ".csv" else read_json(blocks)

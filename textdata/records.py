@@ -8,7 +8,16 @@ from collections.abc import Iterable, Iterator
 TEXT_FIELDS = ("text", "story")  # where the text is, unless --text_field names the field
 MAX_NAMES = 8  # field names in a message
 MAX_NAME_LENGTH = 40  # characters
-TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+TYPE_NAMES = {
+    bool: "true or false",
+    bytes: "binary data",
+    dict: "an object",
+    float: "a number",
+    int: "a number",
+    list: "a list",
+    str: "a string",
+    type(None): "null",
+}
 
 
 class MissingTextField(ValueError):
@@ -49,7 +58,7 @@ def record_text(record: object, number: int, text_field: str) -> str:
         text_field: the field with the text; "text" or "story" if empty.
 
     Raises MissingTextField if the record has no such field, ValueError if it has text in both
-    fields or something else than text.
+    fields or anything other than text.
     """
     names = text_fields(text_field)
     if not isinstance(record, dict):
@@ -85,11 +94,7 @@ def has_text(value: object) -> bool:
 
 def type_name(value: object) -> str:
     """The type of a value of JSON or Parquet in plain English."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return "a string"
-    return TYPE_NAMES.get(type(value), "an object")
+    return TYPE_NAMES.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def describe_fields(record: dict) -> str:

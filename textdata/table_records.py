@@ -12,9 +12,12 @@ MAX_LINE = 2**26  # characters of a line, and of a field, of a .csv file
 ROWS_AT_ONCE = 256  # rows of a .parquet file in memory
 
 
-def read_csv(blocks: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a .csv file with a header as records. Raises ValueError for a row that
-    does not fit the header, or is not CSV."""
+def read_csv(blocks: Iterable[str], text_field: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a .csv file with a header as records. text_field: as of record_text.
+
+    Raises ValueError for a row that does not fit the header, or is not CSV, and for two columns
+    with the text.
+    """
     csv.field_size_limit(MAX_LINE)
     rows = csv.reader(split_lines(blocks), strict=True)
     header: list[str] = []
@@ -24,6 +27,7 @@ def read_csv(blocks: Iterable[str]) -> Iterator[dict[str, str]]:
                 continue
             if not header:
                 header = row
+                check_columns(header, text_field)
                 continue
             if len(row) != len(header):
                 raise ValueError(
@@ -35,6 +39,15 @@ def read_csv(blocks: Iterable[str]) -> Iterator[dict[str, str]]:
         raise ValueError(
             f"line {rows.line_num:,}: not CSV ({error}); a double quote may be missing"
         ) from error
+
+
+def check_columns(names: list[str], text_field: str) -> None:
+    """Raise ValueError if several columns have the name of the text. A record has one of them."""
+    for name in text_fields(text_field):
+        if names.count(name) > 1:
+            raise ValueError(
+                f'{names.count(name)} columns have the name "{name}"; rename all but one of them'
+            )
 
 
 def split_lines(blocks: Iterable[str]) -> Iterator[str]:
@@ -61,7 +74,8 @@ def read_parquet(
         progress: called with the bytes of the file that the rows read so far take on average.
         text_field: as of record_text.
 
-    Raises ValueError if the file is damaged, ImportError if pyarrow is not installed.
+    Raises ValueError if the file is damaged or two columns have the text, ImportError if pyarrow is
+    not installed.
     """
     import pyarrow
     from pyarrow import parquet
@@ -69,6 +83,7 @@ def read_parquet(
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            check_columns(names, text_field)
             columns = [name for name in text_fields(text_field) if name in names]
             num_rows = 0
             # Without a column for the text, all columns are shown in the error message.

@@ -12,7 +12,10 @@ from typing import BinaryIO
 
 FORMATS = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 BLOCK_SIZE = 2**20  # bytes read at a time
-MIN_ZEROS = 0.25  # of the first bytes; more of them are zero in UTF-16 and in most binary files
+# Parts of the first bytes that are zero. UTF-8 text has hardly any. Half the bytes of Latin letters
+# in UTF-16 are zero, fewer in other scripts; a file with more zeros than that is binary.
+MAX_ZEROS_IN_UTF_8 = 0.25
+MAX_ZEROS_IN_UTF_16 = 0.75
 
 # The first bytes of files that are not text, and what to do with such a file.
 SIGNATURES = {
@@ -32,10 +35,20 @@ SIGNATURES = {
 def file_format(path: str) -> str:
     """The format that the name of the file ends in, in lower case and without .gz, or "" if it is
     not one of FORMATS."""
-    name = os.path.basename(path).lower()
-    suffix = os.path.splitext(name.removesuffix(".gz"))[1]
-    is_readable = suffix in FORMATS and not (suffix == ".parquet" and name.endswith(".gz"))
+    name = os.path.basename(path)
+    suffix = os.path.splitext(without_gz(name))[1].lower()
+    is_readable = suffix in FORMATS and not (suffix == ".parquet" and is_gzip(name))
     return suffix if is_readable else ""
+
+
+def is_gzip(path: str) -> bool:
+    """Whether the name of the file ends in .gz, in small or capital letters."""
+    return path.lower().endswith(".gz")
+
+
+def without_gz(path: str) -> str:
+    """The path without .gz at its end."""
+    return path[: -len(".gz")] if is_gzip(path) else path
 
 
 def read_blocks(
@@ -43,10 +56,10 @@ def read_blocks(
 ) -> Iterator[str]:
     """Yield the text of the file in blocks, and report the bytes of the file read after each.
 
-    Raises ValueError if the file is not UTF-8 text or damaged gzip.
+    Raises ValueError if it is not UTF-8 text, or is a damaged gzip file.
     """
     with open(path, "rb") as file:
-        stream = gzip.GzipFile(fileobj=file) if path.lower().endswith(".gz") else file
+        stream = gzip.GzipFile(fileobj=file) if is_gzip(path) else file
         try:
             yield from decode_blocks(stream, lambda: progress(file.tell()))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -83,11 +96,10 @@ def decode_blocks(stream: BinaryIO | gzip.GzipFile, on_block: Callable[[], None]
 
 def check_head(head: bytes) -> None:
     """Raise ValueError if the first bytes of a file are those of UTF-16 or of a binary file."""
-    if head.count(0) <= MIN_ZEROS * len(head):
+    if head.count(0) <= MAX_ZEROS_IN_UTF_8 * len(head):
         return
     signature = find_signature(head)
-    is_half_zero = head.count(0) < 0.75 * len(head)
-    if not signature and is_half_zero:
+    if not signature and head.count(0) < MAX_ZEROS_IN_UTF_16 * len(head):
         name = "UTF-16LE" if head[1::2].count(0) > head[::2].count(0) else "UTF-16BE"
         signature = f"{name} without a byte order mark; convert it with iconv -f {name} -t UTF-8"
     raise ValueError(f"not UTF-8 text but {signature or 'a binary file'}")

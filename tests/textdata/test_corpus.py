@@ -1,4 +1,6 @@
+import gzip
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -61,6 +63,62 @@ def test_endoftext_separates_documents(texts_of, monkeypatch, content, documents
     """TinyStories' .txt files became as many documents as paragraphs."""
     monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
     assert texts_of("a.txt", content) == documents
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 2**20])
+@pytest.mark.parametrize(
+    "mention",
+    [
+        "GPT-2 ends a text with <|endoftext|>, its only special token.",
+        "Write <|endoftext|>.",
+        "`<|endoftext|>` and <|endoftext|>, or\n <|endoftext|> too",
+        "print('<|endoftext|>')",
+    ],
+)
+def test_endoftext_within_a_line_is_text(texts_of, monkeypatch, mention, block_size):
+    """One mention in a sentence made two documents of a file of 1,001."""
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", block_size)
+    documents = [f"Document {number}." for number in range(20)] + [mention, "The last."]
+    report = CorpusReport()
+    assert texts_of("a.txt", "\n\n".join(documents), report=report) == documents
+    assert format_report(report).splitlines() == [
+        "read 22 document(s) in 1 file(s)",
+        "1 file(s) have <|endoftext|> only within lines and are not split there; "
+        "if it separates documents, give --separator='<|endoftext|>'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["one\n<|endoftext|>\ntwo", "one<|endoftext|> \ntwo", "one\n<|endoftext|>two"]
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_files_split_at_endoftext_are_counted(texts_of, name, content):
+    """Nothing said that a file was split at <|endoftext|> instead of blank lines."""
+    report = CorpusReport()
+    data = gzip.compress(content.encode()) if name.endswith(".gz") else content
+    assert texts_of(name, data, report=report) == ["one", "two"]
+    total = CorpusReport()
+    total.add(report)
+    assert format_report(total).splitlines()[1:] == ["1 file(s) split at <|endoftext|>"]
+    report = CorpusReport()
+    texts_of("b.txt", "one\n\ntwo", report=report)
+    assert "endoftext" not in format_report(report)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, name, in_folder):
+    """a.txt was tokenized, a.jsonl was called damaged, and a.csv was left out."""
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    (tmp_path / "b.txt").write_text("text")
+    reason = rf"^{re.escape(str(tmp_path / name))}: only a pointer of Git LFS.*run git lfs pull"
+    with pytest.raises(ValueError, match=reason):
+        find_files(str(tmp_path if in_folder else tmp_path / name))
+    with pytest.raises(ValueError, match=reason):
+        list(read_documents(str(tmp_path / name)))
 
 
 def test_a_separator_replaces_endoftext(texts_of):
@@ -209,6 +267,24 @@ def test_a_separator_without_txt_files_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}')
     with pytest.raises(ValueError, match=r"--separator=---: .* \.txt files, and a\.jsonl has none"):
         run_stage("pretokenize", "--input=a.jsonl", "--separator=---")
+
+
+@pytest.mark.parametrize("stage", ["pretokenize", "train_vocab"])
+@pytest.mark.parametrize("source", ["a.txt", "b.txt.gz", "texts"])
+def test_a_text_field_with_txt_files_only_is_refused(tmp_path, monkeypatch, stage, source):
+    """--text_field with a .txt file was ignored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "texts/a.txt"):
+        (tmp_path / name).write_text("one")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "one"}')
+    reason = rf"--text_field=body: .* only \.txt files are read from {re.escape(source)}"
+    with pytest.raises(ValueError, match=reason) as error:
+        run_stage(stage, f"--input={source}", "--text_field=body")
+    left_out = 'left out 1 (no record with a field "body"): texts/b.jsonl'
+    assert (left_out in str(error.value)) == (source == "texts")
+    assert not (tmp_path / "data").exists()
 
 
 # The number of documents of each file of ../shared/cases/data.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from textdata import input_files
 from textdata.corpus import CorpusReport
 from textdata.input_files import find_files
 
@@ -50,8 +51,12 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
     assert find(tmp_path / ".git")[0] == ["x.txt"]  # named by the user
 
 
+READ_ALREADY = "a link to a folder that is read already"
+CONTAINS_INPUT = "a link to a folder that contains the input"
+
+
 def test_links_are_read_once(tmp_path):
-    """Linked folders were left out silently."""
+    """Linked folders were left out silently, and ../c.txt was said to be read."""
     folder = tmp_path / "in"
     write_files(folder, "a.txt", "sub/b.txt")
     write_files(tmp_path / "elsewhere", "c.txt", "d.txt")
@@ -59,12 +64,65 @@ def test_links_are_read_once(tmp_path):
     (folder / "again").symlink_to(tmp_path / "elsewhere")
     (folder / "sub" / "loop").symlink_to(folder)
     (folder / "sub" / "up").symlink_to(tmp_path)
+    (folder / "top").symlink_to("/")
     (folder / "same.txt").symlink_to(folder / "a.txt")
     (folder / "other.txt").symlink_to(tmp_path / "elsewhere" / "none.txt")
     files, skipped = find(folder)
     assert files == ["a.txt", "again/c.txt", "again/d.txt", "sub/b.txt"]
-    assert skipped.keys() == {"linked", "sub/loop", "sub/up", "same.txt", "other.txt"}
-    assert skipped["same.txt"] == "a link to a file that is read already"
+    assert skipped == {
+        "linked": READ_ALREADY,
+        "sub/loop": READ_ALREADY,
+        "sub/up": CONTAINS_INPUT,
+        "top": CONTAINS_INPUT,
+        "same.txt": "a link to a file that is read already",
+        "other.txt": "a link that leads nowhere: No such file or directory",
+    }
+
+
+@pytest.mark.parametrize("link", ["0link", "zlink", "a/0link", "a/zlink"])
+@pytest.mark.parametrize("target", ["a/b", "c"])
+def test_a_real_folder_is_read_before_links_to_it(tmp_path, link, target):
+    """A link whose name sorted first was read, and the real folder was called a link."""
+    write_files(tmp_path, "a/b/x.txt", "c/y.txt")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    files, skipped = find(tmp_path)
+    assert files == ["a/b/x.txt", "c/y.txt"] and skipped == {link: READ_ALREADY}
+
+
+def test_linked_folders_may_contain_each_other(tmp_path):
+    folder = tmp_path / "in"
+    write_files(tmp_path / "out", "x.txt", "deep/y.txt", "deep/er/z.txt")
+    folder.mkdir()
+    (folder / "0er").symlink_to(tmp_path / "out" / "deep" / "er")
+    (folder / "1deep").symlink_to(tmp_path / "out" / "deep")
+    (folder / "2out").symlink_to(tmp_path / "out")
+    files, skipped = find(folder)
+    assert files == ["2out/deep/er/z.txt", "2out/deep/y.txt", "2out/x.txt"]
+    assert skipped == {"0er": READ_ALREADY, "1deep": READ_ALREADY}
+    (folder / "2out").unlink()
+    (tmp_path / "out" / "deep" / "up").symlink_to(tmp_path / "out")
+    files, skipped = find(folder)
+    assert files == ["1deep/er/z.txt", "1deep/up/x.txt", "1deep/y.txt"]
+    assert skipped["1deep/up/deep"] == "a folder that is read already, by a link"
+
+
+def test_a_link_to_a_file_without_format_is_read(tmp_path):
+    """It was left out as read already, as all files of a Hugging Face cache."""
+    write_files(tmp_path, "blobs/1f2e", "blobs/3d4c")
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "a.txt").symlink_to("../blobs/1f2e")
+    (tmp_path / "snapshots" / "b.txt").symlink_to("../blobs/3d4c")
+    files, skipped = find(tmp_path)
+    assert files == ["snapshots/a.txt", "snapshots/b.txt"]
+    assert skipped.keys() == {"blobs/1f2e", "blobs/3d4c"}
+
+
+def test_a_given_link_and_the_root_are_walked(tmp_path, monkeypatch):
+    write_files(tmp_path / "in", "a.txt")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert find(tmp_path / "link") == (["a.txt"], {})
+    monkeypatch.setattr(os, "walk", lambda top, onerror: iter([(top, [], ["a.txt"])]))
+    assert list(input_files.walk("/", [])) == ["/a.txt"]
 
 
 def test_pipes_are_left_out(tmp_path):
@@ -100,6 +158,36 @@ def test_json_without_a_text_field_is_left_out(tmp_path):
     assert set(skipped.values()) == {'no record with a field "text" or "story"'}
     files, skipped = find(tmp_path, text_field="loss")
     assert "out/metrics.jsonl" in files and "meta.json" in skipped
+
+
+@pytest.mark.parametrize(
+    "num_records, reason",
+    [
+        (99, 'no record with a field "text" or "story"'),
+        (100, 'no record with a field "text" or "story"'),
+        (101, 'none of the first 100 records has a field "text" or "story"'),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_late_text_is_left_out_with_a_true_reason(tmp_path, name, num_records, reason):
+    """The reason said that no record has the field, although only 100 were read."""
+    line = "1\n" if name == "a.csv" else '{"id": 1}\n'
+    content = "id\n" * (name == "a.csv") + line * num_records
+    if num_records == 101 and name != "a.csv":
+        content += '{"text": "late"}\n'
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    write_files(tmp_path, "b.txt")
+    assert find(tmp_path) == (["b.txt"], {name: reason})
+
+
+def test_text_field_finds_its_column_beside_text(tmp_path):
+    """A Parquet file with a column "text", too, was left out."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a"], "body": ["b"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("text,body\na,b\n")
+    assert find(tmp_path, text_field="body") == (["a.parquet", "b.csv"], {})
 
 
 def test_a_large_file_without_text_is_left_out(tmp_path):

@@ -1,6 +1,8 @@
 import csv
 import io
 import sys
+from datetime import date
+from decimal import Decimal
 
 import pytest
 
@@ -51,6 +53,26 @@ def test_what_is_no_csv_is_refused(texts_of, content, reason):
         texts_of("a.csv", content)
 
 
+@pytest.mark.parametrize(
+    "header, text_field, reason",
+    [
+        ("text,text", "", '2 columns have the name "text"; rename all but one'),
+        ("story,id,story", "", '2 columns have the name "story"'),
+        ("body,body", "body", '2 columns have the name "body"'),
+    ],
+)
+def test_two_columns_of_text_are_refused(texts_of, header, text_field, reason):
+    """The last of them was read, and the text of the others was lost."""
+    row = header.replace("id", "1")
+    with pytest.raises(ValueError, match=rf"a\.csv: {reason}"):
+        texts_of("a.csv", f"{header}\n{row}\n", text_field=text_field)
+
+
+def test_other_columns_may_have_equal_names(texts_of):
+    assert texts_of("a.csv", "id,text,,\n1,one,,\n") == ["one"]
+    assert texts_of("a.csv", "text,text,body\na,b,c\n", text_field="body") == ["c"]
+
+
 def test_an_endless_line_of_a_csv_file_is_refused(texts_of, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK_SIZE", 10)
     monkeypatch.setattr(table_records, "MAX_LINE", 100)
@@ -62,13 +84,14 @@ def test_an_endless_line_of_a_csv_file_is_refused(texts_of, monkeypatch):
 
 @pytest.fixture
 def parquet_file(tmp_path):
-    """parquet_file(columns) writes a.parquet and returns its path."""
+    """parquet_file(columns, names) writes a.parquet, with other names, and returns its path."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
 
-    def write(columns: dict[str, list]) -> str:
+    def write(columns: dict[str, list], names: list[str] | None = None) -> str:
         path = str(tmp_path / "a.parquet")
-        parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+        table = pyarrow.table(columns).rename_columns(names or list(columns))
+        parquet.write_table(table, path, row_group_size=3)
         return path
 
     return write
@@ -92,12 +115,25 @@ def test_null_in_a_parquet_file_is_an_empty_text(parquet_file):
     [
         ({"id": [1], "body": ["x"]}, "record 1 has no field .* but 'id', 'body'; name the field"),
         ({"text": [5]}, 'record 1 has a number under "text", not text'),
+        ({"text": [b"x"]}, 'record 1 has binary data under "text", not text'),
+        ({"text": [{"en": "x"}]}, 'record 1 has an object under "text", not text'),
+        ({"text": [date(2024, 1, 1)]}, 'record 1 has a value of type date under "text", not text'),
+        ({"text": [Decimal(5)]}, 'record 1 has a value of type Decimal under "text", not text'),
         ({"text": ["x"], "story": ["y"]}, "record 1 has text under 'text' and under 'story'"),
     ],
 )
 def test_a_parquet_file_without_text_is_refused(parquet_file, columns, reason):
+    """Binary data and dates were called an object."""
     with pytest.raises(ValueError, match=rf"a\.parquet: {reason}"):
         list(read_documents(parquet_file(columns)))
+
+
+def test_a_parquet_file_with_two_text_columns_is_refused(parquet_file):
+    """The text of the first column was lost."""
+    path = parquet_file({"a": ["x"], "b": ["y"], "c": ["z"]}, ["text", "text", "body"])
+    with pytest.raises(ValueError, match=r'a\.parquet: 2 columns have the name "text"'):
+        list(read_documents(path))
+    assert [chunk.text for chunk in read_documents(path, text_field="body")] == ["z"]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "zeros", "empty"])
