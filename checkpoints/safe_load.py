@@ -26,6 +26,7 @@ OLD_SIGNATURE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 LOCAL_HEADER = struct.Struct("<4s22x2H")
 # Objects and characters of texts in a pickle, with repetitions. A tensor has about 100.
 MIN_OBJECT_LIMIT = 1 << 20
+OBJECTS_PER_OPCODE = 4  # at least, of a file at the limit; a tensor has about 40 opcodes
 BYTES_PER_OBJECT = 64  # a file of N bytes may have N / BYTES_PER_OBJECT objects, if that is more
 MAX_DEPTH = 100  # of nested objects
 MAX_REPETITION = 4  # bytes of all tensors per byte of the file: tied tensors count twice
@@ -45,6 +46,7 @@ PUT = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE")
 GET = ("BINGET", "LONG_BINGET", "GET")
 ADD = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 EMPTY = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
+REMOVE = ("POP", "POP_MARK")  # written for tuples that contain themselves only
 MARK = pickletools.markobject
 
 
@@ -92,6 +94,7 @@ def read_records(path: str) -> dict[int, zipfile.ZipInfo]:
     size = os.path.getsize(path)
     if not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise ValueError("it is not a file")
+    pickles = []
     total = 0
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for record in archive.infolist():
@@ -106,16 +109,16 @@ def read_records(path: str) -> dict[int, zipfile.ZipInfo]:
             total += record.file_size
             if total > size:
                 raise ValueError("its records overlap")
-            if not re.search(r"/data/[^/]+$", record.filename):
-                check_small_record(archive, record, max(MIN_OBJECT_LIMIT, size // BYTES_PER_OBJECT))
+            if re.search(r"/data/[^/]+$", record.filename):
+                continue
+            content = archive.read(record)  # verifies the checksum
+            if record.filename.lower().endswith(".pkl"):  # PyTorch ignores the case
+                pickles.append(content)
+    if len(pickles) > 1:
+        raise ValueError("it has more than one pickle")
+    for content in pickles:
+        check_pickle(content, max(MIN_OBJECT_LIMIT, size // BYTES_PER_OBJECT))
     return records
-
-
-def check_small_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, limit: int) -> None:
-    """Verify the checksum of a record that is no tensor's; check it if it is a pickle."""
-    content = archive.read(record)  # verifies the checksum
-    if record.filename.lower().endswith(".pkl"):  # PyTorch ignores the case
-        check_pickle(content, limit)
 
 
 # The pickle
@@ -134,7 +137,7 @@ class Node:
 
     def add(self, children: "list[Node | int]") -> None:
         """Add children to a container."""
-        self.children = self.children + children
+        self.children += children
         self.size += sum(map(size_of, children))
 
 
@@ -146,7 +149,8 @@ def size_of(value: Node | int) -> int:
 
 def check_pickle(content: bytes, limit: int, allowed: re.Pattern | None = DATA_GLOBALS) -> None:
     """Raise ValueError if a pickle describes more than limit objects, counted as often as they are
-    referred to, or nests them too deeply or in a circle, or names a class that is not allowed.
+    referred to, or nests them too deeply or in a circle, or names a class that is not allowed, or
+    makes objects that are not part of the result.
 
     Nothing is built or called. The size of an object is checked when it is made, because tuples
     can be keys of dictionaries, which are hashed while the pickle is read; and at the end, because
@@ -165,16 +169,26 @@ def check_pickle(content: bytes, limit: int, allowed: re.Pattern | None = DATA_G
         elif opcode.name == "MARK":
             stack.append(None)
         else:
-            if opcode.name == "GLOBAL" and allowed and not allowed.fullmatch(argument):
-                raise ValueError(f"it holds more than data: GLOBAL {clip(argument)}")
-            result = apply_opcode(opcode, argument, pop_operands(stack, opcode.stack_before))
+            check_opcode(opcode, argument, allowed)
+            operands = pop_operands(stack, opcode.stack_before) if opcode.stack_before else []
+            result = apply_opcode(opcode, argument, operands)
             if opcode.stack_after:
                 stack.append(result)
-            if isinstance(result, Node):
+            if isinstance(result, Node) and opcode.name not in ADD:
                 nodes.append(result)
-            if max(count, size_of(result)) > limit:
+            if max(count * OBJECTS_PER_OPCODE, size_of(result)) > limit:
                 raise ValueError(TOO_LARGE)
+    if stack:  # each of these could take as long as the limit allows for all
+        raise ValueError("its pickle is damaged")
     measure(nodes, limit)
+
+
+def check_opcode(opcode: pickletools.OpcodeInfo, argument: Any, allowed: re.Pattern | None) -> None:
+    """Raise ValueError if an opcode names a class that is not allowed, or removes an object."""
+    if opcode.name == "GLOBAL" and allowed and not allowed.fullmatch(argument):
+        raise ValueError(f"it holds more than data: GLOBAL {clip(argument)}")
+    if opcode.name in REMOVE:
+        raise ValueError("its pickle is damaged")
 
 
 def top_of(stack: list[Node | int | None]) -> Node | int:
@@ -226,8 +240,14 @@ def measure(nodes: list[Node], limit: int) -> None:
         path = [root]
         while path:
             node = path[-1]
+            if node.depth:  # measured before, or since it was put on the path
+                path.pop()
+                continue
+            if not node.children:
+                node.depth = 1
+                continue
             inner = [child for child in node.children if isinstance(child, Node)]
-            unknown = [] if node.depth else [child for child in inner if not child.depth]
+            unknown = [child for child in inner if not child.depth]
             if unknown and node.is_open:
                 raise ValueError("an object in its pickle contains itself")
             if unknown:

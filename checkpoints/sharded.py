@@ -55,6 +55,7 @@ from checkpoints.file import (
 from model import ModelArgs
 from runtime.atomic_files import FileSource, sync_folder
 from runtime.distributed import is_dtensor
+from runtime.untrusted import clip
 
 STATE_FILE = "run.pt"
 LM_HEAD_KEY = "model/output.weight"
@@ -292,7 +293,7 @@ def open_sharded(folder: str) -> dict[str, Any]:
         tensors = ShardedTensors(folder, state.pop("files"))
         content = merge(state, tensors.empty("meta"))
     except FileNotFoundError as error:
-        missing = os.path.basename(error.filename)
+        missing = clip(os.path.basename(error.filename))
         raise ValueError(f"{folder}: damaged, {missing} is missing") from error
     except UNREADABLE as error:
         raise as_value_error(folder, error) from error
@@ -325,7 +326,7 @@ class ShardedTensors:
             path = os.path.join(folder, name)
             is_here = os.path.basename(name) == name and os.path.isfile(path)
             if not is_here or file_sha256(path) != digest:
-                raise ValueError(f"the sha256 of {name} does not match")
+                raise ValueError(f"the sha256 of {clip(name)} does not match")
         self.metadata = read_metadata(folder, files)
 
     def fingerprint(self, name: str) -> tuple:

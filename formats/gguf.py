@@ -8,7 +8,7 @@ The container is in gguf_file.py.
 import dataclasses
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +111,7 @@ def read(path: str) -> LazyModel:
         path,
         args,
         tensors,
-        read_tokenizer=lambda: parse_tokenizer(metadata, path),
+        read_tokenizer=cache(partial(parse_tokenizer, metadata, path)),
         read_metadata=lambda: model_metadata,
         contains_tokenizer=True,
     )
@@ -218,8 +218,7 @@ def parse_tokenizer(metadata: dict[str, Any], path: str) -> Tokenizer | None:
         if tokenizer := gguf_tokenizer.parse_json(metadata):
             return tokenizer
         types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(names))
-        count = gguf_tokenizer.without_padding(names, types)
-        names, types = names[:count], types[: len(types) - (len(names) - count)]
+        names, types = gguf_tokenizer.without_padding(names, types)
         if model == "llama":
             return gguf_tokenizer.parse_sentencepiece(metadata, names, types)
         if model == "gpt2":

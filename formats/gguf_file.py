@@ -40,6 +40,7 @@ MAX_DIMENSIONS = 4
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 TORCH_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_SPLITS = 99999  # the number has five digits
 GROUP_SIZE = 32  # values in a block of Q8_0
 BLOCK_SIZE = 2 + GROUP_SIZE  # bytes of a block of Q8_0
 
@@ -95,7 +96,7 @@ class Block(NamedTuple):
 
 @functools.cache
 def block_of(tensor_type: int) -> Block:
-    """The block of a type. Raises ValueError if the type cannot be read."""
+    """The block of a type. Raises NotImplementedError if the type cannot be read."""
     if tensor_type in TORCH_DTYPES:
         return Block(1, TORCH_DTYPES[tensor_type].itemsize, "")
     if tensor_type == Q8_0:
@@ -169,6 +170,8 @@ def read_split_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTenso
     """
     metadata, tensors = read_container(path)
     count = metadata.get("split.count", 1)
+    if type(count) is not int or not 0 <= count <= MAX_SPLITS:
+        raise ValueError(f"{path}: split.count is {describe_value(count)}; it is damaged")
     if count in (0, 1):
         return metadata, tensors
     match = SPLIT_NAME.fullmatch(os.path.basename(path))
@@ -194,7 +197,9 @@ def read_split_container(path: str) -> tuple[dict[str, Any], dict[str, LazyTenso
         tensors |= part_tensors
     expected = first_metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
-        raise ValueError(f"{path}: the files have {len(tensors)} tensors, not {expected}")
+        raise ValueError(
+            f"{path}: the files have {len(tensors)} tensors, not {describe_value(expected)}"
+        )
     return first_metadata, tensors
 
 

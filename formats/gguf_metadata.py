@@ -34,6 +34,8 @@ STOP_NAMES = {
     "<EOT>",
     "_<EOT>",
 }
+# tokenizer.ggml.pre of the byte-level vocabularies that begin a text with BOS by default
+LLAMA3_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")
 TEMPLATE_KEY = "tokenizer.chat_template"
 GENERATION_KEY = "cria.generation_config"  # this project's key: generation_config.json
 # Name of a sampling default in generation_config.json, name and type in GGUF
@@ -72,7 +74,7 @@ def parse_metadata(metadata: dict[str, Any], path: str) -> ModelMetadata:
             eos_id=parse_id(metadata, f"{PREFIX}eos_token_id"),
             pad_id=parse_id(metadata, f"{PREFIX}padding_token_id"),
             stop_ids=parse_stop_ids(metadata),
-            add_bos=parse_flag(metadata, f"{PREFIX}add_bos_token"),
+            add_bos=parse_add_bos(metadata),
             add_eos=parse_flag(metadata, f"{PREFIX}add_eos_token"),
             chat_templates=parse_templates(metadata),
             generation=parse_generation(metadata),
@@ -108,6 +110,15 @@ def parse_flag(metadata: dict[str, Any], key: str) -> bool | None:
     if not isinstance(value, bool | None):
         raise ValueError(f"{key} is neither true nor false")
     return value
+
+
+def parse_add_bos(metadata: dict[str, Any]) -> bool | None:
+    """Whether a prompt begins with BOS, by default as in llama.cpp; None without a vocabulary."""
+    add_bos = parse_flag(metadata, f"{PREFIX}add_bos_token")
+    model = metadata.get(f"{PREFIX}model")
+    if add_bos is not None or model not in ("llama", "gpt2"):
+        return add_bos
+    return model == "llama" or metadata.get(f"{PREFIX}pre") in LLAMA3_PRE_TOKENIZERS
 
 
 def parse_text(metadata: dict[str, Any], key: str) -> str:

@@ -142,12 +142,12 @@ def added_token(token_id: int, name: str, special: bool) -> dict[str, Any]:
     }
 
 
-def without_padding(names: list[str], types: list[int]) -> int:
-    """The number of tokens without the unused ones at the end, which pad the embedding."""
+def without_padding(names: list[str], types: list[int]) -> tuple[list[str], list[int]]:
+    """The names and types without the unused tokens at the end, which pad the embedding."""
     count = len(names)
     while count and len(types) == len(names) and types[count - 1] == UNUSED:
         count -= 1
-    return count
+    return names[:count], types[: len(types) - (len(names) - count)]
 
 
 # Writing

@@ -51,6 +51,7 @@ from textdata.tokenizer import (
     Llama3Tokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    find_tokenizer_file,
     load_tokenizer,
 )
 from textdata.tokenizer_json import has_prefix_space
@@ -227,7 +228,9 @@ def read_tokenizer(path: str) -> Tokenizer | None:
     if not os.path.isfile(file):
         return find_tokenizer(path)
     try:
-        beside = find_tokenizer(path)  # tokenizer.json itself, if it is the only one
+        beside = find_tokenizer(path)
+        if find_tokenizer_file(path) == file:  # the only one
+            return beside
         if isinstance(beside, SentencePieceTokenizer) and not beside.is_bpe:
             return beside  # a unigram model, which is read from tokenizer.model only
         tokenizer = load_tokenizer(file)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -18,7 +19,7 @@ from model import ModelArgs, Transformer, parameter_shapes
 from runtime.atomic_files import FileSource
 from runtime.lfs import require_content
 from runtime.untrusted import clip
-from textdata.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
+from textdata.tokenizer import MAX_FILE_SIZE, Tokenizer, find_tokenizer_file, load_tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READABLE_DTYPES = (*TORCH_DTYPES.values(), torch.float64)
@@ -213,8 +214,10 @@ def expand_layers(table: Iterable[tuple[str, str]], args: ModelArgs) -> Iterator
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises ValueError if it is damaged."""
+    """Read a JSON object from a file. Raises ValueError if it is damaged or very large."""
     require_content(path)
+    if os.path.getsize(path) > MAX_FILE_SIZE:
+        raise ValueError(f"{path}: too large, more than {MAX_FILE_SIZE >> 20} MB of JSON")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -157,6 +157,6 @@ def load_model(path: str, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
     loaded = checked_tokenizer(model, tokenizer)
     if loaded is None:
         raise ValueError(
-            f"there is no tokenizer.model beside {path}: name one with --tokenizer=PATH"
+            f"no tokenizer is beside {path}: name the one it was trained with, --tokenizer=PATH"
         )
     return model.load(), loaded

@@ -442,7 +442,7 @@ def test_a_model_without_a_tokenizer_needs_the_option(run_sample, model, tmp_pat
     llama2c.write(from_model(model), str(tmp_path / "model.bin"))
     status, _, error = run_sample(f"--init_from={tmp_path}/model.bin")
     assert status == 1 and len(error.splitlines()) == 1
-    assert f"no tokenizer.model beside {tmp_path}/model.bin" in error
+    assert f"no tokenizer is beside {tmp_path}/model.bin" in error
     assert "--tokenizer=PATH" in error
 
 

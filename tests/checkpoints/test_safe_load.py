@@ -78,6 +78,43 @@ def test_the_size_counts_every_reference(structure):
         check_pickle(b"\x80\x02](" + text_of(100) * 50 + b"e.", 5000)
 
 
+@pytest.mark.parametrize(
+    "structure",
+    [
+        b"]" + (ONE + b"a") * 80_000,
+        b"}" + (ONE + ONE + b"s") * 80_000,
+        b"(" + (b"]" + ONE + b"a") * 80_000 + b"t",
+        b"(](" + ONE * 80_000 + b"e" + b"r\0\0\x10\0" + b"j\0\0\x10\0" * 10 + b"t",
+    ],
+)
+def test_the_time_of_the_check_is_linear(structure):
+    """40 KB with an item added by each opcode took 29 s."""
+    check_pickle(b"\x80\x02" + structure + b".", 1 << 20)
+
+
+@pytest.mark.parametrize("opcode", [b"]", ONE, b"(", b"cbuiltins\nset\n"])
+def test_the_number_of_opcodes_is_limited(opcode):
+    """A million empty lists took 14 s."""
+    with pytest.raises(ValueError, match="far more objects"):
+        check_pickle(b"\x80\x02(" + opcode * 1_000_000 + b"t.", 1 << 20)
+
+
+def test_an_archive_has_one_pickle(path):
+    """The limit held for each pickle, and an archive could have any number of them."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("archive/data.pkl", "archive/other.PKL"):
+            archive.writestr(name, b"\x80\x02}.")
+    with pytest.raises(ValueError, match="more than one pickle"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("pickle", [b"}K\x010.", b"(K\x011K\x01.", b"]]K\x01.", b"]](K\x01t."])
+def test_every_object_of_a_pickle_is_used(pickle):
+    """The size of an object that nothing contains did not count."""
+    with pytest.raises(ValueError, match="damaged"):
+        check_pickle(b"\x80\x02" + pickle, 1 << 20)
+
+
 @pytest.mark.parametrize("pickle", [b"h\x05.", b"e.", b"a.", b"K\x01K\x02a."])
 def test_a_damaged_pickle_is_refused(pickle):
     with pytest.raises((ValueError, LookupError)):

@@ -140,6 +140,22 @@ def test_metadata_with_a_damaged_pickle_is_refused(folder):
         open_sharded(folder)
 
 
+@pytest.mark.parametrize("name", ["\x1b[31m" * 1000, "x\ny", "../" + "y" * 200])
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_name_of_a_file_is_clipped(folder, name, exists, monkeypatch):
+    """Control characters of a name in the checkpoint reached the terminal."""
+    if exists:
+        monkeypatch.setattr(sharded.ShardedTensors, "fingerprint", lambda *_: ())
+    rest = torch.load(os.path.join(folder, "run.pt"), weights_only=True)
+    del rest["sha256"]
+    rest["files"][name] = "0" * 64
+    torch.save(rest, os.path.join(folder, "run.pt"))
+    with pytest.raises(ValueError) as error:
+        open_sharded(folder)
+    message = str(error.value).removeprefix(folder)
+    assert message.isprintable() and len(message) < 200
+
+
 def test_metadata_that_names_other_files_is_refused(folder):
     metadata = open_sharded(folder)["sharded_tensors"].metadata
     for info in metadata.storage_data.values():

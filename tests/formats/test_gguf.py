@@ -12,7 +12,7 @@ import requests
 import torch
 
 from formats import gguf, gguf_file
-from formats.gguf_file import FLOAT32, UINT32, TypedValue
+from formats.gguf_file import FLOAT32, INT32, UINT32, TypedValue
 from formats.lazy_model import expand_layers, from_model
 from formats.registry import open_model
 from formats.writer import write_model
@@ -292,6 +292,43 @@ def test_a_header_of_another_architecture_is_refused_by_name(changes, message, t
     header_changed(path, **changes)
     with pytest.raises(ValueError, match=rf"float32\.gguf: .*({message})"):
         open_model(path)
+
+
+def split_header(path: str, **values) -> str:
+    """A GGUF file with these values and no tensors."""
+    metadata = {f"split.{key}": value for key, value in values.items()}
+    with open(path, "wb") as file:
+        file.write(gguf_file.pack_header(metadata, {}))
+        gguf_file.pad(file)
+    return path
+
+
+@pytest.mark.parametrize(
+    "count",
+    ["2", ["x"] * 5, TypedValue(FLOAT32, 2.0), TypedValue(INT32, -2), TypedValue(UINT32, 100_000)],
+)
+def test_a_damaged_number_of_files_is_refused(count, tmp_path):
+    """A text as split.count ended in a traceback."""
+    path = split_header(str(tmp_path / "model-00001-of-00002.gguf"), count=count)
+    with pytest.raises(ValueError, match=r"split\.count is .*; it is damaged"):
+        open_model(path)
+
+
+def test_the_number_of_tensors_in_a_message_is_clipped(tmp_path):
+    """split.tensors.count was printed as it was in the file."""
+    name = str(tmp_path / "model-{:05d}-of-00002.gguf")
+    for i in range(2):
+        values = dict(count=TypedValue(UINT32, 2), no=TypedValue(UINT32, i))
+        split_header(name.format(i + 1), **values, **{"tensors.count": "\x1b[31m" * 1000})
+    with pytest.raises(ValueError, match="the files have 0 tensors, not '") as error:
+        gguf_file.read_split_container(name.format(1))
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_the_vocabulary_of_a_file_is_parsed_once(tokenizer, tmp_path):
+    path = exported(tmp_path, from_model(random_model(), tokenizer=tokenizer), "float32")
+    model = open_model(path)
+    assert model.read_tokenizer() is model.read_tokenizer()
 
 
 def test_an_unsupported_vocabulary_is_refused_but_the_weights_are_read(tokenizer, tmp_path):

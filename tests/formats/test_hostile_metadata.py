@@ -32,6 +32,17 @@ def test_a_weight_whose_name_is_no_text_is_refused(tmp_path, target, name, key):
         open_model(path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_a_very_large_json_file_is_refused(tmp_path, name):
+    """tokenizer.json was read without a limit for its post-processor."""
+    path = str(tmp_path / "model")
+    write_small_model(path, "hf", tie_embeddings=False)
+    with open(os.path.join(path, name), "ab") as file:
+        file.truncate((1 << 28) + 1)
+    with pytest.raises(ValueError, match=f"{name}: too large"):
+        open_model(path).read_metadata()
+
+
 def nested(depth: int) -> str:
     return "[" * depth + "1" + "]" * depth
 

@@ -16,6 +16,7 @@ import transformers
 from formats import meta
 from formats.ckpt import METADATA_KEY
 from formats.gguf_file import read_container
+from formats.gguf_metadata import parse_metadata
 from formats.hugging_face_config import to_config
 from formats.hugging_face_metadata import is_generated_card, read_model_card
 from formats.lazy_model import LazyModel, from_model
@@ -253,6 +254,28 @@ def test_a_gguf_file_of_another_program_stops_as_llama_cpp(chat_model, tmp_path)
             content.replace(b"tokenizer.ggml.eos_token_ids", b"tokenizer.ggml.xxx_token_ids")
         )
     assert set(open_model(path).read_metadata().stop_ids) == {2, chat_model.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    "model, pre, add_bos",
+    [
+        ("llama", "default", True),
+        ("llama", None, True),
+        ("gpt2", "llama-bpe", True),
+        ("gpt2", "llama-v3", True),
+        ("gpt2", "gpt-2", False),
+        ("gpt2", "smollm", False),
+        ("gpt2", None, False),
+        ("no_vocab", None, None),
+    ],
+)
+def test_bos_without_a_key_is_as_in_llama_cpp(model, pre, add_bos):
+    """Every prompt began with BOS if a file did not say otherwise."""
+    metadata = {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre}
+    assert parse_metadata(metadata, "model.gguf").add_bos is add_bos
+    for given in (True, False):
+        metadata["tokenizer.ggml.add_bos_token"] = given
+        assert parse_metadata(metadata, "model.gguf").add_bos is given
 
 
 def test_more_than_three_stop_ids_in_gguf_are_named(tokenizer, tmp_path):

@@ -157,16 +157,8 @@ def edit_value(rng: random.Random, holder: dict | list, key: object) -> None:
         return
     value = holder[key]
     if edit == "number" and type(value) in (int, float) and abs(value) < 2**64:
-        near = (
-            value + 1,
-            value - 1,
-            value * 2,
-            -value,
-            value + 0.5,
-            float(value),
-            str(value),
-            bool(value),
-        )
+        near = [value + 1, value - 1, value * 2, -value, value + 0.5]
+        near += [float(value), str(value), bool(value)]
         holder[key] = rng.choice(near)
     elif edit == "delete":
         del holder[key]
@@ -298,6 +290,13 @@ STRUCTURES = {
     "a tensor of any size": b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R",
     "a slow encoding": b"c_codecs\nencode\n" + text_of(5000) + text_of(8) + b"\x86R",
     "a call of a list": shared_lists(60) + b")R",
+    "many single items": b"]" + (ONE + b"a") * 5000,
+    "many single keys": b"}" + (ONE + ONE + b"s") * 3000,
+    "a list filled later": b"](]"
+    + memo_put(0)
+    + memo_get(0) * 8000
+    + (b"e" + memo_get(0) + b"(" + ONE * 8000 + b"ea"),
+    "keys of values that are not used": shared_tuples(18) + (b"}" + memo_get(18) + b"Ns") * 1000,
 }
 
 
