@@ -89,8 +89,7 @@ class TrainVocab:
 
 @dataclass(frozen=True)
 class Pretokenize:
-    """Convert text to token shards, in parallel. A shard is not written again if its files did not
-    change."""
+    """Convert text to token shards, in parallel. Shards of unchanged files are kept."""
 
     # a vocabulary learned from the text, or Llama 2's tokenizer.model
     vocab_source: Literal["custom", "llama2"] = "custom"

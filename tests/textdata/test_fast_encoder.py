@@ -1,6 +1,9 @@
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from tokenizers import pre_tokenizers
 
 from tests.helpers import small_llama3_tokenizer
 from tests.hf_folders import byte_level, metaspace
+from tests.processes import ROOT
 from textdata import fast_encoder
 from textdata.corpus import DocumentChunk
 from textdata.fast_encoder import Encoder, is_word_separable, split_chunk
@@ -223,6 +227,26 @@ def test_a_byte_level_prefix_is_only_before_the_document(stories):
     tokenizer = HuggingFaceTokenizer(json.loads(backend.to_str()), "<|endoftext|>", "<|endoftext|>")
     ids = encode_in_parts(tokenizer, ["one two", " three", "four"])
     assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("one two threefour"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed on Linux")
+def test_a_batch_uses_the_given_number_of_threads(stories, monkeypatch, tmp_path):
+    """Each worker process used as many threads as the machine has cores."""
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(metaspace(stories).to_str())
+    code = (
+        "import json, os, sys\n"
+        "from textdata.hf_tokenizer import HuggingFaceTokenizer\n"
+        "tokenizer = HuggingFaceTokenizer(json.load(open(sys.argv[1])), '<s>', '</s>')\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "tokenizer.encode_batch(['one two'] * 100, 7)\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout == "7\n"
 
 
 def test_parts_of_a_normalizing_vocabulary_keep_their_spaces(stories):
