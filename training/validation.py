@@ -50,6 +50,6 @@ def warmup_note(config: Any) -> str | None:
     last = config.learning_rate * steps / warmup
     return (
         f"note: --warmup_iters={warmup} is more than --max_iters={steps}, so the learning rate "
-        f"rises to {last:.3g} only, not to --learning_rate={config.learning_rate:g}; "
+        f"rises to {last:g} only, not to --learning_rate={config.learning_rate:g}; "
         f"a tenth of the steps is usual: --warmup_iters={max(1, steps // 10)}"
     )
