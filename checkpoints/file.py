@@ -46,6 +46,7 @@ UNREADABLE = (
     zipfile.BadZipFile,
     struct.error,
     zlib.error,
+    AssertionError,
 )
 # An OSError with one of these numbers says nothing about the content of the file.
 TRANSIENT_ERRNOS = {
