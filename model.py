@@ -59,7 +59,8 @@ class ModelArgs:
             value = getattr(self, name)
             if value is None and name not in required:
                 continue
-            if not isinstance(value, int) or not 1 <= value < MAX_DIM:
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if not is_number or not 1 <= value < MAX_DIM:
                 raise ValueError(f"{name}={value}: must be a whole number from 1 to {MAX_DIM - 1}")
         if self.max_seq_len > MAX_POSITIONS:
             raise ValueError(f"max_seq_len={self.max_seq_len}: at most {MAX_POSITIONS} positions")

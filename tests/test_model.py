@@ -254,6 +254,8 @@ def test_untied_weights_are_two():
         ("n_kv_heads", dict(n_heads=6, n_kv_heads=4)),
         ("n_kv_heads", dict(n_heads=6, n_kv_heads=12)),
         ("dropout", dict(dropout=1.0)),
+        ("max_seq_len", dict(max_seq_len=True)),  # a TypeError of torch.empty
+        ("hidden_dim", dict(hidden_dim=True)),
         ("dropout", dict(dropout=-0.1)),
         ("dropout", dict(dropout=math.nan)),
         ("norm_eps", dict(norm_eps=0.0)),
