@@ -11,11 +11,11 @@ import json
 from typing import Any
 
 from formats.gguf_file import BOOL, FLOAT32, INT32, UINT32, MetadataValue, TypedValue
-from textdata.hf_tokenizer import BYTE_PIECE
+from formats.tokenizer_json import BYTE_LEVEL, LLAMA3_SPLIT, added_token
+from textdata.hf_tokenizer import BYTE_PIECE, prepends_space
 from textdata.tokenizer import (
     BYTE,
     CONTROL,
-    LLAMA3_PATTERN,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -29,25 +29,14 @@ from textdata.tokenizer import (
 from textdata.tokenizer_json import from_json, has_prefix_space
 
 JSON_KEY = "tokenizer.huggingface.json"
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-SPLIT_LLAMA3 = {
-    "type": "Split",
-    "pattern": {"Regex": LLAMA3_PATTERN},
-    "behavior": "Isolated",
-    "invert": False,
-}
+GPT2_BYTE_LEVEL = BYTE_LEVEL | {"use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 # tokenizer.ggml.pre, the pre-tokenizer of a tokenizer.json, and whether llama.cpp looks for a whole
 # word in the vocabulary before it merges (ignore_merges)
 PRE_TOKENIZERS: tuple[tuple[str, list[dict[str, Any]], bool], ...] = (
-    ("llama-bpe", [SPLIT_LLAMA3, BYTE_LEVEL | {"use_regex": False}], True),
-    ("gpt-2", [BYTE_LEVEL], False),
-    ("smollm", [DIGITS, BYTE_LEVEL], False),
+    ("llama-bpe", [LLAMA3_SPLIT, BYTE_LEVEL], True),
+    ("gpt-2", [GPT2_BYTE_LEVEL], False),
+    ("smollm", [DIGITS, GPT2_BYTE_LEVEL], False),
 )
 ALIASES = {  # other names in files, with the name above
     "llama3": "llama-bpe",
@@ -83,7 +72,7 @@ def parse_sentencepiece(metadata: dict[str, Any], names: list[str], types: list[
     scores = metadata["tokenizer.ggml.scores"][: len(names)]
     bos = names[metadata.get("tokenizer.ggml.bos_token_id", 1)]
     eos = names[metadata.get("tokenizer.ggml.eos_token_id", 2)]
-    if ("</s>", CONTROL) in zip(names, types, strict=False):
+    if ("</s>", CONTROL) in zip(names, types, strict=True):
         eos = "</s>"  # of the vocabulary; the model may end its texts with an added token
     pieces = [
         (name, score, CONTROL if name in (bos, eos) else token_type)
@@ -118,7 +107,7 @@ def parse_byte_level(metadata: dict[str, Any], names: list[str], types: list[int
     description = {
         "added_tokens": added_tokens,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": BYTE_LEVEL,
+        "decoder": GPT2_BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "vocab": vocab,
@@ -127,19 +116,6 @@ def parse_byte_level(metadata: dict[str, Any], names: list[str], types: list[int
         },
     }
     return from_json(json.dumps(description), *boundary_ids(metadata))
-
-
-def added_token(token_id: int, name: str, special: bool) -> dict[str, Any]:
-    """The description of an added token in a tokenizer.json."""
-    return {
-        "id": token_id,
-        "content": name,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
 
 
 def without_padding(names: list[str], types: list[int]) -> tuple[list[str], list[int]]:
@@ -205,8 +181,7 @@ def prefix_scheme(description: dict[str, Any]) -> bool | None:
         return has_prefix_space(normalizer, pre_tokenizer)
     if pre_tokenizer["type"] != "Metaspace" or pre_tokenizer.get("split") is not False:
         return None
-    default = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
-    return pre_tokenizer.get("prepend_scheme", default) != "never"
+    return prepends_space(pre_tokenizer)
 
 
 def has_all_merges(model: dict[str, Any]) -> bool:

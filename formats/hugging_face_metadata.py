@@ -22,7 +22,7 @@ from formats.model_metadata import (
     token_id,
     token_ids,
 )
-from textdata.tokenizer import Tokenizer
+from textdata.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -237,10 +237,23 @@ def is_generated_card(path: str) -> bool:
 def to_tokenizer_config(
     metadata: ModelMetadata, tokenizer: Tokenizer, max_seq_len: int
 ) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
-    config = tokenizer_json.to_config(tokenizer, max_seq_len)
-    config.pop("chat_template", None)
+    """The content of tokenizer_config.json.
+
+    The class is PreTrainedTokenizerFast: with LlamaTokenizer, transformers 5 replaces the
+    normalizer of tokenizer.json by its own.
+    """
     names = tokenizer_json.token_names(tokenizer)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[tokenizer.bos_id],
+        "eos_token": names[tokenizer.eos_id],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+    }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        config["unk_token"] = tokenizer_json.unknown_token(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        config["unk_token"] = tokenizer.description["model"].get("unk_token")
     ids = {"bos": metadata.bos_id, "eos": metadata.eos_id, "pad": metadata.pad_id}
     for key, number in ids.items():
         if number is not None and number < len(names):

@@ -13,12 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from formats import tokenizer_json
 from runtime.untrusted import clip
 from textdata.tokenizer import Llama3Tokenizer, Tokenizer
 
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_TEMPLATE = "default"  # the name of a model's only chat template
+LLAMA3_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def complete(metadata: ModelMetadata | None, tokenizer: Tokenizer | None) -> Mod
 def usual_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """Llama 3's chat template for its vocabulary, none for others."""
     if isinstance(tokenizer, Llama3Tokenizer) and "<|eot_id|>" in tokenizer.special:
-        return {DEFAULT_TEMPLATE: tokenizer_json.CHAT_TEMPLATE}
+        return {DEFAULT_TEMPLATE: LLAMA3_CHAT_TEMPLATE}
     return {}
 
 

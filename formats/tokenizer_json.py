@@ -24,16 +24,19 @@ from textdata.tokenizer import (
 )
 
 SUPPORTED_PIECE_TYPES = {NORMAL, UNKNOWN, CONTROL, BYTE}
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-
-
-# Writing
+# Llama 3's pre-tokenizer
+LLAMA3_SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": LLAMA3_PATTERN},
+    "behavior": "Isolated",
+    "invert": False,
+}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
 
 
 def unsupported_reason(tokenizer: Tokenizer) -> str | None:
@@ -59,7 +62,7 @@ def unsupported_reason(tokenizer: Tokenizer) -> str | None:
 
 
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """The content of tokenizer.json; of all but HuggingFaceTokenizer, without post_processor."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.description
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -67,27 +70,7 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         assert isinstance(tokenizer, Llama3Tokenizer), "there are three types of tokenizers"
         content = llama3_to_json(tokenizer)
-    head = {"version": "1.0", "truncation": None, "padding": None}
-    bos = token_names(tokenizer)[tokenizer.bos_id]
-    return head | content | {"post_processor": bos_template(bos, tokenizer.bos_id)}
-
-
-def bos_template(bos: str, bos_id: int) -> dict[str, Any]:
-    """The post-processor that puts a token before each text."""
-    return {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": bos, "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [
-            {"SpecialToken": {"id": bos, "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": bos, "type_id": 1}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
+    return {"version": "1.0", "truncation": None, "padding": None} | content
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
@@ -100,8 +83,8 @@ def token_names(tokenizer: Tokenizer) -> list[str]:
     return [to_byte_unicode(token) for token in tokenizer.ranks] + tokenizer.special
 
 
-def added_token(token_id: int, name: str) -> dict[str, Any]:
-    """The description of a special token."""
+def added_token(token_id: int, name: str, special: bool = True) -> dict[str, Any]:
+    """The description of a token that is found in a text before all others."""
     return {
         "id": token_id,
         "content": name,
@@ -109,7 +92,7 @@ def added_token(token_id: int, name: str) -> dict[str, Any]:
         "lstrip": False,
         "rstrip": False,
         "normalized": False,
-        "special": True,
+        "special": special,
     }
 
 
@@ -158,25 +141,13 @@ def unknown_token(tokenizer: SentencePieceTokenizer) -> str | None:
 def llama3_to_json(tokenizer: Llama3Tokenizer) -> dict[str, Any]:
     """The parts of tokenizer.json that a Llama 3 vocabulary determines."""
     n_ranks = len(tokenizer.ranks)
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": LLAMA3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
     return {
         "added_tokens": [
             added_token(n_ranks + i, name) for i, name in enumerate(tokenizer.special)
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [LLAMA3_SPLIT, BYTE_LEVEL]},
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -190,26 +161,3 @@ def llama3_to_json(tokenizer: Llama3Tokenizer) -> dict[str, Any]:
             "merges": rank_merges(tokenizer.ranks),
         },
     }
-
-
-def to_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
-    """The content of tokenizer_config.json.
-
-    The class is PreTrainedTokenizerFast: with LlamaTokenizer, transformers 5 replaces the
-    normalizer of tokenizer.json by its own.
-    """
-    names = token_names(tokenizer)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.bos_id],
-        "eos_token": names[tokenizer.eos_id],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_seq_len,
-    }
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        config["unk_token"] = unknown_token(tokenizer)
-    elif isinstance(tokenizer, HuggingFaceTokenizer):
-        config["unk_token"] = tokenizer.description["model"].get("unk_token")
-    elif isinstance(tokenizer, Llama3Tokenizer) and "<|eot_id|>" in tokenizer.special:
-        config["chat_template"] = CHAT_TEMPLATE
-    return config

@@ -5,6 +5,8 @@ Such a value can be nested without end or be printed as billions of characters. 
 is printed before its type is known.
 """
 
+import itertools
+
 MAX_LENGTH = 100  # characters of a text, digits of a number
 MAX_KEYS = 5  # keys of a dictionary that are listed
 
@@ -26,7 +28,7 @@ def describe_value(value: object) -> str:
 
 def describe_keys(mapping: dict) -> str:
     """The first keys of a dictionary, separated by commas."""
-    keys = [describe_value(key) for key, _ in zip(mapping, range(MAX_KEYS), strict=False)]
+    keys = [describe_value(key) for key in itertools.islice(mapping, MAX_KEYS)]
     return ", ".join([*keys, "…"] if len(mapping) > MAX_KEYS else keys)
 
 

@@ -254,6 +254,11 @@ def strips_prefix(decoder: Any) -> bool:
         if step["type"] == "Strip" and step.get("content") == " " and step.get("start"):
             return True
         if step["type"] == "Metaspace":
-            default = "always" if step.get("add_prefix_space", True) else "never"
-            return step.get("prepend_scheme", default) != "never"
+            return prepends_space(step)
     return False
+
+
+def prepends_space(metaspace: dict[str, Any]) -> bool:
+    """Whether a Metaspace step puts a space before a text. Older files have add_prefix_space."""
+    default = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return metaspace.get("prepend_scheme", default) != "never"

@@ -117,16 +117,21 @@ def saved(tokenizer, tmp_path) -> SavedModel:
     return SavedModel(tmp_path, tokenizer)
 
 
-@pytest.fixture
-def chat_model(tokenizer, tmp_path) -> SavedModel:
-    """A model with two added tokens. One ends the turns of a chat, where transformers stops."""
-    saved = SavedModel(tmp_path, tokenizer, ("<|im_start|>", "<|im_end|>"))
+def end_turns_with_the_last_token(saved: SavedModel) -> None:
+    """Make <|im_end|>, the last token, a likely one that ends the texts of the model."""
     likely = saved.likely_tokens()[-1]
     with torch.no_grad():
         saved.model.lm_head.weight[-1] = 1.5 * saved.model.lm_head.weight[likely]
     saved.tokenizer.eos_token = "<|im_end|>"
     saved.tokenizer.chat_template = TEMPLATE
     saved.model.config.eos_token_id = saved.tokenizer.eos_token_id
+
+
+@pytest.fixture
+def chat_model(tokenizer, tmp_path) -> SavedModel:
+    """A model with two added tokens. One ends the turns of a chat, where transformers stops."""
+    saved = SavedModel(tmp_path, tokenizer, ("<|im_start|>", "<|im_end|>"))
+    end_turns_with_the_last_token(saved)
     saved.model.generation_config = transformers.GenerationConfig(
         bos_token_id=1, eos_token_id=[saved.tokenizer.eos_token_id, 2], pad_token_id=0, **DEFAULTS
     )
@@ -137,12 +142,7 @@ def chat_model(tokenizer, tmp_path) -> SavedModel:
 def llama3_model(tmp_path) -> SavedModel:
     """A Llama 3 vocabulary with the tokens of another chat format."""
     saved = SavedModel(tmp_path, small_llama3_tokenizer(), ("<|im_start|>", "<|im_end|>"))
-    likely = saved.likely_tokens()[-1]
-    with torch.no_grad():
-        saved.model.lm_head.weight[-1] = 1.5 * saved.model.lm_head.weight[likely]
-    saved.tokenizer.eos_token = "<|im_end|>"
-    saved.tokenizer.chat_template = TEMPLATE
-    saved.model.config.eos_token_id = saved.tokenizer.eos_token_id
+    end_turns_with_the_last_token(saved)
     saved.model.generation_config = transformers.GenerationConfig(
         eos_token_id=saved.tokenizer.eos_token_id
     )

@@ -4,6 +4,7 @@ Random damage to the bytes of a file or to the values that they encode, for test
 
 import copy
 import io
+import itertools
 import json
 import math
 import pickletools
@@ -313,10 +314,9 @@ def hostile_pickle(rng: random.Random, content: bytes) -> bytes:
     """A pickle with one of its texts or numbers replaced by one of STRUCTURES."""
     leaves = ("BINUNICODE", "BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE")
     opcodes = [*pickletools.genops(content)]
-    ends = [position for _, _, position in opcodes[1:]]
     spans = [
         (position, end)
-        for (opcode, _, position), end in zip(opcodes, ends, strict=False)
+        for (opcode, _, position), (_, _, end) in itertools.pairwise(opcodes)
         if opcode.name in leaves
     ]
     start, end = rng.choice(spans)
